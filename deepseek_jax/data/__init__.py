@@ -1,0 +1,1 @@
+"""From text files to deterministic batches of tokens; free of any framework."""
