@@ -1,0 +1,141 @@
+"""Multi-head latent attention (report 2.1.1).
+
+Keys and values are expanded from a latent vector per token, so a cache needs to hold only that
+latent and one shared rotary key: kv_lora_rank + qk_rope_head_dim numbers per token and layer. With
+a cache, the expansion is absorbed into the query and the output, and keys and values never exist.
+"""
+
+from typing import NamedTuple, Optional
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+
+from deepseek_jax.config import ModelConfig
+from deepseek_jax.model.layers import Linear, RMSNorm, compute_dtype, widen
+from deepseek_jax.model.rope import apply_rope, softmax_scale
+
+LATENT_NORM_EPS = 1e-6
+
+
+class Latents(NamedTuple):
+    """What attention remembers of each token; also the cache, whose rows are positions."""
+
+    c_kv: jax.Array
+    """Normalised latent, [B, S, kv_lora_rank]."""
+    k_rope: jax.Array
+    """Rotated key shared by all heads, [B, S, qk_rope_head_dim]."""
+
+
+class MultiHeadLatentAttention(nn.Module):
+    """Causal attention over the tokens given, or over a cache and the tokens given."""
+
+    config: ModelConfig
+
+    def setup(self):
+        c = self.config
+        heads = c.num_attention_heads
+        q_width = heads * (c.qk_nope_head_dim + c.qk_rope_head_dim)
+        if c.q_lora_rank is None:
+            self.q_proj = Linear(c, c.hidden_size, q_width)
+        else:
+            self.q_a_proj = Linear(c, c.hidden_size, c.q_lora_rank)
+            self.q_a_layernorm = RMSNorm(c, LATENT_NORM_EPS)
+            self.q_b_proj = Linear(c, c.q_lora_rank, q_width)
+        self.kv_a_proj_with_mqa = Linear(c, c.hidden_size, c.kv_lora_rank + c.qk_rope_head_dim)
+        self.kv_a_layernorm = RMSNorm(c, LATENT_NORM_EPS)
+        self.kv_b_proj = Linear(c, c.kv_lora_rank, heads * (c.qk_nope_head_dim + c.v_head_dim))
+        self.o_proj = Linear(c, heads * c.v_head_dim, c.hidden_size)
+
+    def __call__(
+        self, x: jax.Array, rope: tuple[jax.Array, jax.Array], positions: jax.Array, cache: Optional[Latents] = None
+    ) -> tuple[jax.Array, Latents]:
+        """Attend.
+
+        Args:
+            x: [B, T, hidden_size].
+            rope: cosine and sine of the positions, from `rope_angles`.
+            positions: [B, T]; read only with a cache, whose rows they name.
+            cache: latents of all positions, [B, S, ...]; rows beyond a token's own are not read.
+
+        Returns:
+            Output [B, T, hidden_size]; and the latents of these tokens, or the cache with them in it.
+        """
+        q_nope, q_rope = self._queries(x, rope)
+        latents = self._latents(x, rope)
+        if cache is None:
+            out = self._expanded(q_nope, q_rope, latents)
+        else:
+            rows = jnp.arange(x.shape[0])[:, None]
+            latents = Latents(*(old.at[rows, positions].set(new) for old, new in zip(cache, latents)))
+            out = self._absorbed(q_nope, q_rope, latents, positions)
+        return self.o_proj(out.reshape(*x.shape[:2], -1)), latents
+
+    def _queries(self, x: jax.Array, rope: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array]:
+        """Queries without and with position, [B, T, H, nope] and [B, T, H, rope]."""
+        c = self.config
+        if c.q_lora_rank is None:
+            q = self.q_proj(x)
+        else:
+            q = self.q_b_proj(self.q_a_layernorm(self.q_a_proj(x)))
+        q = q.reshape(*x.shape[:2], c.num_attention_heads, -1)
+        return q[..., : c.qk_nope_head_dim], apply_rope(q[..., c.qk_nope_head_dim :], *rope)
+
+    def _latents(self, x: jax.Array, rope: tuple[jax.Array, jax.Array]) -> Latents:
+        c_kv, k_rope = jnp.split(self.kv_a_proj_with_mqa(x), [self.config.kv_lora_rank], axis=-1)
+        return Latents(self.kv_a_layernorm(c_kv), apply_rope(k_rope[:, :, None], *rope)[:, :, 0])
+
+    def _expanded(self, q_nope: jax.Array, q_rope: jax.Array, latents: Latents) -> jax.Array:
+        """Attention with keys and values made for every head: the fewest operations for many queries."""
+        c = self.config
+        expanded = self.kv_b_proj(latents.c_kv).reshape(*q_nope.shape[:3], -1)
+        k_nope, v = jnp.split(expanded, [c.qk_nope_head_dim], axis=-1)
+        k_rope = jnp.broadcast_to(latents.k_rope[:, :, None], q_rope.shape)
+        q = jnp.concatenate([q_nope, q_rope], axis=-1)
+        k = jnp.concatenate([k_nope, k_rope], axis=-1)
+        attend = jax.checkpoint(causal_attention, static_argnums=3) if c.remat == "attention" else causal_attention
+        return attend(q, k, v, softmax_scale(c))
+
+    def _absorbed(self, q_nope: jax.Array, q_rope: jax.Array, cache: Latents, positions: jax.Array) -> jax.Array:
+        """Attention in the latent space: W_uk goes into the query, W_uv into the output."""
+        c = self.config
+        weight = self.kv_b_proj.weight.astype(q_nope.dtype)
+        w_uk, w_uv = jnp.split(weight.reshape(c.kv_lora_rank, c.num_attention_heads, -1), [c.qk_nope_head_dim], axis=-1)
+        q_latent = jnp.einsum("bthn,rhn->bthr", q_nope, w_uk)
+        dtype = widen(q_nope.dtype)
+        scores = jnp.einsum("bthr,bsr->bhts", q_latent, cache.c_kv, preferred_element_type=dtype)
+        scores += jnp.einsum("bthr,bsr->bhts", q_rope, cache.k_rope, preferred_element_type=dtype)
+        seen = jnp.arange(cache.c_kv.shape[1]) <= positions[:, None, :, None]
+        weights = masked_softmax(scores * softmax_scale(c), seen).astype(q_nope.dtype)
+        attended = jnp.einsum("bhts,bsr->bthr", weights, cache.c_kv)
+        return jnp.einsum("bthr,rhv->bthv", attended, w_uv)
+
+
+def causal_attention(q: jax.Array, k: jax.Array, v: jax.Array, scale: float) -> jax.Array:
+    """Softmax attention of every token to itself and those before it.
+
+    Args:
+        q, k: [B, T, H, D].
+        v: [B, T, H, V].
+        scale: factor on the scores.
+
+    Returns:
+        [B, T, H, V]. The softmax is taken in at least float32.
+    """
+    scores = jnp.einsum("bthd,bshd->bhts", q, k, preferred_element_type=widen(q.dtype)) * scale
+    length = q.shape[1]
+    weights = masked_softmax(scores, jnp.tril(jnp.ones((length, length), bool))).astype(q.dtype)
+    return jnp.einsum("bhts,bshv->bthv", weights, v)
+
+
+def masked_softmax(scores: jax.Array, mask: jax.Array) -> jax.Array:
+    """Softmax over the last axis of the scores where `mask` is true, zero elsewhere."""
+    return jax.nn.softmax(jnp.where(mask, scores, -jnp.inf), axis=-1)
+
+
+def empty_cache(config: ModelConfig, layers: int, batch: int, length: int) -> Latents:
+    """Zeroed latents for `layers` stacked layers, each field [layers, batch, length, ...]."""
+    shape, dtype = (layers, batch, length), compute_dtype(config)
+    return Latents(
+        jnp.zeros((*shape, config.kv_lora_rank), dtype), jnp.zeros((*shape, config.qk_rope_head_dim), dtype)
+    )

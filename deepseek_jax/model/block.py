@@ -1,0 +1,50 @@
+"""One transformer layer: pre-norm attention, then a pre-norm dense or mixture-of-experts feed-forward."""
+
+from typing import NamedTuple, Optional
+
+import flax.linen as nn
+import jax
+
+from deepseek_jax.config import ModelConfig
+from deepseek_jax.model.attention import Latents, MultiHeadLatentAttention
+from deepseek_jax.model.layers import RMSNorm, SwiGLU
+from deepseek_jax.model.moe import MoE
+
+
+class BlockOutput(NamedTuple):
+    """What a layer tells besides its hidden state; a dense layer has no counts and no balance loss."""
+
+    latents: Latents
+    counts: Optional[jax.Array] = None
+    """Tokens sent to each expert, [E]."""
+    balance_loss: Optional[jax.Array] = None
+
+
+class Block(nn.Module):
+    """A layer of the main model or of an MTP module.
+
+    Attributes:
+        moe: whether the feed-forward is a mixture of experts.
+    """
+
+    config: ModelConfig
+    moe: bool
+
+    def setup(self):
+        c = self.config
+        self.input_layernorm = RMSNorm(c, c.rms_norm_eps)
+        self.self_attn = MultiHeadLatentAttention(c)
+        self.post_attention_layernorm = RMSNorm(c, c.rms_norm_eps)
+        self.mlp = MoE(c) if self.moe else SwiGLU(c, c.intermediate_size)
+
+    def __call__(
+        self, x: jax.Array, rope: tuple[jax.Array, jax.Array], positions: jax.Array, cache: Optional[Latents] = None
+    ) -> tuple[jax.Array, BlockOutput]:
+        """[B, T, hidden_size] -> the same; arguments as for `MultiHeadLatentAttention`."""
+        attended, latents = self.self_attn(self.input_layernorm(x), rope, positions, cache)
+        x = x + attended
+        normed = self.post_attention_layernorm(x)
+        if not self.moe:
+            return x + self.mlp(normed), BlockOutput(latents)
+        fed, routing = self.mlp(normed)
+        return x + fed, BlockOutput(latents, routing.counts, routing.balance_loss)

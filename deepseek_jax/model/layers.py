@@ -1,0 +1,85 @@
+"""The small layers everything else is made of: linear map, norm, embedding and SwiGLU."""
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+
+from deepseek_jax.config import ModelConfig
+
+
+def compute_dtype(config: ModelConfig) -> jnp.dtype:
+    """Type of activations and of the operands of matrix products."""
+    return jnp.dtype(config.precision)
+
+
+def param_dtype(config: ModelConfig) -> jnp.dtype:
+    """Type of stored parameters: at least float32, whatever the compute type."""
+    return widen(compute_dtype(config))
+
+
+def widen(dtype: jnp.dtype) -> jnp.dtype:
+    """The type for sums that must not lose digits: float32, or float64 where that is in use."""
+    return jnp.promote_types(dtype, jnp.float32)
+
+
+class Linear(nn.Module):
+    """`x W` without a bias; `weight` is [in_features, features]."""
+
+    config: ModelConfig
+    in_features: int
+    features: int
+
+    def setup(self):
+        init = nn.initializers.normal(self.config.initializer_range)
+        self.weight = self.param("weight", init, (self.in_features, self.features), param_dtype(self.config))
+
+    def __call__(self, x: jax.Array) -> jax.Array:
+        """[..., in_features] -> [..., features]."""
+        return x @ self.weight.astype(x.dtype)
+
+
+class RMSNorm(nn.Module):
+    """Root-mean-square norm over the last axis, computed in at least float32."""
+
+    config: ModelConfig
+    eps: float
+
+    @nn.compact
+    def __call__(self, x: jax.Array) -> jax.Array:
+        """[..., d] -> [..., d]."""
+        weight = self.param("weight", nn.initializers.ones, (x.shape[-1],), param_dtype(self.config))
+        wide = x.astype(widen(x.dtype))
+        variance = jnp.mean(jnp.square(wide), axis=-1, keepdims=True)
+        return (wide * jax.lax.rsqrt(variance + self.eps) * weight).astype(x.dtype)
+
+
+class Embedding(nn.Module):
+    """Table of token vectors; `weight` is [vocab_size, hidden_size]."""
+
+    config: ModelConfig
+
+    def setup(self):
+        c = self.config
+        init = nn.initializers.normal(c.initializer_range)
+        self.weight = self.param("weight", init, (c.vocab_size, c.hidden_size), param_dtype(c))
+
+    def __call__(self, tokens: jax.Array) -> jax.Array:
+        """Token ids [...] -> vectors [..., hidden_size]."""
+        return self.weight[tokens].astype(compute_dtype(self.config))
+
+
+class SwiGLU(nn.Module):
+    """Feed-forward `down(silu(gate x) * up x)` of the dense layers and the shared experts."""
+
+    config: ModelConfig
+    width: int
+
+    def setup(self):
+        hidden = self.config.hidden_size
+        self.gate_proj = Linear(self.config, hidden, self.width)
+        self.up_proj = Linear(self.config, hidden, self.width)
+        self.down_proj = Linear(self.config, self.width, hidden)
+
+    def __call__(self, x: jax.Array) -> jax.Array:
+        """[..., hidden_size] -> the same."""
+        return self.down_proj(nn.silu(self.gate_proj(x)) * self.up_proj(x))

@@ -1,0 +1,44 @@
+"""Multi-token prediction: modules that each look one token further ahead (report 2.2)."""
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+
+from deepseek_jax.config import ModelConfig
+from deepseek_jax.model.block import Block, BlockOutput
+from deepseek_jax.model.layers import Linear, RMSNorm
+
+
+class MTPModule(nn.Module):
+    """Module k: joins the state before it at position i with the embedding of token i + k.
+
+    Embedding and output head are the main model's, so they are not here.
+    """
+
+    config: ModelConfig
+
+    def setup(self):
+        c = self.config
+        self.enorm = RMSNorm(c, c.rms_norm_eps)
+        self.hnorm = RMSNorm(c, c.rms_norm_eps)
+        self.eh_proj = Linear(c, 2 * c.hidden_size, c.hidden_size)
+        self.block = Block(c, moe=True)
+        self.norm = RMSNorm(c, c.rms_norm_eps)
+
+    def __call__(
+        self, previous: jax.Array, rope: tuple[jax.Array, jax.Array], positions: jax.Array, embedded: jax.Array
+    ) -> tuple[jax.Array, tuple[jax.Array, BlockOutput]]:
+        """One depth further.
+
+        Args:
+            previous: [B, T, hidden_size] state of the depth before (of the main model for k = 1).
+            rope, positions: as for `Block`.
+            embedded: [B, T, hidden_size] embeddings of the tokens k further on.
+
+        Returns:
+            The state for the next depth; and the normed state for the output head with the block's output.
+        """
+        joined = jnp.concatenate([self.enorm(embedded), self.hnorm(previous)], axis=-1)
+        hidden, output = self.block(self.eh_proj(joined), rope, positions)
+        normed = self.norm(hidden)
+        return normed if self.config.mtp_hidden_after_norm else hidden, (normed, output)

@@ -1,0 +1,86 @@
+"""Rotary position embedding in interleaved pairs, and YaRN's stretch of it (report 2.1.1, 4.3)."""
+
+import math
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from deepseek_jax.config import ModelConfig, RopeScaling
+from deepseek_jax.model.layers import compute_dtype, widen
+
+
+def rope_angles(config: ModelConfig, positions: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """Cosine and sine of every pair's angle.
+
+    Args:
+        positions: token positions, [..., T].
+
+    Returns:
+        Two arrays [..., T, qk_rope_head_dim / 2] of at least float32, YaRN's magnitude included.
+    """
+    dtype = widen(compute_dtype(config))
+    angles = positions[..., None].astype(dtype) * jnp.asarray(inverse_frequencies(config), dtype)
+    magnitude = jnp.asarray(rope_magnitude(config), dtype)
+    return jnp.cos(angles) * magnitude, jnp.sin(angles) * magnitude
+
+
+def apply_rope(x: jax.Array, cos: jax.Array, sin: jax.Array) -> jax.Array:
+    """Turn each pair (x[2i], x[2i+1]) of the last axis by its angle.
+
+    Args:
+        x: [..., T, H, R] queries or keys; H heads share a position's angle.
+        cos, sin: [..., T, R / 2] from `rope_angles`.
+    """
+    cos, sin = cos[..., None, :], sin[..., None, :]
+    wide = x.astype(cos.dtype)
+    even, odd = wide[..., 0::2], wide[..., 1::2]
+    turned = jnp.stack([even * cos - odd * sin, odd * cos + even * sin], axis=-1)
+    return turned.reshape(x.shape).astype(x.dtype)
+
+
+def inverse_frequencies(config: ModelConfig) -> np.ndarray:
+    """Radians per position of each pair, [qk_rope_head_dim / 2] in float64.
+
+    Under YaRN, pairs that turn often within the original length keep their frequency, those that
+    turn less than once have it divided by `factor`, and a linear ramp joins the two.
+    """
+    dim = config.qk_rope_head_dim
+    frequencies = config.rope_theta ** (-np.arange(0, dim, 2, dtype=np.float64) / dim)
+    scaling = config.rope_scaling
+    if scaling is None:
+        return frequencies
+    low = max(math.floor(_pair_of_turns(config, scaling, scaling.beta_fast)), 0)
+    high = min(math.ceil(_pair_of_turns(config, scaling, scaling.beta_slow)), dim - 1)
+    width = high - low or 0.001
+    interpolated = np.clip((np.arange(dim // 2) - low) / width, 0, 1)
+    return frequencies / scaling.factor * interpolated + frequencies * (1 - interpolated)
+
+
+def _pair_of_turns(config: ModelConfig, scaling: RopeScaling, turns: float) -> float:
+    """Index (fractional) of the pair that makes `turns` full turns over the original length."""
+    length = scaling.original_max_position_embeddings
+    return config.qk_rope_head_dim * math.log(length / (turns * 2 * math.pi)) / (2 * math.log(config.rope_theta))
+
+
+def rope_magnitude(config: ModelConfig) -> float:
+    """YaRN's factor on cosine and sine: the ratio of mscale to mscale_all_dim, 1 for DeepSeek-V3."""
+    scaling = config.rope_scaling
+    if scaling is None:
+        return 1.0
+    if scaling.mscale and scaling.mscale_all_dim:
+        return _mscale(scaling.factor, scaling.mscale) / _mscale(scaling.factor, scaling.mscale_all_dim)
+    return _mscale(scaling.factor, 1.0)
+
+
+def softmax_scale(config: ModelConfig) -> float:
+    """Factor on the attention scores: (nope + rope)^-1/2, sharpened under YaRN."""
+    scale = (config.qk_nope_head_dim + config.qk_rope_head_dim) ** -0.5
+    scaling = config.rope_scaling
+    if scaling is None:
+        return scale
+    return scale * _mscale(scaling.factor, scaling.mscale_all_dim) ** 2
+
+
+def _mscale(factor: float, weight: float) -> float:
+    return 0.1 * weight * math.log(factor) + 1.0

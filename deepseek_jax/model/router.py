@@ -1,0 +1,92 @@
+"""Which experts serve a token, and the statistics that keep their load even (report 2.1.2)."""
+
+from typing import NamedTuple
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+
+from deepseek_jax.config import ModelConfig
+from deepseek_jax.model.layers import param_dtype
+
+ROUTER_STATE = "router_state"
+"""Collection of the biases: state that training updates without a gradient."""
+
+
+class Routing(NamedTuple):
+    """A router's choice for each token, and what balancing needs to know of it."""
+
+    indices: jax.Array
+    """Chosen experts, [B, T, K] int32, distinct within a token."""
+    weights: jax.Array
+    """Their factors on the output, [B, T, K], at least float32."""
+    counts: jax.Array
+    """Tokens sent to each expert, [E] int32."""
+    balance_loss: jax.Array
+    """Sequence-wise balance loss before its weight alpha, averaged over the sequences."""
+
+
+class Router(nn.Module):
+    """Sigmoid scores, a bias that acts on the selection alone, and selection limited to groups."""
+
+    config: ModelConfig
+
+    @nn.compact
+    def __call__(self, x: jax.Array) -> Routing:
+        """Route tokens [B, T, hidden_size], in at least float32."""
+        c = self.config
+        dtype = param_dtype(c)
+        init = nn.initializers.normal(c.initializer_range)
+        weight = self.param("weight", init, (x.shape[-1], c.n_routed_experts), dtype)
+        bias = self.variable(ROUTER_STATE, "e_score_correction_bias", jnp.zeros, (c.n_routed_experts,), dtype).value
+        logits = jnp.matmul(x.astype(dtype), weight, precision=jax.lax.Precision.HIGHEST)
+        scores = jax.nn.sigmoid(logits)
+        indices = select_experts(c, jax.lax.stop_gradient(scores + bias))
+        weights = jnp.take_along_axis(scores, indices, axis=-1)
+        if c.norm_topk_prob:
+            weights /= jnp.sum(weights, axis=-1, keepdims=True) + 1e-20
+        counts = jnp.sum(jax.nn.one_hot(indices, c.n_routed_experts, dtype=jnp.int32), axis=(1, 2))
+        return Routing(
+            indices, weights * c.routed_scaling_factor, jnp.sum(counts, axis=0), balance_loss(c, scores, counts)
+        )
+
+
+def select_experts(config: ModelConfig, biased_scores: jax.Array) -> jax.Array:
+    """Best num_experts_per_tok experts within the best topk_group groups: [..., E] -> [..., K] int32.
+
+    A group's score is the sum of its two best; what lies outside the kept groups counts as minus
+    infinity, since biased scores may be negative.
+    """
+    c = config
+    if c.topk_group < c.n_group:
+        grouped = biased_scores.reshape(*biased_scores.shape[:-1], c.n_group, -1)
+        group_scores = jnp.sum(jax.lax.top_k(grouped, 2)[0], axis=-1)
+        kept = jax.lax.top_k(group_scores, c.topk_group)[1]
+        mask = jnp.any(kept[..., None] == jnp.arange(c.n_group), axis=-2)
+        biased_scores = jnp.where(mask[..., None], grouped, -jnp.inf).reshape(biased_scores.shape)
+    return jax.lax.top_k(biased_scores, c.num_experts_per_tok)[1]
+
+
+def balance_loss(config: ModelConfig, scores: jax.Array, counts: jax.Array) -> jax.Array:
+    """Sum over experts of f_i P_i, averaged over sequences.
+
+    Args:
+        scores: [B, T, E] before bias.
+        counts: [B, E] tokens of each sequence sent to each expert.
+    """
+    c = config
+    share = scores / (jnp.sum(scores, axis=-1, keepdims=True) + 1e-20)
+    mean_share = jnp.mean(share, axis=1)
+    frequency = counts * jnp.asarray(c.n_routed_experts / (c.num_experts_per_tok * scores.shape[1]), scores.dtype)
+    return jnp.mean(jnp.sum(frequency * mean_share, axis=-1))
+
+
+def updated_bias(bias: jax.Array, counts: jax.Array, speed: jax.Array) -> jax.Array:
+    """Raise the bias of experts that got fewer tokens than the mean, lower that of the others.
+
+    Args:
+        bias, counts: [..., E]; the counts are those of the whole global batch.
+        speed: gamma.
+    """
+    counts = counts.astype(bias.dtype)
+    return bias + speed * jnp.sign(jnp.mean(counts, axis=-1, keepdims=True) - counts)
