@@ -19,7 +19,7 @@ def param_dtype(config: ModelConfig) -> jnp.dtype:
 
 def widen(dtype: jnp.dtype) -> jnp.dtype:
     """The type for sums that must not lose digits: float32, or float64 where that is in use."""
-    return jnp.promote_types(dtype, jnp.float32)
+    return jnp.dtype(jnp.float64 if dtype == jnp.float64 else jnp.float32)
 
 
 class Linear(nn.Module):

@@ -77,7 +77,7 @@ def balance_loss(config: ModelConfig, scores: jax.Array, counts: jax.Array) -> j
     c = config
     share = scores / (jnp.sum(scores, axis=-1, keepdims=True) + 1e-20)
     mean_share = jnp.mean(share, axis=1)
-    frequency = counts * jnp.asarray(c.n_routed_experts / (c.num_experts_per_tok * scores.shape[1]), scores.dtype)
+    frequency = counts.astype(scores.dtype) * (c.n_routed_experts / (c.num_experts_per_tok * scores.shape[1]))
     return jnp.mean(jnp.sum(frequency * mean_share, axis=-1))
 
 

@@ -1,0 +1,115 @@
+"""The training loss (report 2.1.2, 2.2): next token, tokens beyond it, and the experts' balance.
+
+Cross-entropy works on chunks of tokens and computes the gradient beside the loss, so that logits
+exist for one chunk at a time and are computed once, not again in the backward pass.
+"""
+
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from deepseek_jax.config import Config
+from deepseek_jax.model.layers import widen
+from deepseek_jax.model.transformer import DeepseekV3
+
+
+class LossParts(NamedTuple):
+    """What the loss is made of, and the routing statistics of its batch."""
+
+    cross_entropy: jax.Array
+    """Mean nats per token by prediction depth, [1 + D]; the first is the next token's."""
+    balance_loss: jax.Array
+    """Before its weight."""
+    counts: dict[str, jax.Array]
+    """Tokens sent to each expert, [layers, E] for each stack with experts."""
+
+
+def training_loss(
+    params: Any, router_state: Any, tokens: jax.Array, config: Config, mtp_weight: jax.Array
+) -> tuple[jax.Array, LossParts]:
+    """CE_0 + lambda/D sum_k CE_k + alpha * balance.
+
+    Args:
+        tokens: [B, T + 1 + D]; depth k at position i predicts token i + k + 1.
+        mtp_weight: lambda.
+    """
+    model, depth = config.model, config.model.num_nextn_predict_layers
+    variables = {"params": params, "router_state": router_state}
+    output = DeepseekV3(model).apply(variables, tokens[:, :-1])
+    length = output.hidden.shape[2]
+    targets = jnp.stack([tokens[:, k + 1 : k + 1 + length] for k in range(depth + 1)])
+    dtype = widen(output.hidden.dtype)
+    depth_weights = jnp.concatenate([jnp.ones((1,), dtype), jnp.full((depth,), mtp_weight.astype(dtype) / max(depth, 1))])
+    weights = jnp.broadcast_to(depth_weights[:, None, None] / targets[0].size, targets.shape)
+    weighted, nats = cross_entropy(
+        output.hidden.reshape(-1, output.hidden.shape[-1]), output.head, targets.reshape(-1), weights.reshape(-1),
+        config.train.loss_chunk_tokens,
+    )  # fmt: skip
+    by_depth = nats.reshape(depth + 1, -1).mean(axis=1)
+    loss = weighted + config.train.sequence_balance_weight * output.balance_loss
+    return loss, LossParts(by_depth, output.balance_loss, output.counts)
+
+
+def cross_entropy(
+    hidden: jax.Array, head: jax.Array, targets: jax.Array, weights: jax.Array, chunk: int
+) -> tuple[jax.Array, jax.Array]:
+    """Weighted sum of the tokens' negative log-likelihoods, in at least float32.
+
+    Args:
+        hidden: [N, hidden_size].
+        head: [hidden_size, vocab_size].
+        targets: [N] token ids.
+        weights: [N]; not differentiated.
+        chunk: tokens whose logits exist at one time.
+
+    Returns:
+        The sum; and each token's nats [N], for reporting: no gradient flows through them.
+    """
+    tokens = hidden.shape[0]
+    chunk = min(chunk, tokens)
+    extra = -tokens % chunk
+
+    def chunks(x: jax.Array) -> jax.Array:
+        return jnp.pad(x, ((0, extra),) + ((0, 0),) * (x.ndim - 1)).reshape(-1, chunk, *x.shape[1:])
+
+    total, nats = _chunked(chunks(hidden), head, chunks(targets), jax.lax.stop_gradient(chunks(weights)))
+    return total, nats.reshape(-1)[:tokens]
+
+
+def _logits_and_nats(hidden: jax.Array, head: jax.Array, targets: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
+    logits = jnp.matmul(hidden, head, preferred_element_type=widen(hidden.dtype))
+    normalizer = jax.nn.logsumexp(logits, axis=-1)
+    return logits, normalizer, normalizer - jnp.take_along_axis(logits, targets[:, None], axis=-1)[:, 0]
+
+
+@jax.custom_vjp
+def _chunked(hidden: jax.Array, head: jax.Array, targets: jax.Array, weights: jax.Array):
+    """`cross_entropy` on operands in chunks, [C, chunk, ...]."""
+    nats = jax.lax.map(lambda args: _logits_and_nats(args[0], head, args[1])[2], (hidden, targets))
+    return jnp.sum(nats * weights), nats
+
+
+def _chunked_forward(hidden: jax.Array, head: jax.Array, targets: jax.Array, weights: jax.Array):
+    wide = widen(hidden.dtype)
+
+    def one(head_gradient: jax.Array, args: tuple[jax.Array, jax.Array, jax.Array]):
+        h, target, weight = args
+        logits, normalizer, nats = _logits_and_nats(h, head, target)
+        hit = jnp.arange(logits.shape[-1]) == target[:, None]
+        gradient = ((jnp.exp(logits - normalizer[:, None]) - hit.astype(wide)) * weight[:, None]).astype(h.dtype)
+        head_gradient += jnp.matmul(h.T, gradient, preferred_element_type=wide)
+        return head_gradient, (nats, gradient @ head.T)
+
+    head_gradient, (nats, hidden_gradient) = jax.lax.scan(
+        one, jnp.zeros(head.shape, wide), (hidden, targets, weights.astype(wide))
+    )
+    return (jnp.sum(nats * weights), nats), (hidden_gradient, head_gradient.astype(head.dtype))
+
+
+def _chunked_backward(gradients: tuple[jax.Array, jax.Array], cotangents: tuple[jax.Array, jax.Array]):
+    scaled = [gradient * cotangents[0].astype(gradient.dtype) for gradient in gradients]
+    return *scaled, None, None
+
+
+_chunked.defvjp(_chunked_forward, _chunked_backward)
