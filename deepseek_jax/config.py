@@ -20,13 +20,15 @@ import yaml
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
+from deepseek_jax.errors import UserError
+
 PRECISIONS = ("float64", "float32", "bfloat16")
 REMAT_CHOICES = ("none", "attention", "full")
 GROUPED_MATMULS = ("auto", "reference", "blocked", "megablox")
 PHASE_SHAPES = ("constant", "linear", "cosine")
 
 
-class ConfigError(ValueError):
+class ConfigError(UserError):
     """A config that cannot work; the message is one line that names the field and the remedy."""
 
 

@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 
 from deepseek_jax.config import ModelConfig
-from deepseek_jax.model.layers import Linear, RMSNorm, compute_dtype, widen
+from deepseek_jax.model.layers import Linear, RMSNorm, widen
 from deepseek_jax.model.rope import apply_rope, softmax_scale
 
 LATENT_NORM_EPS = 1e-6
@@ -131,11 +131,3 @@ def causal_attention(q: jax.Array, k: jax.Array, v: jax.Array, scale: float) -> 
 def masked_softmax(scores: jax.Array, mask: jax.Array) -> jax.Array:
     """Softmax over the last axis of the scores where `mask` is true, zero elsewhere."""
     return jax.nn.softmax(jnp.where(mask, scores, -jnp.inf), axis=-1)
-
-
-def empty_cache(config: ModelConfig, layers: int, batch: int, length: int) -> Latents:
-    """Zeroed latents for `layers` stacked layers, each field [layers, batch, length, ...]."""
-    shape, dtype = (layers, batch, length), compute_dtype(config)
-    return Latents(
-        jnp.zeros((*shape, config.kv_lora_rank), dtype), jnp.zeros((*shape, config.qk_rope_head_dim), dtype)
-    )

@@ -12,16 +12,11 @@ import jax
 import jax.numpy as jnp
 
 from deepseek_jax.config import ModelConfig
-from deepseek_jax.model.attention import Latents
 from deepseek_jax.model.block import Block, BlockOutput
 from deepseek_jax.model.layers import Embedding, Linear, RMSNorm, compute_dtype, param_dtype
 from deepseek_jax.model.mtp import MTPModule
 from deepseek_jax.model.rope import rope_angles
 from deepseek_jax.model.router import ROUTER_STATE
-
-Cache = dict[str, Latents]
-"""Latents of each stack of layers, `dense_layers` and `moe_layers`, each field [layers, B, S, ...]."""
-
 
 class ModelOutput(NamedTuple):
     """What the losses are made of."""
@@ -67,7 +62,7 @@ class DeepseekV3(nn.Module):
         embedded = self.embed_tokens(tokens)
         positions = jnp.broadcast_to(jnp.arange(length), (tokens.shape[0], length))
         rope = rope_angles(c, positions)
-        hidden, outputs = self._layers(embedded[:, :length], rope, positions, {})
+        hidden, outputs = self._layers(embedded[:, :length], rope, positions)
         normed = self.norm(hidden)
         states = normed[None]
         if depth:
@@ -79,35 +74,23 @@ class DeepseekV3(nn.Module):
 
     def hidden_states(self, tokens: jax.Array) -> jax.Array:
         """Normed states [B, T, hidden_size] of the main model for tokens [B, T]."""
-        return self.prefill(tokens)[0]
-
-    def prefill(self, tokens: jax.Array) -> tuple[jax.Array, Cache]:
-        """Normed states of tokens [B, T] at positions 0 to T - 1, and their latents."""
         positions = jnp.broadcast_to(jnp.arange(tokens.shape[1]), tokens.shape)
-        return self._main(tokens, positions, {})
-
-    def decode(self, tokens: jax.Array, positions: jax.Array, cache: Cache) -> tuple[jax.Array, Cache]:
-        """Normed states of tokens [B, T] at positions [B, T], and the cache with their latents in it."""
-        return self._main(tokens, positions, cache)
+        hidden, _ = self._layers(self.embed_tokens(tokens), rope_angles(self.config, positions), positions)
+        return self.norm(hidden)
 
     def head(self) -> jax.Array:
         """Weight of the output head in the compute type, [hidden_size, vocab_size]."""
         weight = self.embed_tokens.weight.T if self.config.tie_word_embeddings else self.lm_head.weight
         return weight.astype(compute_dtype(self.config))
 
-    def _main(self, tokens: jax.Array, positions: jax.Array, cache: Cache) -> tuple[jax.Array, Cache]:
-        rope = rope_angles(self.config, positions)
-        hidden, outputs = self._layers(self.embed_tokens(tokens), rope, positions, cache)
-        return self.norm(hidden), {name: output.latents for name, output in outputs.items()}
-
     def _layers(
-        self, x: jax.Array, rope: tuple[jax.Array, jax.Array], positions: jax.Array, cache: Cache
+        self, x: jax.Array, rope: tuple[jax.Array, jax.Array], positions: jax.Array
     ) -> tuple[jax.Array, dict[str, BlockOutput]]:
         """Run every stack of the main model in turn."""
         outputs = {}
         for name in ("dense_layers", "moe_layers"):
             if hasattr(self, name):
-                x, outputs[name] = getattr(self, name)(x, rope, positions, cache.get(name))
+                x, outputs[name] = getattr(self, name)(x, rope, positions, None)
         return x, outputs
 
 

@@ -10,7 +10,7 @@ import optax
 from deepseek_jax.config import Config
 from deepseek_jax.model.router import updated_bias
 from deepseek_jax.model.transformer import DeepseekV3
-from deepseek_jax.training.loss import LossParts, cross_entropy, training_loss
+from deepseek_jax.training.loss import LossParts, training_loss
 from deepseek_jax.training.optimizer import make_optimizer
 
 
@@ -85,14 +85,3 @@ def _accumulated(state: TrainState, tokens: jax.Array, scalars: Scalars, config:
         gradients, loss = mean(gradients), mean(loss)
         parts = LossParts(mean(parts.cross_entropy), mean(parts.balance_loss), parts.counts)
     return gradients, StepMetrics(loss, parts, optax.global_norm(gradients))
-
-
-def evaluation_nats(params: Any, router_state: Any, tokens: jax.Array, config: Config) -> jax.Array:
-    """Sum of the next tokens' nats over sequences [B, T + 1], main model only."""
-    model = DeepseekV3(config.model)
-    variables = {"params": params, "router_state": router_state}
-    hidden = model.apply(variables, tokens[:, :-1], method="hidden_states")
-    targets = tokens[:, 1:].reshape(-1)
-    head = model.apply(variables, method="head")
-    ones = jnp.ones(targets.shape, hidden.dtype)
-    return cross_entropy(hidden.reshape(-1, hidden.shape[-1]), head, targets, ones, config.train.loss_chunk_tokens)[0]

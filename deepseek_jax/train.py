@@ -1,0 +1,193 @@
+"""Train a model on text: `python -m deepseek_jax.train --config quickstart data.input=my.txt run_dir=RUN`.
+
+The story of a run: read the config, turn text into tokens, make or restore the state, then step,
+evaluate and save until the last step. RUN then holds config.yaml, tokenizer.json, metrics.jsonl,
+loss.png and checkpoints.
+"""
+
+import argparse
+import math
+import signal
+from functools import partial
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from deepseek_jax.config import Config, ConfigError, load_config, presets, to_yaml
+from deepseek_jax.data.loader import Windows
+from deepseek_jax.data.packing import PreparedData, prepare
+from deepseek_jax.errors import UserError, run_command, write_atomically
+from deepseek_jax.model.transformer import count_parameters
+from deepseek_jax.training.checkpoint import Checkpoints
+from deepseek_jax.training.evaluation import Evaluation
+from deepseek_jax.training.metrics import METRICS_FILE, MetricsFile, Progress
+from deepseek_jax.training.plot import plot_run
+from deepseek_jax.training.schedules import StepPlan, plan_steps
+from deepseek_jax.training.step import Scalars, StepMetrics, TrainState, init_state, train_step
+
+CONFIG_FILE = "config.yaml"
+
+
+def main() -> None:
+    """Parse the command line and train."""
+    parser = argparse.ArgumentParser(
+        prog="python -m deepseek_jax.train",
+        description="Train a DeepSeek-V3 on text.",
+        epilog="example: python -m deepseek_jax.train --config quickstart data.input=my.txt train.steps=200 run_dir=my-run",
+    )
+    parser.add_argument("--config", help=f"a .yaml file or a preset ({', '.join(presets())})")
+    parser.add_argument("--resume", action="store_true", help="go on from the last checkpoint of run_dir")
+    parser.add_argument("overrides", nargs="*", metavar="section.field=value", help="fields of the config to change")
+    args = parser.parse_args()
+    run_command(lambda: train(read_config(args.config, args.resume, args.overrides), args.resume))
+
+
+def read_config(source: str | None, resume: bool, overrides: list[str]) -> Config:
+    """The config given; or that of the run to resume, found by its run_dir override."""
+    if source is not None:
+        return load_config(source, overrides)
+    run_dir = next((word.partition("=")[2] for word in overrides if word.startswith("run_dir=")), None)
+    if not resume or not run_dir:
+        raise ConfigError("give --config FILE, or --resume run_dir=DIR to go on with the config of that run")
+    path = Path(run_dir) / CONFIG_FILE
+    if not path.is_file():
+        raise ConfigError(f"{path}: not there, so {run_dir} holds no run to resume")
+    return load_config(path, overrides)
+
+
+def train(config: Config, resume: bool = False) -> None:
+    """Train `config` to its last step.
+
+    Raises:
+        UserError: for anything the user can mend; the last checkpoint stays usable.
+    """
+    # The default would cut float32 products down to bfloat16 or TF32 on a TPU or GPU.
+    jax.config.update("jax_default_matmul_precision", "highest")
+    run_dir = Path(config.run_dir)
+    if not resume and (run_dir / METRICS_FILE).exists():
+        raise ConfigError(f"{run_dir} already holds a run: add --resume to go on with it, or give another run_dir")
+    run_dir.mkdir(parents=True, exist_ok=True)
+    data = prepare(config, run_dir)
+    checkpoints = Checkpoints(run_dir, config)
+    last_step = checkpoints.latest() if resume else None
+    state = init_state(config) if last_step is None else checkpoints.restore(last_step)
+    write_atomically(run_dir / CONFIG_FILE, to_yaml(config))
+    _describe(config, data, last_step)
+    loop = _Loop(config, run_dir, data, checkpoints, last_step or 0)
+    loop.run(state)
+
+
+def _describe(config: Config, data: PreparedData, last_step: int | None) -> None:
+    count = count_parameters(config.model)
+    print(f"{config.run_dir}: {'resuming after step ' + str(last_step) if last_step else 'a new run'}")
+    mtp = f", and {count.mtp:,} in MTP modules" if count.mtp else ""
+    print(f"model: {count.total:,} parameters, {count.active:,} active per token{mtp}; {config.model.precision}")
+    print(f"data: {len(data.train):,} tokens to train on, {len(data.held_out):,} held out")
+    tokens = sum(plan.batch_size for plan in plan_steps(config.train)) * config.train.sequence_length
+    print(f"plan: {config.train.steps:,} steps, {tokens:,} tokens; device: {jax.devices()[0].device_kind}", flush=True)
+
+
+class _Loop:
+    """The steps of a run and what is written along the way."""
+
+    def __init__(self, config: Config, run_dir: Path, data: PreparedData, checkpoints: Checkpoints, last_step: int):
+        train = config.train
+        self._config, self._run_dir, self._checkpoints, self._last_step = config, run_dir, checkpoints, last_step
+        depth = config.model.num_nextn_predict_layers
+        self._windows = Windows(data.train, train.sequence_length + 1 + depth, train.sequence_length, config.data.seed)
+        self._evaluation = Evaluation(config, data)
+        self._metrics = MetricsFile(run_dir, last_step)
+        self._progress = Progress(last_step, train.steps, train.batch_size * train.sequence_length)
+        self._step = jax.jit(partial(train_step, config=config), donate_argnums=0)
+        self._interrupted = False
+
+    def run(self, state: TrainState) -> None:
+        """Take every remaining step."""
+        train, saved = self._config.train, self._last_step
+        previous = signal.signal(signal.SIGINT, self._interrupt)
+        try:
+            told: tuple[StepPlan, StepMetrics] | None = None
+            for plan in plan_steps(train):
+                if plan.step <= self._last_step:
+                    continue
+                state, metrics = self._step(state, self._batch(plan), _scalars(plan, self._config))
+                # Telling of the step before keeps the device busy while the host reads its metrics.
+                self._tell(told)
+                told = (plan, metrics)
+                end = plan.step == train.steps or self._interrupted
+                if end or plan.step % train.eval_every == 0 or plan.step % train.checkpoint_every == 0:
+                    self._tell(told)
+                    told = None
+                if plan.step % train.eval_every == 0 or plan.step == train.steps:
+                    self._evaluate(plan, state)
+                if end or plan.step % train.checkpoint_every == 0:
+                    self._checkpoints.save(plan.step, state)
+                    saved = plan.step
+                if self._interrupted:
+                    break
+            self._checkpoints.wait()
+        finally:
+            signal.signal(signal.SIGINT, previous)
+        if self._interrupted:
+            raise Interrupted(f"interrupted; step {saved} is saved: --resume run_dir={self._run_dir} goes on from it")
+        print(f"loss plot: {plot_run(self._run_dir)}")
+
+    def _interrupt(self, signum: int, frame: object) -> None:
+        if self._interrupted:
+            raise KeyboardInterrupt
+        self._interrupted = True
+        self._progress.note("stopping after this step and saving; press Ctrl-C again to stop at once")
+
+    def _batch(self, plan: StepPlan) -> np.ndarray:
+        tokens = self._windows.take(plan.first_sequence, plan.batch_size)
+        return tokens.reshape(self._config.train.gradient_accumulation_steps, -1, tokens.shape[1])
+
+    def _tell(self, told: tuple[StepPlan, StepMetrics] | None) -> None:
+        """Write and show a step's metrics."""
+        if told is None:
+            return
+        plan, metrics = told
+        metrics = jax.device_get(metrics)
+        loss = float(metrics.loss)
+        if not math.isfinite(loss):
+            raise UserError(
+                f"step {plan.step}: the loss is {loss}; lower train.learning_rate and go on from the last checkpoint"
+            )
+        first, *further = (float(nats) for nats in metrics.parts.cross_entropy)
+        load = [float((counts / counts.mean(axis=-1, keepdims=True)).max()) for counts in metrics.parts.counts.values()]
+        self._metrics.write(
+            step=plan.step,
+            tokens=(plan.first_sequence + plan.batch_size) * self._config.train.sequence_length,
+            loss=loss,
+            next_token_loss=first,
+            mtp_losses=further,
+            balance_loss=float(metrics.parts.balance_loss),
+            grad_norm=float(metrics.grad_norm),
+            learning_rate=plan.learning_rate,
+            max_expert_load=max(load, default=1.0),
+        )
+        self._progress.step(plan.step, loss=first)
+
+    def _evaluate(self, plan: StepPlan, state: TrainState) -> None:
+        bits = self._evaluation.bits_per_byte(state)
+        tokens = (plan.first_sequence + plan.batch_size) * self._config.train.sequence_length
+        self._metrics.write(step=plan.step, tokens=tokens, bits_per_byte=bits)
+        self._progress.note(f"step {plan.step}: {bits:.3f} bits per byte on the held-out text")
+        plot_run(self._run_dir)
+
+
+class Interrupted(UserError):
+    """Ctrl-C; everything up to the step named is saved."""
+
+    exit_code = 130
+
+
+def _scalars(plan: StepPlan, config: Config) -> Scalars:
+    dtype = jnp.float64 if config.model.precision == "float64" else jnp.float32
+    return Scalars(*(jnp.asarray(x, dtype) for x in (plan.learning_rate, plan.bias_update_speed, plan.mtp_loss_weight)))
+
+
+if __name__ == "__main__":
+    main()

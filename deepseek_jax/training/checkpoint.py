@@ -1,0 +1,111 @@
+"""Checkpoints of a run through orbax: each is whole or absent, and belongs to one model config."""
+
+import dataclasses
+import json
+from pathlib import Path
+from typing import Any
+
+import jax
+import orbax.checkpoint as ocp
+
+from deepseek_jax.config import Config
+from deepseek_jax.errors import UserError
+from deepseek_jax.training.optimizer import make_optimizer
+from deepseek_jax.training.step import TrainState, init_state
+
+
+class CheckpointError(UserError):
+    """A checkpoint that cannot be read or written; the message is one line."""
+
+
+class Checkpoints:
+    """The `checkpoints` folder of a run directory, one numbered folder per saved step.
+
+    A step's folder holds the items `variables` (all that the model is), `optimizer` and `meta`.
+    """
+
+    def __init__(self, run_dir: Path, config: Config):
+        self._config = config
+        self._folder = (run_dir / "checkpoints").resolve()
+        options = ocp.CheckpointManagerOptions(max_to_keep=config.train.keep_checkpoints, create=True)
+        self._manager = ocp.CheckpointManager(self._folder, options=options)
+
+    def latest(self) -> int | None:
+        """The last step saved whole, or None."""
+        return self._manager.latest_step()
+
+    def save(self, step: int, state: TrainState) -> None:
+        """Write `state` as of the end of `step`; returns while the files are still being written.
+
+        Raises:
+            CheckpointError: what went wrong here or in the save before, and the last good step.
+        """
+        meta = {"model": dataclasses.asdict(self._config.model), "step": step}
+        variables = {"params": state.params, "router_state": state.router_state}
+        items = ocp.args.Composite(
+            variables=ocp.args.StandardSave(variables),
+            optimizer=ocp.args.StandardSave(state.optimizer),
+            meta=ocp.args.JsonSave(meta),
+        )
+        self._guarded(lambda: self._manager.save(step, args=items, force=True))
+
+    def wait(self) -> None:
+        """Return when all that was saved is on disk; raises as `save` does."""
+        self._guarded(self._manager.wait_until_finished)
+
+    def _guarded(self, action) -> None:
+        try:
+            action()
+        except Exception as error:  # orbax and tensorstore raise many kinds for a disk that is full
+            last = self.latest()
+            good = f"step {last} is the last good checkpoint" if last is not None else "no checkpoint is complete"
+            reason = "no space left on the disk" if "No space left" in str(error) else _first_line(error)
+            raise CheckpointError(f"{self._folder}: could not save: {reason}; {good}") from None
+
+    def restore(self, step: int) -> TrainState:
+        """The training state saved at `step`, with fresh moments if only a model was saved.
+
+        Raises:
+            CheckpointError: if it is of another model or cannot be read.
+        """
+        fresh = jax.eval_shape(lambda: init_state(self._config))
+        variables = self.restore_variables(step)
+        if (self._folder / str(step) / "optimizer").is_dir():
+            optimizer = self._read(step, optimizer=fresh.optimizer)
+        else:
+            optimizer = make_optimizer(self._config.train).init(variables["params"])
+        return TrainState(variables["params"], variables["router_state"], optimizer)
+
+    def restore_variables(self, step: int) -> dict[str, Any]:
+        """Only what the model needs, {"params": ..., "router_state": ...}; raises as `restore` does."""
+        self._check_model(step)
+        fresh = jax.eval_shape(lambda: init_state(self._config))
+        return self._read(step, variables={"params": fresh.params, "router_state": fresh.router_state})
+
+    def _read(self, step: int, **item: Any) -> Any:
+        """One item of a checkpoint, given by its name and an abstract tree of it."""
+        device = jax.sharding.SingleDeviceSharding(jax.devices()[0])
+        ((name, abstract),) = item.items()
+        abstract = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=device), abstract)
+        try:
+            items = ocp.args.Composite(**{name: ocp.args.StandardRestore(abstract)})
+            return self._manager.restore(step, args=items)[name]
+        except Exception as error:
+            raise CheckpointError(f"{self._folder / str(step)}: cannot be read: {_first_line(error)}") from None
+
+    def _check_model(self, step: int) -> None:
+        path = self._folder / str(step) / "meta" / "metadata"
+        try:
+            saved = json.loads(path.read_text())["model"]
+        except (OSError, ValueError, KeyError, TypeError):
+            raise CheckpointError(f"{path}: missing or damaged; choose another checkpoint") from None
+        for name, value in dataclasses.asdict(self._config.model).items():
+            if name not in ("precision", "remat", "grouped_matmul") and saved.get(name) != value:
+                raise CheckpointError(
+                    f"{self._folder / str(step)}: checkpoint of another config: model.{name} is {saved.get(name)} "
+                    f"there and {value} here"
+                )
+
+
+def _first_line(error: Exception) -> str:
+    return next((line for line in str(error).splitlines() if line.strip()), type(error).__name__)[:200]

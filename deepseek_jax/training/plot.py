@@ -1,0 +1,39 @@
+"""The picture of a run: training loss and held-out bits per byte over the tokens seen."""
+
+import os
+from pathlib import Path
+
+from deepseek_jax.training.metrics import read_metrics
+
+
+def plot_run(run_dir: Path) -> Path:
+    """Draw metrics.jsonl into loss.png in the same directory and return its path."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    lines = read_metrics(run_dir)
+    steps = [line for line in lines if "loss" in line]
+    evaluations = [line for line in lines if "bits_per_byte" in line]
+    figure, axes = pyplot.subplots(figsize=(8, 4.5), layout="constrained")
+    axes.plot([s["tokens"] for s in steps], [s["next_token_loss"] for s in steps], lw=0.8, label="next token")
+    for depth in range(len(steps[0]["mtp_losses"]) if steps else 0):
+        label = f"{depth + 2} tokens ahead"
+        axes.plot([s["tokens"] for s in steps], [s["mtp_losses"][depth] for s in steps], lw=0.6, label=label)
+    axes.set(xlabel="training tokens", ylabel="loss (nats per token)", title=run_dir.name)
+    handles, labels = axes.get_legend_handles_labels()
+    if evaluations:
+        right = axes.twinx()
+        right.plot([e["tokens"] for e in evaluations], [e["bits_per_byte"] for e in evaluations], "k.-", label="held-out")
+        right.set_ylabel("bits per byte, held-out")
+        more, names = right.get_legend_handles_labels()
+        handles, labels = handles + more, labels + names
+    axes.legend(handles, labels)
+    axes.grid(alpha=0.3)
+    path = run_dir / "loss.png"
+    partial = run_dir / "loss.partial.png"
+    figure.savefig(partial, dpi=120)
+    pyplot.close(figure)
+    os.replace(partial, path)
+    return path
