@@ -21,8 +21,8 @@ from deepseek_jax.errors import UserError, run_command
 from deepseek_jax.model.decoding import Cache, decode, prefill, split_layers
 from deepseek_jax.training.checkpoint import Checkpoints
 
-PROMPT_MULTIPLE = 32
-"""Prompts are padded to a multiple of this, so that few lengths are compiled."""
+LENGTH_MULTIPLE = 32
+"""Prompts and caches are padded to a multiple of this, so that few lengths are compiled."""
 
 
 def main() -> None:
@@ -51,9 +51,8 @@ def write(args: argparse.Namespace) -> None:
     prompts = [tokenizer.encode(text, add_special_tokens=False).ids or [end] for text in texts]
     streams = [TextStream(tokenizer) for _ in texts]
     print(texts[0], end="", flush=True)
-    steps = generate(
-        config, variables, prompts, args.max_new_tokens, end, args.temperature, args.top_p, args.seed
-    )
+    generator = Generator(config, variables)
+    steps = generator.generate(prompts, args.max_new_tokens, end, args.temperature, args.top_p, args.seed)
     for tokens in steps:
         for row, (stream, token) in enumerate(zip(streams, tokens)):
             piece = stream.push(int(token)) if token != end else ""
@@ -84,74 +83,84 @@ def load_run(run_dir: Path, step: int | None = None) -> tuple[ModelConfig, Token
     return config.model, tokenizer, checkpoints.restore_variables(step)
 
 
-def generate(
-    config: ModelConfig,
-    variables: dict[str, Any],
-    prompts: Sequence[Sequence[int]],
-    max_new_tokens: int,
-    end_of_document: int | None,
-    temperature: float = 0.0,
-    top_p: float = 1.0,
-    seed: int = 0,
-) -> Iterator[np.ndarray]:
-    """Continue several prompts at once.
+class Generator:
+    """A model ready to write; what it compiles for one prompt length serves the next call too."""
 
-    Args:
-        prompts: token ids, at least one each; their lengths may differ.
-        end_of_document: ends a sequence; None never does.
-        temperature: 0 takes the likeliest token.
+    def __init__(self, config: ModelConfig, variables: dict[str, Any]):
+        self._config = config
+        self._weights = split_layers(config, variables)
+        self._first = jax.jit(partial(_first, config), static_argnames=("cache_length", "greedy"))
+        self._following = jax.jit(partial(_following, config), static_argnames="greedy", donate_argnums=1)
 
-    Yields:
-        The next token of every sequence, [B]; `end_of_document` for those that have ended. Stops
-        when all have, after max_new_tokens, or at the end of the model's context.
+    def generate(
+        self,
+        prompts: Sequence[Sequence[int]],
+        max_new_tokens: int,
+        end_of_document: int | None,
+        temperature: float = 0.0,
+        top_p: float = 1.0,
+        seed: int = 0,
+    ) -> Iterator[np.ndarray]:
+        """Continue several prompts at once.
 
-    Raises:
-        UserError: when a prompt does not fit the context.
-    """
-    lengths = np.array([len(prompt) for prompt in prompts])
-    context = config.max_position_embeddings
-    if lengths.max() > context:
-        raise UserError(f"the prompt has {lengths.max()} tokens; the context (max_position_embeddings) is {context}")
-    padded = int(-(-lengths.max() // PROMPT_MULTIPLE) * PROMPT_MULTIPLE)
-    tokens = np.zeros((len(prompts), padded), np.int32)
-    for row, prompt in enumerate(prompts):
-        tokens[row, : len(prompt)] = prompt
-    cache_length = max(padded, int(lengths.max()) + max_new_tokens)
-    sample = partial(sample_token, greedy=temperature == 0)
-    first = jax.jit(partial(_first, config, sample, cache_length))
-    following = jax.jit(partial(_following, config, sample), donate_argnums=1)
-    settings = (jnp.float32(temperature), jnp.float32(top_p))
-    keys = jax.random.key(seed)
+        Args:
+            prompts: token ids, at least one each; their lengths may differ.
+            end_of_document: ends a sequence; None never does.
+            temperature: 0 takes the likeliest token.
 
-    weights = split_layers(config, variables)
-    positions = jnp.asarray(lengths, jnp.int32)
-    token, cache = first(weights, tokens, positions, settings, jax.random.fold_in(keys, 0))
-    ended = np.zeros(len(prompts), bool)
-    for count in range(min(max_new_tokens, context + 1 - int(lengths.max()))):
-        if count:
-            token, cache = following(weights, cache, token, positions, settings, jax.random.fold_in(keys, count))
-            positions = positions + 1
-        told = np.where(ended, -1 if end_of_document is None else end_of_document, np.asarray(token))
-        yield told
-        ended |= told == end_of_document
-        if ended.all():
-            return
+        Yields:
+            The next token of every sequence, [B]; `end_of_document` for those that have ended. Stops
+            when all have, after max_new_tokens, or at the end of the model's context.
+
+        Raises:
+            UserError: when a prompt does not fit the context.
+        """
+        lengths = np.array([len(prompt) for prompt in prompts])
+        context = self._config.max_position_embeddings
+        if lengths.max() > context:
+            raise UserError(f"the prompt has {lengths.max()} tokens; the context (max_position_embeddings) is {context}")
+        tokens = np.zeros((len(prompts), _rounded_up(lengths.max())), np.int32)
+        for row, prompt in enumerate(prompts):
+            tokens[row, : len(prompt)] = prompt
+        steps = min(max_new_tokens, context + 1 - int(lengths.max()))
+        greedy, settings = temperature == 0, (jnp.float32(temperature), jnp.float32(top_p))
+        keys = jax.random.split(jax.random.key(seed), steps)
+
+        positions = jnp.asarray(lengths, jnp.int32)
+        token, cache = self._first(
+            self._weights, tokens, positions, settings, keys[0],
+            cache_length=_rounded_up(lengths.max() + steps), greedy=greedy,
+        )  # fmt: skip
+        ended = np.zeros(len(prompts), bool)
+        for count, key in enumerate(keys):
+            if count:
+                token, cache = self._following(self._weights, cache, token, positions, settings, key, greedy=greedy)
+                positions = positions + 1
+            told = np.where(ended, -1 if end_of_document is None else end_of_document, np.asarray(token))
+            yield told
+            ended |= told == end_of_document
+            if ended.all():
+                return
 
 
-def _first(config, sample, cache_length, weights, tokens, lengths, settings, key) -> tuple[jax.Array, Cache]:
+def _rounded_up(length: int) -> int:
+    return int(-(-length // LENGTH_MULTIPLE) * LENGTH_MULTIPLE)
+
+
+def _first(config, weights, tokens, lengths, settings, key, cache_length, greedy) -> tuple[jax.Array, Cache]:
     """Read the prompts [B, P] and choose the first new token of each."""
     logits, cache = prefill(config, weights, tokens, lengths, cache_length)
-    return sample(logits, *settings, key), cache
+    return sample_token(logits, *settings, key, greedy), cache
 
 
-def _following(config, sample, weights, cache, token, positions, settings, key) -> tuple[jax.Array, Cache]:
+def _following(config, weights, cache, token, positions, settings, key, greedy) -> tuple[jax.Array, Cache]:
     """Take in the tokens [B] at positions [B] and choose the ones after them."""
     logits, cache = decode(config, weights, cache, token, positions)
-    return sample(logits, *settings, key), cache
+    return sample_token(logits, *settings, key, greedy), cache
 
 
 def sample_token(
-    logits: jax.Array, temperature: jax.Array, top_p: jax.Array, key: jax.Array, greedy: bool = False
+    logits: jax.Array, temperature: jax.Array, top_p: jax.Array, key: jax.Array, greedy: bool
 ) -> jax.Array:
     """Choose a token per row of logits [B, V] among the likeliest that together reach `top_p`."""
     if greedy:
