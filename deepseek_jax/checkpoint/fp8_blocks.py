@@ -1,0 +1,144 @@
+"""The FP8 form in which DeepSeek released V3: float8 codes with one scale for 128 x 128 of them.
+
+`X.weight` holds F8_E4M3 codes [out, in], `X.weight_scale_inv` F32 scales [ceil(out/128), ceil(in/128)],
+and a weight is its code times its block's scale, in float32; blocks at the edges are smaller. The
+arithmetic is that of `precision/fp8.py`, bit for bit, in numpy and a few rows at a time.
+
+Codes do not determine the scales they came with: a block whose largest code is not 448 (all small,
+or scaled by a power of two) gives another scale when quantised afresh. Who wants the same bytes back
+keeps the scales and asks `requantize_blocks` whether they still explain the weights.
+"""
+
+from collections.abc import Iterator
+
+import ml_dtypes
+import numpy as np
+
+from deepseek_jax.checkpoint.tensors import CheckpointError
+
+BLOCK = 128
+"""Rows, and columns, under one scale."""
+E4M3_MAX = np.float32(448)
+"""Largest finite float8_e4m3fn."""
+SMALLEST_AMAX = np.float32(1e-4)
+"""Floor under a block's largest magnitude, so that a block of zeros has a scale."""
+SMALLEST_SCALE = np.float32(2.0**-117)
+"""With the smallest code, 2^-9, it makes the smallest normal float32: below, weights would lose bits."""
+LARGEST_SCALE = np.finfo(np.float32).max / E4M3_MAX
+
+
+def scale_shape(shape: tuple[int, ...]) -> tuple[int, ...]:
+    """Shape of the scales of a weight [out, in]."""
+    return tuple(-(-size // BLOCK) for size in shape)
+
+
+def check_scales(scales: np.ndarray, shape: tuple[int, ...], where: str) -> None:
+    """Check that `scales` can be those of a weight of `shape` and lose no bit of it.
+
+    Raises:
+        CheckpointError: one line that begins with `where`, for NaN and infinity among others.
+    """
+    if len(shape) != 2 or scales.dtype != np.float32 or scales.shape != scale_shape(shape):
+        raise CheckpointError(
+            f"{where}: scales {scales.dtype} {list(scales.shape)} do not fit a weight of {list(shape)}, "
+            f"which takes float32 {list(scale_shape(shape))}"
+        )
+    wrong = np.argwhere(~((scales >= SMALLEST_SCALE) & (scales <= LARGEST_SCALE)))
+    if len(wrong):
+        row, column = wrong[0].tolist()
+        raise CheckpointError(
+            f"{where}: scale [{row}, {column}] is {scales[row, column]}; it must be between {SMALLEST_SCALE:.1e} "
+            f"and {LARGEST_SCALE:.1e}"
+        )
+
+
+def dequantize_blocks(codes: np.ndarray, scales: np.ndarray, where: str) -> np.ndarray:
+    """Weights, float32 [out, in], from float8_e4m3fn codes [out, in] and their scales.
+
+    Every weight is the one float32 nearest to code times scale; a code that is NaN stays NaN.
+
+    Raises:
+        CheckpointError: one line that begins with `where`, from `check_scales`.
+    """
+    check_scales(scales, codes.shape, where)
+    weights = np.empty(codes.shape, np.float32)
+    for rows, row_scales in _block_rows(scales):
+        scale = _expand(row_scales, codes.shape[1])
+        np.multiply(_FLOAT_OF_CODE[codes[rows].view(np.uint8)], scale, out=weights[rows])
+    return weights
+
+
+def quantize_blocks(weights: np.ndarray, where: str) -> tuple[np.ndarray, np.ndarray]:
+    """Codes, float8_e4m3fn [out, in], and scales, float32, from the live largest magnitude of each block.
+
+    Args:
+        weights: [out, in], any floating dtype; used as float32.
+
+    Raises:
+        CheckpointError: one line that begins with `where`, if there is NaN or infinity in `weights`.
+    """
+    if weights.ndim != 2:
+        raise CheckpointError(f"{where}: a shape of {list(weights.shape)}; only matrices have blocks")
+    codes = np.empty(weights.shape, ml_dtypes.float8_e4m3fn)
+    scales = np.empty(scale_shape(weights.shape), np.float32)
+    for rows, row_scales in _block_rows(scales):
+        block_row = weights[rows].astype(np.float32)
+        largest = np.abs(block_row).max(axis=0)
+        amax = np.maximum.reduceat(largest, np.arange(0, len(largest), BLOCK)) if len(largest) else largest
+        if not np.isfinite(amax).all():
+            place = [rows.start // BLOCK, int(np.argmin(np.isfinite(amax)))]
+            raise CheckpointError(f"{where}: NaN or infinity in block {place}, which float8 codes cannot hold")
+        row_scales[:] = np.maximum(amax, SMALLEST_AMAX) / E4M3_MAX
+        codes[rows] = _encode(block_row, _expand(row_scales, weights.shape[1]))
+    return codes, scales
+
+
+def requantize_blocks(weights: np.ndarray, scales: np.ndarray) -> np.ndarray | None:
+    """The codes that with `scales` give exactly `weights`, or None where there are none.
+
+    For weights that came from codes and these scales, as float32 or rounded to bfloat16, these are
+    the same codes; for weights that were trained since, None.
+
+    Args:
+        weights: [out, in], any floating dtype.
+        scales: float32, as checked by `check_scales`.
+    """
+    codes = np.empty(weights.shape, ml_dtypes.float8_e4m3fn)
+    for rows, row_scales in _block_rows(scales):
+        scale = _expand(row_scales, weights.shape[1])
+        codes[rows] = _encode(weights[rows].astype(np.float32), scale)
+        again = _FLOAT_OF_CODE[codes[rows].view(np.uint8)] * scale
+        if not np.array_equal(again.astype(weights.dtype), weights[rows]):
+            return None
+    return codes
+
+
+def _block_rows(scales: np.ndarray) -> Iterator[tuple[slice, np.ndarray]]:
+    """Each 128 rows of the weight and their blocks' scales, a view."""
+    for index, row_scales in enumerate(scales):
+        yield slice(index * BLOCK, (index + 1) * BLOCK), row_scales
+
+
+def _expand(row_scales: np.ndarray, columns: int) -> np.ndarray:
+    """The scale of each column."""
+    return np.repeat(row_scales, BLOCK)[:columns]
+
+
+def _encode(x: np.ndarray, scale: np.ndarray) -> np.ndarray:
+    """Codes nearest to x / scale, ties to even.
+
+    Rounding to odd at bfloat16 keeps what is needed to round to nearest after it, and from 16 bits a
+    table does that, several times faster than a cast.
+    """
+    with np.errstate(over="ignore"):
+        bits = np.clip(x / scale, -E4M3_MAX, E4M3_MAX).view(np.uint32)
+    return _CODE_OF_BFLOAT16[(bits | ((bits & 0xFFFF) + 0xFFFF)) >> 16]
+
+
+def _every_bfloat16() -> np.ndarray:
+    return np.arange(2**16, dtype=np.uint16).view(ml_dtypes.bfloat16).astype(np.float32)
+
+
+with np.errstate(invalid="ignore"):
+    _FLOAT_OF_CODE = np.arange(2**8, dtype=np.uint8).view(ml_dtypes.float8_e4m3fn).astype(np.float32)
+    _CODE_OF_BFLOAT16 = _every_bfloat16().astype(ml_dtypes.float8_e4m3fn)
