@@ -72,7 +72,7 @@ def train(config: Config, resume: bool = False) -> None:
     data = prepare(config, run_dir)
     checkpoints = Checkpoints(run_dir, config)
     last_step = checkpoints.latest() if resume else None
-    state = init_state(config) if last_step is None else checkpoints.restore(last_step)
+    state = jax.jit(partial(init_state, config))() if last_step is None else checkpoints.restore(last_step)
     write_atomically(run_dir / CONFIG_FILE, to_yaml(config))
     _describe(config, data, last_step)
     loop = _Loop(config, run_dir, data, checkpoints, last_step or 0)
@@ -120,11 +120,12 @@ class _Loop:
                 if end or plan.step % train.eval_every == 0 or plan.step % train.checkpoint_every == 0:
                     self._tell(told)
                     told = None
-                if plan.step % train.eval_every == 0 or plan.step == train.steps:
-                    self._evaluate(plan, state)
-                if end or plan.step % train.checkpoint_every == 0:
-                    self._checkpoints.save(plan.step, state)
-                    saved = plan.step
+                with self._progress.aside():
+                    if plan.step % train.eval_every == 0 or plan.step == train.steps:
+                        self._evaluate(plan, state)
+                    if end or plan.step % train.checkpoint_every == 0:
+                        self._checkpoints.save(plan.step, state)
+                        saved = plan.step
                 if self._interrupted:
                     break
             self._checkpoints.wait()

@@ -4,6 +4,8 @@ import json
 import os
 import sys
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -69,6 +71,13 @@ class Progress:
             seconds = (now - self._start) / (self._done - 1)
             text += f"  {self._tokens_per_step / seconds:,.0f} tokens/s  {duration(seconds * (self._steps - step))} left"
         self._print(text, keep=step == self._steps)
+
+    @contextmanager
+    def aside(self) -> Iterator[None]:
+        """Time spent within does not count as training."""
+        begin = time.monotonic()
+        yield
+        self._start += time.monotonic() - begin
 
     def note(self, text: str) -> None:
         """A line that stays."""
