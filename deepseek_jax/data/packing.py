@@ -1,0 +1,232 @@
+"""Documents to two flat files of tokens, for training and held out, made once and reused while nothing changed.
+
+Documents follow each other without padding, each closed by the end-of-document token, and sequences are cut
+from that stream wherever they fall (report 4.1: packed, without masks between documents).
+"""
+
+import dataclasses
+import json
+import os
+import tempfile
+from collections.abc import Collection, Iterable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, BinaryIO
+
+import numpy as np
+from rich.console import Console
+from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeRemainingColumn
+from tokenizers import Tokenizer
+
+from deepseek_jax.config import Config
+from deepseek_jax.data.documents import DataError, find_files, read_documents, split_documents
+from deepseek_jax.data.loader import window_length
+from deepseek_jax.data.tokenizer import (
+    end_of_document_id,
+    largest_id,
+    load_tokenizer,
+    pieces,
+    token_byte_lengths,
+    train_tokenizer,
+)
+
+FORMAT = 1
+"""Raise it when the same text would give other tokens."""
+BATCH_CHARACTERS = 2**21
+TOKENIZER, TRAIN, HELD_OUT, FINGERPRINT = (
+    "tokenizer.json", "data/train.npy", "data/held_out.npy", "data/fingerprint.json",
+)  # fmt: skip
+
+
+@dataclass(frozen=True)
+class PreparedData:
+    """A run's text as tokens; `train` and `held_out` are memory maps of one dimension."""
+
+    tokenizer: Tokenizer
+    train: np.ndarray
+    held_out: np.ndarray
+    end_of_document: int
+    token_bytes: np.ndarray
+    """Bytes of text that each token stands for, int32 [vocab_size]; special tokens 0."""
+
+
+def prepare(config: Config, directory: Path) -> PreparedData:
+    """The tokens of `config.data.input`, from `directory` if they are there already, else made there.
+
+    `directory` then holds tokenizer.json, data/train.npy, data/held_out.npy and data/fingerprint.json. Files are put
+    in place when all are whole; a failure leaves what was there before.
+
+    Raises:
+        DataError: one line on the input, the tokenizer or a corpus shorter than one sequence.
+    """
+    directory = Path(directory)
+    fingerprint = _fingerprint(config)
+    if not _agrees(directory, fingerprint):
+        _make(config, directory, fingerprint)
+    tokenizer = load_tokenizer(directory / TOKENIZER)
+    train, held_out = (_open_tokens(directory / name) for name in (TRAIN, HELD_OUT))
+    _check_lengths(config, len(train), len(held_out))
+    token_bytes = token_byte_lengths(tokenizer, config.model.vocab_size)
+    return PreparedData(tokenizer, train, held_out, end_of_document_id(tokenizer), token_bytes)
+
+
+def is_prepared(config: Config, directory: Path) -> bool:
+    """Whether `directory` holds the tokens of this very text and these settings, so that `prepare` changes nothing."""
+    return _agrees(Path(directory), _fingerprint(config))
+
+
+def write_tokens(texts: Collection[str], tokenizer: Tokenizer, path: Path, title: str = "tokenizing") -> int:
+    """Write the tokens of `texts`, an end-of-document token after each, to one flat .npy file.
+
+    The file appears whole or not at all; uint16 if the vocabulary allows, else uint32.
+
+    Returns:
+        How many tokens were written.
+
+    Raises:
+        DataError: when the tokenizer has no end-of-document token or the file cannot be written.
+    """
+    dtype = np.dtype("<u2" if largest_id(tokenizer) < 2**16 else "<u4")
+    count = 0
+    with _replacing(Path(path)) as file:
+        _write_header(file, dtype, count)
+        for tokens in _encode(_progress(texts, title), tokenizer):
+            file.write(tokens.astype(dtype).tobytes())
+            count += len(tokens)
+        _write_header(file, dtype, count)
+    return count
+
+
+def _write_header(file: BinaryIO, dtype: np.dtype, count: int) -> None:
+    # NumPy leaves room for the shape to grow, so that the header can be written again in its place.
+    file.seek(0)
+    header = {"descr": np.lib.format.dtype_to_descr(dtype), "fortran_order": False, "shape": (count,)}
+    np.lib.format.write_array_header_1_0(file, header)
+
+
+def _encode(texts: Iterable[str], tokenizer: Tokenizer) -> Iterator[np.ndarray]:
+    """Token ids of `texts`, in batches of pieces, for the tokenizer's threads work on several at once."""
+    end = end_of_document_id(tokenizer)
+    for batch in _batches(texts):
+        encoded = tokenizer.encode_batch_fast([piece for piece, _ in batch], add_special_tokens=False)
+        for (_, is_last), encoding in zip(batch, encoded, strict=True):
+            yield np.array(encoding.ids + [end] * is_last, np.int64)
+
+
+def _batches(texts: Iterable[str]) -> Iterator[list[tuple[str, bool]]]:
+    """Pieces of the texts, each with whether it is its text's last."""
+    batch, size = [], 0
+    for text in texts:
+        remaining = len(text)
+        for piece in pieces(text):
+            remaining -= len(piece)
+            batch.append((piece, remaining == 0))
+            size += len(piece)
+            if size >= BATCH_CHARACTERS:
+                yield batch
+                batch, size = [], 0
+    if batch:
+        yield batch
+
+
+def _progress(texts: Collection[str], title: str) -> Iterator[str]:
+    """`texts`, with a bar on the terminal while they last."""
+    console = Console(stderr=True)
+    columns = (TextColumn(title), BarColumn(), TaskProgressColumn(), TimeRemainingColumn())
+    with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as progress:
+        yield from progress.track(texts, total=len(texts))
+
+
+@contextmanager
+def _replacing(path: Path) -> Iterator[BinaryIO]:
+    """A file to write that takes the place of `path` once it is whole."""
+    partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
+    try:
+        with partial.open("wb") as file:
+            yield file
+            file.flush()
+            os.fsync(file.fileno())
+        partial.replace(path)
+    except OSError as error:
+        raise DataError(f"{path}: cannot be written: {error.strerror or error}") from None
+    finally:
+        partial.unlink(missing_ok=True)
+
+
+def _make(config: Config, directory: Path, fingerprint: dict[str, Any]) -> None:
+    try:
+        (directory / "data").mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(prefix=".making-", dir=directory / "data") as name:
+            _make_in(Path(name), config, fingerprint)
+            (directory / FINGERPRINT).unlink(missing_ok=True)
+            for file in (TOKENIZER, TRAIN, HELD_OUT, FINGERPRINT):
+                os.replace(Path(name, file), directory / file)
+    except OSError as error:
+        raise DataError(f"{directory}: the tokens cannot be written: {error.strerror or error}") from None
+
+
+def _make_in(staging: Path, config: Config, fingerprint: dict[str, Any]) -> None:
+    (staging / "data").mkdir()
+    dataset = read_documents(config.data.input, cache_dir=staging / "documents")
+    train, held_out = split_documents(dataset, config.data.held_out_fraction, config.data.seed)
+    vocab_size = config.model.vocab_size
+    tokenizer = load_tokenizer(config.data.tokenizer) if config.data.tokenizer else train_tokenizer(train, vocab_size)
+    token_byte_lengths(tokenizer, vocab_size)
+    tokenizer.save(str(staging / TOKENIZER))
+    train_count = write_tokens(train, tokenizer, staging / TRAIN, "tokenizing the training text")
+    held_out_count = write_tokens(held_out, tokenizer, staging / HELD_OUT, "tokenizing the held-out text")
+    _check_lengths(config, train_count, held_out_count)
+    (staging / FINGERPRINT).write_text(json.dumps(fingerprint, indent=1), encoding="utf-8")
+
+
+def _check_lengths(config: Config, train: int, held_out: int) -> None:
+    needed, where = window_length(config), ", ".join(config.data.input)
+    if train < needed:
+        raise DataError(f"{where}: {train} tokens found to train on and one sequence needs {needed}; give more text "
+                        f"or lower train.sequence_length={config.train.sequence_length}")  # fmt: skip
+    if held_out < needed:
+        raise DataError(f"{where}: {held_out} tokens held out and one sequence needs {needed}; give more text "
+                        f"or raise data.held_out_fraction={config.data.held_out_fraction}")  # fmt: skip
+
+
+def _fingerprint(config: Config) -> dict[str, Any]:
+    """What the tokens depend on; files by path, size and time of change."""
+    if not config.data.input:
+        raise DataError("data.input is empty; give data.input=FILE (text, .jsonl, .parquet, a directory or a glob)")
+    tokenizer = config.data.tokenizer
+    if tokenizer and not Path(tokenizer).expanduser().exists():
+        raise DataError(f"{tokenizer}: no such file; data.tokenizer must be a tokenizer.json or null")
+    return {
+        "format": FORMAT,
+        "data": dataclasses.asdict(config.data),
+        "vocab_size": config.model.vocab_size,
+        "tokenizer": _state(Path(tokenizer).expanduser().resolve()) if tokenizer else None,
+        "files": [_state(path) for path in find_files(config.data.input)],
+    }
+
+
+def _state(path: Path) -> list[Any]:
+    state = path.stat()
+    return [str(path), state.st_size, state.st_mtime_ns]
+
+
+def _agrees(directory: Path, fingerprint: dict[str, Any]) -> bool:
+    try:
+        stored = json.loads((directory / FINGERPRINT).read_text(encoding="utf-8"))
+        load_tokenizer(directory / TOKENIZER)
+        for name in (TRAIN, HELD_OUT):
+            _open_tokens(directory / name)
+    except (OSError, ValueError):
+        return False
+    return stored == fingerprint
+
+
+def _open_tokens(path: Path) -> np.ndarray:
+    try:
+        tokens = np.load(path, mmap_mode="r", allow_pickle=False)
+    except (OSError, ValueError, EOFError) as error:
+        raise DataError(f"{path}: cannot be read as tokens: {error}") from None
+    if tokens.ndim != 1 or tokens.dtype not in (np.uint16, np.uint32):
+        raise DataError(f"{path}: holds {tokens.dtype} of shape {tokens.shape}; a row of token ids is expected")
+    return tokens
