@@ -23,7 +23,7 @@ from omegaconf.errors import OmegaConfBaseException
 from deepseek_jax.errors import UserError
 
 PRECISIONS = ("float64", "float32", "bfloat16")
-REMAT_CHOICES = ("none", "attention", "full")
+REMAT_CHOICES = ("none", "products", "full")
 GROUPED_MATMULS = ("auto", "reference", "blocked", "megablox")
 PHASE_SHAPES = ("constant", "linear", "cosine")
 
@@ -88,8 +88,8 @@ class ModelConfig:
 
     precision: str = "float32"
     """Arithmetic of the matrix products; parameters stay float32 (float64 if so chosen)."""
-    remat: str = "none"
-    """What the backward pass recomputes: nothing, the attention core, or every layer."""
+    remat: str = "products"
+    """What the backward pass recomputes: nothing (`none`), all but the products with weights, or every layer (`full`)."""
     grouped_matmul: str = "auto"
     """Implementation of the routed experts' product; `auto` takes the platform's best."""
 

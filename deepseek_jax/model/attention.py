@@ -16,6 +16,7 @@ from deepseek_jax.model.layers import Linear, RMSNorm, widen
 from deepseek_jax.model.rope import apply_rope, softmax_scale
 
 LATENT_NORM_EPS = 1e-6
+QUERY_BLOCKS = 4
 
 
 class Latents(NamedTuple):
@@ -93,8 +94,7 @@ class MultiHeadLatentAttention(nn.Module):
         k_rope = jnp.broadcast_to(latents.k_rope[:, :, None], q_rope.shape)
         q = jnp.concatenate([q_nope, q_rope], axis=-1)
         k = jnp.concatenate([k_nope, k_rope], axis=-1)
-        attend = jax.checkpoint(causal_attention, static_argnums=3) if c.remat == "attention" else causal_attention
-        return attend(q, k, v, softmax_scale(c))
+        return causal_attention(q, k, v, softmax_scale(c))
 
     def _absorbed(self, q_nope: jax.Array, q_rope: jax.Array, cache: Latents, positions: jax.Array) -> jax.Array:
         """Attention in the latent space: W_uk goes into the query, W_uv into the output."""
@@ -120,12 +120,19 @@ def causal_attention(q: jax.Array, k: jax.Array, v: jax.Array, scale: float) -> 
         scale: factor on the scores.
 
     Returns:
-        [B, T, H, V]. The softmax is taken in at least float32.
+        [B, T, H, V]. The softmax is taken in at least float32. Queries go in blocks, each of which
+        meets only the keys up to its end, which spares most of the products that the mask would void.
     """
-    scores = jnp.einsum("bthd,bshd->bhts", q, k, preferred_element_type=widen(q.dtype)) * scale
     length = q.shape[1]
-    weights = masked_softmax(scores, jnp.tril(jnp.ones((length, length), bool))).astype(q.dtype)
-    return jnp.einsum("bhts,bshv->bthv", weights, v)
+    block = -(-length // QUERY_BLOCKS)
+    outputs = []
+    for start in range(0, length, block):
+        end = min(start + block, length)
+        scores = jnp.einsum("bthd,bshd->bhts", q[:, start:end], k[:, :end], preferred_element_type=widen(q.dtype))
+        seen = jnp.arange(end) <= jnp.arange(start, end)[:, None]
+        weights = masked_softmax(scores * scale, seen).astype(q.dtype)
+        outputs.append(jnp.einsum("bhts,bshv->bthv", weights, v[:, :end]))
+    return jnp.concatenate(outputs, axis=1)
 
 
 def masked_softmax(scores: jax.Array, mask: jax.Array) -> jax.Array:

@@ -3,10 +3,15 @@
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+from jax.ad_checkpoint import checkpoint_name
 
 from deepseek_jax.config import ModelConfig
 from deepseek_jax.model.grouped_matmul import grouped_matmul
 from deepseek_jax.model.layers import param_dtype
+
+
+GROUPED_PRODUCT = "grouped_product"
+"""Name of the experts' products, by which a rematerialisation policy can keep them."""
 
 
 class Experts(nn.Module):
@@ -38,7 +43,8 @@ class Experts(nn.Module):
         group_sizes = jnp.bincount(indices.reshape(-1), length=experts).astype(jnp.int32)
 
         def product(rows: jax.Array, weight: jax.Array) -> jax.Array:
-            return grouped_matmul(rows, weight.astype(x.dtype), group_sizes, c.grouped_matmul)
+            out = grouped_matmul(rows, weight.astype(x.dtype), group_sizes, c.grouped_matmul)
+            return checkpoint_name(out, GROUPED_PRODUCT)
 
         rows = dispatch(x, order, inverse)
         activated = nn.silu(product(rows, gate_proj)) * product(rows, up_proj)

@@ -15,8 +15,8 @@ from jax import lax
 from deepseek_jax.config import GROUPED_MATMULS
 from deepseek_jax.errors import UserError
 
-BLOCKS = (512, 64, 8)
-"""Rows multiplied at once by the blocked form: as many blocks of each size in turn as a group fills."""
+BLOCKS = (512, 128, 32, 8)
+"""Rows multiplied at once by the blocked form: as many blocks of each size in turn as a group fills or almost fills."""
 
 TILE = 128
 """Side of megablox' tiles; a dimension that is smaller is one tile."""
@@ -93,11 +93,9 @@ def _blocked_rows_by_weight(x: jax.Array, weight: jax.Array, group_sizes: jax.Ar
     def multiply_group(y: jax.Array, group: jax.Array, start: jax.Array, end: jax.Array) -> jax.Array:
         matrix = lax.dynamic_index_in_dim(weight, group, keepdims=False)
 
-        def multiply_block(y: jax.Array, read: Callable, member: jax.Array | None, at: jax.Array) -> jax.Array:
-            block = lax.dot_general(read(x), matrix, dimensions, preferred_element_type=_wide(x.dtype)).astype(x.dtype)
-            if member is not None:
-                block = jnp.where(member, block, read(y))
-            return lax.dynamic_update_slice_in_dim(y, block, at, 0)
+        def multiply_block(y: jax.Array, read: Callable, member: jax.Array, at: jax.Array) -> jax.Array:
+            product = lax.dot_general(read(x), matrix, dimensions, preferred_element_type=_wide(x.dtype))
+            return lax.dynamic_update_slice_in_dim(y, jnp.where(member, product.astype(x.dtype), read(y)), at, 0)
 
         return _over_blocks(x.shape[0], start, end, y, multiply_block)
 
@@ -111,10 +109,8 @@ def _blocked_rows_by_rows(x: jax.Array, gradient: jax.Array, group_sizes: jax.Ar
     shape = (x.shape[1], gradient.shape[1])
 
     def multiply_group(y: jax.Array, group: jax.Array, start: jax.Array, end: jax.Array) -> jax.Array:
-        def add_block(total: jax.Array, read: Callable, member: jax.Array | None, at: jax.Array) -> jax.Array:
-            left, right = read(x), read(gradient)
-            if member is not None:
-                left, right = jnp.where(member, left, 0), jnp.where(member, right, 0)
+        def add_block(total: jax.Array, read: Callable, member: jax.Array, at: jax.Array) -> jax.Array:
+            left, right = jnp.where(member, read(x), 0), jnp.where(member, read(gradient), 0)
             return total + lax.dot_general(left, right, (((0,), (0,)), ((), ())), preferred_element_type=dtype)
 
         total = _over_blocks(x.shape[0], start, end, jnp.zeros_like(x, dtype, shape), add_block)
@@ -138,25 +134,22 @@ def _over_groups(group_sizes: jax.Array, carry: jax.Array, visit: Callable) -> j
 def _over_blocks(rows: int, start: jax.Array, end: jax.Array, carry: jax.Array, visit: Callable) -> jax.Array:
     """Fold `visit(carry, read, member, at)` over blocks that together cover the rows from start to end.
 
-    `read` takes a block's rows out of an array of all `rows`, `at` is the first of them. A block of the
-    smallest size may reach beyond the group on either side: `member` [size, 1] marks those not yet covered.
+    `read` takes a block's rows out of an array of all `rows`, of which `at` is the first. A block may
+    reach beyond the group on either side: `member` [size, 1] marks the rows that are its own.
     """
     sizes = [size for size in BLOCKS if size <= rows] or [rows]
     for size in sizes:
-        partly = size == sizes[-1]
+        # A block that is almost full costs less than the several smaller ones that would fit exactly.
+        least = 1 if size == sizes[-1] else size - size // 8
 
-        def step(state: tuple[jax.Array, jax.Array], size=size, partly=partly) -> tuple[jax.Array, jax.Array]:
+        def step(state: tuple[jax.Array, jax.Array], size: int = size) -> tuple[jax.Array, jax.Array]:
             here, carry = state
-            at, member = here, None
-            if partly:
-                at = jnp.minimum(here, rows - size)
-                index = at + jnp.arange(size, dtype=at.dtype)[:, None]
-                member = (here <= index) & (index < end)
+            at = jnp.minimum(here, rows - size)
+            index = at + jnp.arange(size, dtype=at.dtype)[:, None]
             read = partial(lax.dynamic_slice_in_dim, start_index=at, slice_size=size)
-            return here + size, visit(carry, read, member, at)
+            return here + size, visit(carry, read, (here <= index) & (index < end), at)
 
-        reach = 1 if partly else size
-        start, carry = lax.while_loop(lambda state, reach=reach: state[0] + reach <= end, step, (start, carry))
+        start, carry = lax.while_loop(lambda state, least=least: state[0] + least <= end, step, (start, carry))
     return carry
 
 
