@@ -191,7 +191,7 @@ def test_tokenizer_is_the_same_in_every_process(tokenizer, text_file):
 
 
 def test_pieces_of_a_long_text_have_the_tokens_of_the_whole(tokenizer):
-    text = TEXT * (3 * PIECE_CHARACTERS // len(TEXT) + 1)
+    text = TEXT.replace("\n", "\n  ") * (3 * PIECE_CHARACTERS // len(TEXT) + 1)
     parts = list(pieces(text))
     assert len(parts) > 3 and "".join(parts) == text and max(map(len, parts)) <= PIECE_CHARACTERS
     assert [i for part in parts for i in tokenizer.encode(part).ids] == tokenizer.encode(text).ids

@@ -73,24 +73,24 @@ def _first_characters(texts: Iterable[str], count: int) -> Iterator[str]:
 
 
 def pieces(text: str) -> Iterator[str]:
-    """`text` in pieces of bounded size, cut where a line begins with no indentation as long as there is such a place.
+    """`text` in pieces of bounded size, cut where a line ends in a letter or digit as long as there is such a place.
 
     No word of our own tokenizer spans such a place, so the pieces' tokens are the whole's.
     """
     begin = 0
     while len(text) - begin > PIECE_CHARACTERS:
-        end = _line_begin(text, begin + PIECE_CHARACTERS // 2, begin + PIECE_CHARACTERS)
+        end = _line_end(text, begin + PIECE_CHARACTERS // 2, begin + PIECE_CHARACTERS)
         yield text[begin:end]
         begin = end
     yield text[begin:]
 
 
-def _line_begin(text: str, low: int, high: int) -> int:
-    """The last place in (low, high) where a line begins with something else than a blank; else `high`."""
+def _line_end(text: str, low: int, high: int) -> int:
+    """The last place in [low, high) where a line ends in a letter or digit; else `high`."""
     place = high
     while (place := text.rfind("\n", low, place)) >= 0:
-        if not text[place + 1].isspace():
-            return place + 1
+        if text[place - 1].isalnum():
+            return place
     return high
 
 
