@@ -1,0 +1,1 @@
+"""The DeepSeek-V3 model as PyTorch modules, one file per idea of the report."""

@@ -1,0 +1,83 @@
+"""The small layers everything else is made of: linear map, norm, embedding and SwiGLU."""
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from deepseek_jax.config import ModelConfig
+
+DTYPES = {"float64": torch.float64, "float32": torch.float32, "bfloat16": torch.bfloat16}
+
+
+def compute_dtype(config: ModelConfig) -> torch.dtype:
+    """Type of activations and of the operands of matrix products."""
+    return DTYPES[config.precision]
+
+
+def param_dtype(config: ModelConfig) -> torch.dtype:
+    """Type of stored parameters: at least float32, whatever the compute type."""
+    return widen(compute_dtype(config))
+
+
+def widen(dtype: torch.dtype) -> torch.dtype:
+    """The type for sums that must not lose digits: float32, or float64 where that is in use."""
+    return torch.float64 if dtype == torch.float64 else torch.float32
+
+
+def normal_parameter(config: ModelConfig, *shape: int) -> nn.Parameter:
+    """A matrix drawn from a normal distribution of standard deviation initializer_range (report 4.2)."""
+    return nn.Parameter(torch.randn(shape, dtype=param_dtype(config)) * config.initializer_range)
+
+
+class Linear(nn.Module):
+    """`W x` without a bias; `weight` is [features, in_features]."""
+
+    def __init__(self, config: ModelConfig, in_features: int, features: int):
+        super().__init__()
+        self.weight = normal_parameter(config, features, in_features)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """[..., in_features] -> [..., features]."""
+        return x @ self.weight.to(x.dtype).T
+
+
+class RMSNorm(nn.Module):
+    """Root-mean-square norm over the last axis, computed in at least float32."""
+
+    def __init__(self, config: ModelConfig, width: int, eps: float):
+        super().__init__()
+        self.eps = eps
+        self.weight = nn.Parameter(torch.ones(width, dtype=param_dtype(config)))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """[..., width] -> the same."""
+        wide = x.to(widen(x.dtype))
+        root_mean_square = torch.sqrt(wide.square().mean(dim=-1, keepdim=True) + self.eps)
+        return (wide / root_mean_square * self.weight).to(x.dtype)
+
+
+class Embedding(nn.Module):
+    """Table of token vectors; `weight` is [vocab_size, hidden_size]."""
+
+    def __init__(self, config: ModelConfig):
+        super().__init__()
+        self.dtype = compute_dtype(config)
+        self.weight = normal_parameter(config, config.vocab_size, config.hidden_size)
+
+    def forward(self, tokens: torch.Tensor) -> torch.Tensor:
+        """Token ids [...] -> vectors [..., hidden_size]."""
+        return self.weight[tokens].to(self.dtype)
+
+
+class SwiGLU(nn.Module):
+    """Feed-forward `down(silu(gate x) * up x)` of the dense layers, the shared experts and each routed one."""
+
+    def __init__(self, config: ModelConfig, width: int):
+        super().__init__()
+        self.gate_proj = Linear(config, config.hidden_size, width)
+        self.up_proj = Linear(config, config.hidden_size, width)
+        self.down_proj = Linear(config, width, config.hidden_size)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """[..., hidden_size] -> the same."""
+        return self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))

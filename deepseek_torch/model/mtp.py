@@ -1,0 +1,46 @@
+"""Multi-token prediction: modules that each look one token further ahead (report 2.2)."""
+
+import torch
+from torch import nn
+
+from deepseek_jax.config import ModelConfig
+from deepseek_torch.model.block import Block, BlockOutput
+from deepseek_torch.model.layers import Linear, RMSNorm
+
+
+class MTPModule(Block):
+    """Module k: joins the state before it at position i with the embedding of token i + k.
+
+    A layer with a beginning and an end of its own, as in the released checkpoint, where these stand beside the
+    layer's members. Embedding and output head are the main model's, so they are not here.
+    """
+
+    def __init__(self, config: ModelConfig):
+        super().__init__(config, moe=True)
+        c = self.config = config
+        self.enorm = RMSNorm(c, c.hidden_size, c.rms_norm_eps)
+        self.hnorm = RMSNorm(c, c.hidden_size, c.rms_norm_eps)
+        self.eh_proj = Linear(c, 2 * c.hidden_size, c.hidden_size)
+        self.shared_head = nn.ModuleDict({"norm": RMSNorm(c, c.hidden_size, c.rms_norm_eps)})
+
+    def forward(
+        self,
+        previous: torch.Tensor,
+        rope: tuple[torch.Tensor, torch.Tensor],
+        positions: torch.Tensor,
+        embedded: torch.Tensor,
+    ) -> tuple[torch.Tensor, tuple[torch.Tensor, BlockOutput]]:
+        """One depth further.
+
+        Args:
+            previous: [B, T, hidden_size] state of the depth before (of the main model for k = 1).
+            rope, positions: as for `Block`.
+            embedded: [B, T, hidden_size] embeddings of the tokens k further on.
+
+        Returns:
+            The state for the next depth; and the normed state for the output head with the block's output.
+        """
+        joined = torch.cat([self.enorm(embedded), self.hnorm(previous)], dim=-1)
+        hidden, output = super().forward(self.eh_proj(joined), rope, positions)
+        normed = self.shared_head["norm"](hidden)
+        return normed if self.config.mtp_hidden_after_norm else hidden, (normed, output)

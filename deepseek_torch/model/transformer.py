@@ -1,0 +1,122 @@
+"""The whole model: embedding, dense and mixture-of-experts layers, head, and MTP modules.
+
+Modules are nested and named so that `state_dict()` has the very keys and [out, in] matrices of the
+released checkpoint: what Hugging Face wrote can be read here with no table in between, and the one
+table from JAX to Hugging Face serves this package too. The checkpoint's copies of embedding and head
+beside every MTP module are left out, since the modules use the main model's.
+
+`config.remat` and `config.grouped_matmul`, which say how and not what to compute, have no effect here.
+"""
+
+from typing import NamedTuple
+
+import torch
+from torch import nn
+
+from deepseek_jax.config import ModelConfig
+from deepseek_torch.model.block import Block, BlockOutput
+from deepseek_torch.model.layers import Embedding, Linear, RMSNorm, compute_dtype, param_dtype
+from deepseek_torch.model.mtp import MTPModule
+from deepseek_torch.model.rope import rope_angles
+
+
+class ModelOutput(NamedTuple):
+    """What the losses are made of."""
+
+    hidden: torch.Tensor
+    """Normed states for the output head by prediction depth, [1 + D, B, T, hidden_size]."""
+    head: torch.Tensor
+    """Weight of the output head, [hidden_size, vocab_size]."""
+    counts: dict[str, torch.Tensor]
+    """Tokens sent to each expert, [layers, E], of the `moe_layers` and the `mtp_layers`."""
+    balance_loss: torch.Tensor
+    """Sum over those layers, before its weight."""
+
+
+class DeepseekV3(nn.Module):
+    """DeepSeek-V3 (report 2)."""
+
+    def __init__(self, config: ModelConfig):
+        super().__init__()
+        c = self.config = config
+        layers = [Block(c, moe=layer >= c.first_k_dense_replace) for layer in range(c.num_hidden_layers)]
+        layers += [MTPModule(c) for _ in range(c.num_nextn_predict_layers)]
+        self.model = nn.ModuleDict({
+            "embed_tokens": Embedding(c),
+            "layers": nn.ModuleList(layers),
+            "norm": RMSNorm(c, c.hidden_size, c.rms_norm_eps),
+        })  # fmt: skip
+        if not c.tie_word_embeddings:
+            self.lm_head = Linear(c, c.hidden_size, c.vocab_size)
+
+    @property
+    def main_layers(self) -> list[Block]:
+        """The layers of the main model."""
+        return list(self.model["layers"])[: self.config.num_hidden_layers]
+
+    @property
+    def moe_layers(self) -> list[Block]:
+        """Those of them that have experts."""
+        return self.main_layers[self.config.first_k_dense_replace :]
+
+    @property
+    def mtp_layers(self) -> list[MTPModule]:
+        """The modules of multi-token prediction, the first for depth 1."""
+        return list(self.model["layers"])[self.config.num_hidden_layers :]
+
+    def forward(self, tokens: torch.Tensor) -> ModelOutput:
+        """Predict at every depth.
+
+        Args:
+            tokens: [B, T + D] ids, D = num_nextn_predict_layers: depth k reads tokens k to T + k.
+        """
+        c = self.config
+        length = tokens.shape[1] - c.num_nextn_predict_layers
+        positions = _positions(tokens[:, :length])
+        rope = rope_angles(c, positions)
+        embedded = self.model["embed_tokens"](tokens)
+
+        hidden, outputs = embedded[:, :length], {"moe_layers": [], "mtp_layers": []}
+        for layer in self.main_layers:
+            hidden, output = layer(hidden, rope, positions)
+            if layer.moe:
+                outputs["moe_layers"].append(output)
+        normed = self.model["norm"](hidden)
+
+        states = [normed]
+        previous = normed if c.mtp_hidden_after_norm else hidden
+        for depth, module in enumerate(self.mtp_layers, start=1):
+            previous, (normed, output) = module(previous, rope, positions, embedded[:, depth : depth + length])
+            states.append(normed)
+            outputs["mtp_layers"].append(output)
+        nothing = hidden.new_zeros((), dtype=param_dtype(c))
+        return ModelOutput(torch.stack(states), self.head(), *_balance(outputs, nothing))
+
+    def hidden_states(self, tokens: torch.Tensor) -> torch.Tensor:
+        """Normed states [B, T, hidden_size] of the main model for tokens [B, T]."""
+        positions = _positions(tokens)
+        rope = rope_angles(self.config, positions)
+        hidden = self.model["embed_tokens"](tokens)
+        for layer in self.main_layers:
+            hidden, _ = layer(hidden, rope, positions)
+        return self.model["norm"](hidden)
+
+    def head(self) -> torch.Tensor:
+        """Weight of the output head in the compute type, [hidden_size, vocab_size]."""
+        tied = self.config.tie_word_embeddings
+        weight = self.model["embed_tokens"].weight if tied else self.lm_head.weight
+        return weight.to(compute_dtype(self.config)).T
+
+
+def _positions(tokens: torch.Tensor) -> torch.Tensor:
+    """0, 1, 2, ... for every sequence: [B, T] -> [B, T]."""
+    return torch.arange(tokens.shape[1], device=tokens.device).expand_as(tokens)
+
+
+def _balance(
+    outputs: dict[str, list[BlockOutput]], nothing: torch.Tensor
+) -> tuple[dict[str, torch.Tensor], torch.Tensor]:
+    """Expert counts of the stacks that have experts, and the sum of their layers' balance losses, begun at `nothing`."""
+    counts = {name: torch.stack([o.counts for o in stack]) for name, stack in outputs.items() if stack}
+    losses = [output.balance_loss for stack in outputs.values() for output in stack]
+    return counts, sum(losses, nothing)

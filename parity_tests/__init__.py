@@ -1,0 +1,1 @@
+"""Both siblings side by side, and both against Hugging Face transformers."""
