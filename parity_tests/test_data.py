@@ -330,7 +330,8 @@ def test_same_text_gives_the_same_files(tmp_path, text_file):
     files = []
     for name in ("a", "b"):
         prepare(tiny(text_file), tmp_path / name)
-        files.append([(tmp_path / name / file).read_bytes() for file in (packing.TOKENIZER, packing.TRAIN, packing.HELD_OUT)])
+        names = (packing.TOKENIZER, packing.TRAIN, packing.HELD_OUT)
+        files.append([(tmp_path / name / file).read_bytes() for file in names])
     assert files[0] == files[1]
 
 
