@@ -130,8 +130,15 @@ def test_bad_parquet_columns(tmp_path):
         one_line(error, str(path), reason)
 
 
-@pytest.mark.parametrize(("name", "reason"), [("none.txt", "no such file"), ("*.none", "matches no file"),
-                                              ("/dev/null", "no ordinary file"), ("", "holds no text file")])  # fmt: skip
+@pytest.mark.parametrize(
+    ("name", "reason"),
+    [
+        ("none.txt", "no such file"),
+        ("*.none", "matches no file"),
+        ("/dev/null", "no ordinary file"),
+        ("", "holds no text file"),
+    ],
+)
 def test_input_that_is_no_text(tmp_path, name, reason):
     with pytest.raises(DataError) as error:
         read_documents([str(tmp_path / name)])
