@@ -15,7 +15,7 @@ from jax import lax
 from deepseek_jax.config import GROUPED_MATMULS
 from deepseek_jax.errors import UserError
 
-BLOCKS = (512, 128, 32, 8)
+BLOCKS = (512, 128, 32, 4)
 """Rows multiplied at once by the blocked form: as many blocks of each size in turn as a group fills or almost fills."""
 
 TILE = 128
@@ -137,7 +137,8 @@ def _over_blocks(rows: int, start: jax.Array, end: jax.Array, carry: jax.Array, 
     `read` takes a block's rows out of an array of all `rows`, of which `at` is the first. A block may
     reach beyond the group on either side: `member` [size, 1] marks the rows that are its own.
     """
-    sizes = [size for size in BLOCKS if size <= rows] or [rows]
+    # Not size == rows: XLA would hoist the product of a block that is always the same out of its loop.
+    sizes = [size for size in BLOCKS if size < rows] or [rows]
     for size in sizes:
         # A block that is almost full costs less than the several smaller ones that would fit exactly.
         least = 1 if size == sizes[-1] else size - size // 8
