@@ -13,6 +13,7 @@ import jax.numpy as jnp
 
 from deepseek_jax.config import ModelConfig
 from deepseek_jax.model.layers import Linear, RMSNorm, widen
+from deepseek_jax.model.products import products
 from deepseek_jax.model.rope import apply_rope, softmax_scale
 
 LATENT_NORM_EPS = 1e-6
@@ -62,8 +63,7 @@ class MultiHeadLatentAttention(nn.Module):
         Returns:
             Output [B, T, hidden_size]; and the latents of these tokens, or the cache with them in it.
         """
-        q_nope, q_rope = self._queries(x, rope)
-        latents = self._latents(x, rope)
+        q_nope, q_rope, latents = self._project(x, rope)
         if cache is None:
             out = self._expanded(q_nope, q_rope, latents)
         else:
@@ -72,19 +72,19 @@ class MultiHeadLatentAttention(nn.Module):
             out = self._absorbed(q_nope, q_rope, latents, positions)
         return self.o_proj(out.reshape(*x.shape[:2], -1)), latents
 
-    def _queries(self, x: jax.Array, rope: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array]:
-        """Queries without and with position, [B, T, H, nope] and [B, T, H, rope]."""
+    def _project(
+        self, x: jax.Array, rope: tuple[jax.Array, jax.Array]
+    ) -> tuple[jax.Array, jax.Array, Latents]:
+        """Queries without and with position, [B, T, H, nope] and [B, T, H, rope], and the tokens' latents."""
         c = self.config
-        if c.q_lora_rank is None:
-            q = self.q_proj(x)
-        else:
-            q = self.q_b_proj(self.q_a_layernorm(self.q_a_proj(x)))
-        q = q.reshape(*x.shape[:2], c.num_attention_heads, -1)
-        return q[..., : c.qk_nope_head_dim], apply_rope(q[..., c.qk_nope_head_dim :], *rope)
-
-    def _latents(self, x: jax.Array, rope: tuple[jax.Array, jax.Array]) -> Latents:
-        c_kv, k_rope = jnp.split(self.kv_a_proj_with_mqa(x), [self.config.kv_lora_rank], axis=-1)
-        return Latents(self.kv_a_layernorm(c_kv), apply_rope(k_rope[:, :, None], *rope)[:, :, 0])
+        first = self.q_proj if c.q_lora_rank is None else self.q_a_proj
+        q, kv = products(c, x, first.weight, self.kv_a_proj_with_mqa.weight)
+        if c.q_lora_rank is not None:
+            q = self.q_b_proj(self.q_a_layernorm(q))
+        q_nope, q_rope = jnp.split(q.reshape(*x.shape[:2], c.num_attention_heads, -1), [c.qk_nope_head_dim], axis=-1)
+        c_kv, k_rope = jnp.split(kv, [c.kv_lora_rank], axis=-1)
+        latents = Latents(self.kv_a_layernorm(c_kv), apply_rope(k_rope[:, :, None], *rope)[:, :, 0])
+        return q_nope, apply_rope(q_rope, *rope), latents
 
     def _expanded(self, q_nope: jax.Array, q_rope: jax.Array, latents: Latents) -> jax.Array:
         """Attention with keys and values made for every head: the fewest operations for many queries."""

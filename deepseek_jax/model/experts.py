@@ -3,15 +3,10 @@
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
-from jax.ad_checkpoint import checkpoint_name
 
 from deepseek_jax.config import ModelConfig
-from deepseek_jax.model.grouped_matmul import grouped_matmul
 from deepseek_jax.model.layers import param_dtype
-
-
-GROUPED_PRODUCT = "grouped_product"
-"""Name of the experts' products, by which a rematerialisation policy can keep them."""
+from deepseek_jax.model.products import grouped_products
 
 
 class Experts(nn.Module):
@@ -42,15 +37,12 @@ class Experts(nn.Module):
         inverse = jnp.argsort(order)
         group_sizes = jnp.bincount(indices.reshape(-1), length=experts).astype(jnp.int32)
 
-        def product(rows: jax.Array, weight: jax.Array) -> jax.Array:
-            out = grouped_matmul(rows, weight.astype(x.dtype), group_sizes, c.grouped_matmul)
-            return checkpoint_name(out, GROUPED_PRODUCT)
-
         rows = dispatch(x, order, inverse)
-        activated = nn.silu(product(rows, gate_proj)) * product(rows, up_proj)
+        gate, up = grouped_products(c, rows, group_sizes, gate_proj, up_proj)
         # The factor is applied before the down projection, which is linear: its rows are the narrower ones.
         factors = dispatch(weights.reshape(-1, 1), order, inverse)
-        outputs = product(activated * factors.astype(x.dtype), down_proj)
+        activated = nn.silu(gate) * up * factors.astype(x.dtype)
+        (outputs,) = grouped_products(c, activated, group_sizes, down_proj)
         return combine(outputs, order, inverse, x.shape[0])
 
 

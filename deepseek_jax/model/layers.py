@@ -5,11 +5,12 @@ import jax
 import jax.numpy as jnp
 
 from deepseek_jax.config import ModelConfig
+from deepseek_jax.model.products import products
 
 
 def compute_dtype(config: ModelConfig) -> jnp.dtype:
-    """Type of activations and of the operands of matrix products."""
-    return jnp.dtype(config.precision)
+    """Type of activations; under fp8 the products with weights narrow them further."""
+    return jnp.dtype("bfloat16" if config.precision == "fp8" else config.precision)
 
 
 def param_dtype(config: ModelConfig) -> jnp.dtype:
@@ -35,7 +36,7 @@ class Linear(nn.Module):
 
     def __call__(self, x: jax.Array) -> jax.Array:
         """[..., in_features] -> [..., features]."""
-        return x @ self.weight.astype(x.dtype)
+        return products(self.config, x, self.weight)[0]
 
 
 class RMSNorm(nn.Module):
@@ -82,4 +83,5 @@ class SwiGLU(nn.Module):
 
     def __call__(self, x: jax.Array) -> jax.Array:
         """[..., hidden_size] -> the same."""
-        return self.down_proj(nn.silu(self.gate_proj(x)) * self.up_proj(x))
+        gate, up = products(self.config, x, self.gate_proj.weight, self.up_proj.weight)
+        return self.down_proj(nn.silu(gate) * up)

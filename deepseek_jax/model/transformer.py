@@ -13,18 +13,11 @@ import jax.numpy as jnp
 
 from deepseek_jax.config import ModelConfig
 from deepseek_jax.model.block import Block, BlockOutput
-from deepseek_jax.model.experts import GROUPED_PRODUCT
 from deepseek_jax.model.layers import Embedding, Linear, RMSNorm, compute_dtype, param_dtype
 from deepseek_jax.model.mtp import MTPModule
+from deepseek_jax.model.products import WEIGHT_PRODUCT
 from deepseek_jax.model.rope import rope_angles
 from deepseek_jax.model.router import ROUTER_STATE
-
-WEIGHT_PRODUCTS = jax.checkpoint_policies.save_from_both_policies(
-    jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
-    jax.checkpoint_policies.save_only_these_names(GROUPED_PRODUCT),
-)
-"""Keep for the backward pass what products with weights gave; the rest, attention scores too, is cheap to redo."""
-
 
 class ModelOutput(NamedTuple):
     """What the losses are made of."""
@@ -111,7 +104,8 @@ def _stacked(config: ModelConfig, layer: type[nn.Module], length: int) -> type[n
     shared, own = nn.broadcast, 0
     in_axes = (shared, shared, own)
     if config.remat != "none":
-        policy = WEIGHT_PRODUCTS if config.remat == "products" else None
+        keep = jax.checkpoint_policies.save_only_these_names(WEIGHT_PRODUCT)
+        policy = keep if config.remat == "products" else None
         layer = nn.remat(layer, prevent_cse=False, policy=policy)
     return nn.scan(
         layer, variable_axes=per_layer, split_rngs={"params": True}, in_axes=in_axes, out_axes=0, length=length

@@ -1,0 +1,35 @@
+"""Products with weights in the arithmetic that the config names: where float8 enters the model, and only there.
+
+What several weights make of the same input is asked for together, so that float8 quantises and keeps
+the input once. Every result has a name, by which rematerialisation can keep it.
+"""
+
+import jax
+from jax.ad_checkpoint import checkpoint_name
+
+from deepseek_jax.config import ModelConfig
+from deepseek_jax.model.grouped_matmul import grouped_matmul
+from deepseek_jax.precision.fp8_grouped_matmul import fp8_grouped_matmul
+from deepseek_jax.precision.fp8_matmul import fp8_matmul
+
+WEIGHT_PRODUCT = "weight_product"
+
+
+def products(config: ModelConfig, x: jax.Array, *weights: jax.Array) -> list[jax.Array]:
+    """x [..., K] times each of the weights [K, M]: a list of [..., M] in x's type."""
+    if config.precision == "fp8":
+        results = fp8_matmul(x, weights)
+    else:
+        results = [x @ weight.astype(x.dtype) for weight in weights]
+    return [checkpoint_name(result, WEIGHT_PRODUCT) for result in results]
+
+
+def grouped_products(
+    config: ModelConfig, x: jax.Array, group_sizes: jax.Array, *weights: jax.Array
+) -> list[jax.Array]:
+    """Rows x [N, K], sorted by group, times each of the weights [E, K, M]: a list of [N, M] in x's type."""
+    if config.precision == "fp8":
+        results = fp8_grouped_matmul(x, weights, group_sizes)
+    else:
+        results = [grouped_matmul(x, weight.astype(x.dtype), group_sizes, config.grouped_matmul) for weight in weights]
+    return [checkpoint_name(result, WEIGHT_PRODUCT) for result in results]
