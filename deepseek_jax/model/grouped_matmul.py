@@ -19,7 +19,7 @@ BLOCKS = (512, 128, 32, 4)
 """Rows multiplied at once by the blocked form: as many blocks of each size in turn as a group fills or almost fills."""
 
 TILE = 128
-"""Side of megablox' tiles; a dimension that is smaller is one tile."""
+"""Side of megablox' tiles; a width that is smaller is one tile."""
 
 
 def grouped_matmul(x: jax.Array, weight: jax.Array, group_sizes: jax.Array, implementation: str = "auto") -> jax.Array:
@@ -155,12 +155,12 @@ def _over_blocks(rows: int, start: jax.Array, end: jax.Array, carry: jax.Array, 
 
 
 def _megablox_rows_by_weight(x: jax.Array, weight: jax.Array, group_sizes: jax.Array, transpose: bool) -> jax.Array:
-    """As `_blocked_rows_by_weight`, by the TPU kernel."""
+    """As `_blocked_rows_by_weight`, by the TPU kernel (imported late: only TPUs should pay for loading Pallas)."""
     from jax.experimental.pallas.ops.tpu.megablox.gmm import gmm
 
     rows, width = x.shape[0], weight.shape[1 if transpose else 2]
     padded = _whole_tiles(x)
-    tiling = (min(TILE, padded.shape[0]), min(TILE, x.shape[1]), min(TILE, width))
+    tiling = (TILE, min(TILE, x.shape[1]), min(TILE, width))
     y = gmm(padded, weight, group_sizes, x.dtype, tiling, transpose_rhs=transpose)[:rows]
     # The kernel leaves memory that it does not write as it found it.
     return jnp.where(jnp.arange(rows)[:, None] < jnp.sum(group_sizes), y, 0)
@@ -171,7 +171,7 @@ def _megablox_rows_by_rows(x: jax.Array, gradient: jax.Array, group_sizes: jax.A
     from jax.experimental.pallas.ops.tpu.megablox.gmm import tgmm
 
     left, right = _whole_tiles(x), _whole_tiles(gradient)
-    tiling = (min(TILE, left.shape[0]), min(TILE, x.shape[1]), min(TILE, gradient.shape[1]))
+    tiling = (TILE, min(TILE, x.shape[1]), min(TILE, gradient.shape[1]))
     return tgmm(left.T, right, group_sizes, x.dtype, tiling)
 
 
