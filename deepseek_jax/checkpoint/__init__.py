@@ -1,1 +1,1 @@
-"""Checkpoint files as Hugging Face lays them out; needs numpy and ml_dtypes, no framework."""
+"""Checkpoints as Hugging Face lays them out, in JAX and in memory, and the ways between them; never torch."""

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 from deepseek_jax.checkpoint.tensors import CheckpointError
+from deepseek_jax.config import ConfigError, ModelConfig, from_mapping
 
 MAX_JSON_BYTES = 100_000_000
 """The longest header that the safetensors format allows."""
@@ -101,3 +102,16 @@ def file_inside(directory: Path, name: Any, where: str) -> Path:
     if not real.is_file():
         raise CheckpointError(f"{path}: not a regular file")
     return path
+
+
+def model_config(fields: dict[str, Any], where: str) -> ModelConfig:
+    """The model that `fields` describe, all values checked.
+
+    Raises:
+        CheckpointError: one line that begins with `where` and names the field.
+    """
+    # Any context is long enough for sequences of one token, and none but the model is asked for.
+    try:
+        return from_mapping({"model": fields, "train": {"sequence_length": 1}}, where=where).model
+    except ConfigError as error:
+        raise CheckpointError(str(error) if str(error).startswith(where) else f"{where}: {error}") from None

@@ -1,27 +1,31 @@
 """Checkpoints of a run through orbax: each is whole or absent, and belongs to one model config."""
 
 import dataclasses
-import json
+import math
 from pathlib import Path
 from typing import Any
 
 import jax
 import orbax.checkpoint as ocp
 
+from deepseek_jax.checkpoint.orbax_step import META, VARIABLES, first_line, read_meta, stacked_arrays, step_meta
+from deepseek_jax.checkpoint.tensors import CheckpointError
 from deepseek_jax.config import Config
-from deepseek_jax.errors import UserError
 from deepseek_jax.training.optimizer import make_optimizer
 from deepseek_jax.training.step import TrainState, init_state
 
+OPTIMIZER = "optimizer"
+"""Item of a step: the moments, which no one but training needs."""
 
-class CheckpointError(UserError):
-    """A checkpoint that cannot be read or written; the message is one line."""
+SMALLEST_PIECE = 2**20
+"""Bytes; orbax advises against less."""
 
 
 class Checkpoints:
     """The `checkpoints` folder of a run directory, one numbered folder per saved step.
 
-    A step's folder holds the items `variables` (all that the model is), `optimizer` and `meta`.
+    A step's folder holds the items `variables` (all that the model is), `optimizer` and `meta`; one that was
+    converted has no `optimizer`.
     """
 
     def __init__(self, run_dir: Path, config: Config):
@@ -40,13 +44,12 @@ class Checkpoints:
         Raises:
             CheckpointError: what went wrong here or in the save before, and the last good step.
         """
-        meta = {"model": dataclasses.asdict(self._config.model), "step": step}
         variables = {"params": state.params, "router_state": state.router_state}
-        items = ocp.args.Composite(
-            variables=ocp.args.StandardSave(variables),
-            optimizer=ocp.args.StandardSave(state.optimizer),
-            meta=ocp.args.JsonSave(meta),
-        )
+        items = ocp.args.Composite(**{
+            VARIABLES: ocp.args.StandardSave(variables, save_args=_piecewise(self._config, variables)),
+            OPTIMIZER: ocp.args.StandardSave(state.optimizer),
+            META: ocp.args.JsonSave(step_meta(self._config.model, step)),
+        })  # fmt: skip
         self._guarded(lambda: self._manager.save(step, args=items, force=True))
 
     def wait(self) -> None:
@@ -59,7 +62,7 @@ class Checkpoints:
         except Exception as error:  # orbax and tensorstore raise many kinds for a disk that is full
             last = self.latest()
             good = f"step {last} is the last good checkpoint" if last is not None else "no checkpoint is complete"
-            reason = "no space left on the disk" if "No space left" in str(error) else _first_line(error)
+            reason = "no space left on the disk" if "No space left" in str(error) else first_line(error)
             raise CheckpointError(f"{self._folder}: could not save: {reason}; {good}") from None
 
     def restore(self, step: int) -> TrainState:
@@ -70,8 +73,8 @@ class Checkpoints:
         """
         fresh = jax.eval_shape(lambda: init_state(self._config))
         variables = self.restore_variables(step)
-        if (self._folder / str(step) / "optimizer").is_dir():
-            optimizer = self._read(step, optimizer=fresh.optimizer)
+        if (self._folder / str(step) / OPTIMIZER).is_dir():
+            optimizer = self._read(step, OPTIMIZER, fresh.optimizer)
         else:
             optimizer = make_optimizer(self._config.train).init(variables["params"])
         return TrainState(variables["params"], variables["router_state"], optimizer)
@@ -80,25 +83,20 @@ class Checkpoints:
         """Only what the model needs, {"params": ..., "router_state": ...}; raises as `restore` does."""
         self._check_model(step)
         fresh = jax.eval_shape(lambda: init_state(self._config))
-        return self._read(step, variables={"params": fresh.params, "router_state": fresh.router_state})
+        return self._read(step, VARIABLES, {"params": fresh.params, "router_state": fresh.router_state})
 
-    def _read(self, step: int, **item: Any) -> Any:
-        """One item of a checkpoint, given by its name and an abstract tree of it."""
+    def _read(self, step: int, name: str, abstract: Any) -> Any:
+        """One item of a checkpoint, given an abstract tree of it."""
         device = jax.sharding.SingleDeviceSharding(jax.devices()[0])
-        ((name, abstract),) = item.items()
         abstract = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=device), abstract)
         try:
             items = ocp.args.Composite(**{name: ocp.args.StandardRestore(abstract)})
             return self._manager.restore(step, args=items)[name]
         except Exception as error:
-            raise CheckpointError(f"{self._folder / str(step)}: cannot be read: {_first_line(error)}") from None
+            raise CheckpointError(f"{self._folder / str(step)}: cannot be read: {first_line(error)}") from None
 
     def _check_model(self, step: int) -> None:
-        path = self._folder / str(step) / "meta" / "metadata"
-        try:
-            saved = json.loads(path.read_text())["model"]
-        except (OSError, ValueError, KeyError, TypeError):
-            raise CheckpointError(f"{path}: missing or damaged; choose another checkpoint") from None
+        saved = read_meta(self._folder / str(step))["model"]
         for name, value in dataclasses.asdict(self._config.model).items():
             if name not in ("precision", "remat", "grouped_matmul") and saved.get(name) != value:
                 raise CheckpointError(
@@ -107,5 +105,13 @@ class Checkpoints:
                 )
 
 
-def _first_line(error: Exception) -> str:
-    return next((line for line in str(error).splitlines() if line.strip()), type(error).__name__)[:200]
+def _piecewise(config: Config, variables: dict[str, Any]) -> dict[str, Any]:
+    """Save each layer's, and each expert's, part of a stack as a piece of its own, so that it can be read alone."""
+    stacks = stacked_arrays(config.model)
+
+    def save_args(path: tuple[jax.tree_util.DictKey, ...], leaf: jax.Array) -> ocp.SaveArgs:
+        stack = stacks[tuple(key.key for key in path)]
+        piece = math.prod(stack.trailing) * leaf.dtype.itemsize
+        return ocp.SaveArgs(chunk_byte_size=max(piece, SMALLEST_PIECE), shard_axes=tuple(range(len(stack.leading))))
+
+    return jax.tree_util.tree_map_with_path(save_args, variables)

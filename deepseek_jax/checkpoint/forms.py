@@ -1,0 +1,82 @@
+"""The forms in which a checkpoint's tensors are written: float32, bfloat16, and DeepSeek's FP8.
+
+One table (`layout`) says which tensors there are; a form says in which dtype each goes to disk. That
+takes no numbers, so what would be written for 671B parameters can be listed on paper.
+"""
+
+from collections.abc import Container, Iterable, Mapping
+
+import numpy as np
+
+from deepseek_jax.checkpoint.fp8_blocks import check_scales, quantize_blocks, requantize_blocks, scale_shape
+from deepseek_jax.checkpoint.layout import TensorPlace, layout
+from deepseek_jax.checkpoint.tensors import DTYPES, CheckpointError, TensorSpec
+from deepseek_jax.config import ModelConfig
+
+FORMS = {"float32": "F32", "bfloat16": "BF16", "fp8": "BF16"}
+"""Each form and the dtype of what has none of its own: all but routers' biases and what is quantised."""
+
+SCALE_SUFFIX = "_scale_inv"
+"""`X.weight` in float8 has its scales in `X.weight_scale_inv`."""
+
+
+def tensor_specs(config: ModelConfig, form: str, quantized: Container[str] | None = None) -> list[TensorSpec]:
+    """Every tensor of the checkpoint of `config` in `form`, in the order of writing.
+
+    Args:
+        quantized: names of those that the fp8 form quantises; by default, those that DeepSeek's does.
+    """
+    return [spec for place in layout(config) for spec in stored_as(place, form, quantized)]
+
+
+def stored_as(place: TensorPlace, form: str, quantized: Container[str] | None = None) -> list[TensorSpec]:
+    """The tensors that hold `place` in `form`: one, or codes and scales; arguments as in `tensor_specs`."""
+    if form == "fp8" and (place.quantized if quantized is None else place.name in quantized):
+        scales = TensorSpec(place.name + SCALE_SUFFIX, "F32", scale_shape(place.shape))
+        return [TensorSpec(place.name, "F8_E4M3", place.shape), scales]
+    return [TensorSpec(place.name, "F32" if place.is_bias else FORMS[form], place.shape)]
+
+
+def encode(specs: list[TensorSpec], weights: np.ndarray, kept: np.ndarray | None) -> list[np.ndarray]:
+    """The numbers of `specs`, as `stored_as` gives them for one place.
+
+    Args:
+        weights: of the checkpoint's shape, any floating dtype.
+        kept: scales that the weights came with; used where they still explain every weight, so that what
+            was read from codes and scales is written as the very same.
+
+    Raises:
+        CheckpointError: one line naming the tensor, if float8 is to hold NaN or infinity.
+    """
+    if len(specs) == 1:
+        return [weights.astype(specs[0].numpy_dtype, copy=False)]
+    name = specs[0].name
+    if kept is not None:
+        check_scales(kept, weights.shape, name)
+        codes = requantize_blocks(weights, kept)
+        if codes is not None:
+            return [codes, kept]
+    return list(quantize_blocks(weights, name))
+
+
+def compare(where: str, expected: Iterable[TensorSpec], found: Mapping[str, TensorSpec]) -> None:
+    """Check that `found` holds just the `expected` tensors, in dtype and shape.
+
+    Raises:
+        CheckpointError: one line that begins with `where` and names every tensor at fault.
+    """
+    wanted = {spec.name: spec for spec in expected}
+    missing = [name for name in wanted if name not in found]
+    left_over = [name for name in found if name not in wanted]
+    shared = [(spec, found[name]) for name, spec in wanted.items() if name in found]
+    misshaped = [f"{a.name} {list(b.shape)} for {list(a.shape)}" for a, b in shared if a.shape != b.shape]
+    mistyped = [f"{a.name} {b.dtype} for {a.dtype}" for a, b in shared if a.dtype != b.dtype]
+    kinds = {"missing": missing, "left over": left_over, "of the wrong shape": misshaped, "of the wrong dtype": mistyped}
+    faults = [f"{len(names)} {kind}: {', '.join(names)}" for kind, names in kinds.items() if names]
+    if faults:
+        raise CheckpointError(f"{where}: its tensors are not those of its config: {'; '.join(faults)}")
+
+
+def dtype_name(dtype: np.dtype) -> str:
+    """The name in `DTYPES` of a numpy dtype, or numpy's own name for others."""
+    return next((name for name, known in DTYPES.items() if known == dtype), str(dtype))

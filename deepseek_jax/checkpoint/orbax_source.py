@@ -1,0 +1,159 @@
+"""A step of a run's checkpoints as a source of weights, tensor by tensor.
+
+Orbax restores whole trees. Here the arrays that it wrote are opened where they lie, so that an expert
+is read without its neighbours: all of them in memory would be the model several times over.
+"""
+
+import math
+import os
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import tensorstore as ts
+
+from deepseek_jax.checkpoint.forms import SCALE_SUFFIX, compare, dtype_name
+from deepseek_jax.checkpoint.fp8_blocks import check_scales
+from deepseek_jax.checkpoint.layout import TensorPlace, layout
+from deepseek_jax.checkpoint.orbax_step import (
+    META,
+    SCALES,
+    VARIABLES,
+    StackedArray,
+    first_line,
+    read_meta,
+    stacked_arrays,
+    uncached,
+)
+from deepseek_jax.checkpoint.safetensors_reader import SafetensorsDirectory
+from deepseek_jax.checkpoint.source import summarize
+from deepseek_jax.checkpoint.tensors import CheckpointError, TensorSpec
+from deepseek_jax.checkpoint.untrusted import file_inside, model_config, read_object, shown
+from deepseek_jax.config import ModelConfig
+
+
+class OrbaxSource:
+    """See `source.Source`."""
+
+    def __init__(self, step: str | os.PathLike[str]):
+        """Open every array of a step's folder and compare it with the config saved beside them.
+
+        Raises:
+            UserError: one line naming the step and what is missing or not as it should be.
+        """
+        step = Path(step)
+        fields = read_meta(step)["model"]
+        self.config = model_config(fields, str(step / META / "metadata"))
+        arrays = stacked_arrays(self.config)
+        self._stores = _open_arrays(step / VARIABLES, arrays)
+        dtypes = Counter(dtype_name(store.dtype.numpy_dtype) for store in self._stores.values())
+        self._scales = _kept_scales(step, self.config)
+        self.form = "fp8" if self._scales else "bfloat16" if "BF16" in dtypes else "float32"
+        nbytes = sum(store.size * store.dtype.numpy_dtype.itemsize for store in self._stores.values())
+        came = ", from FP8 with its scales kept" if self._scales else ""
+        self.summary = summarize(f"{step}: orbax{came}", dtypes, nbytes)
+        self._where = str(step)
+        self._pieces = _Pieces()
+
+    def read(self, place: TensorPlace) -> np.ndarray:
+        """See `Source.read`; float64 stays so."""
+        store = self._stores[place.path]
+        try:
+            array = self._pieces.read(place.path, store, place.index)
+        except Exception as error:  # tensorstore raises ValueError for most, and OSError
+            raise CheckpointError(f"{self._where}: {place.name}: cannot be read: {first_line(error)}") from None
+        return array.T if place.transposed else array
+
+    def scales(self, place: TensorPlace) -> np.ndarray | None:
+        """See `Source.scales`."""
+        name = place.name + SCALE_SUFFIX
+        return self._scales.read(name) if self._scales and name in self._scales.entries else None
+
+    def quantized(self) -> set[str] | None:
+        """See `Source.quantized`."""
+        return {name.removesuffix(SCALE_SUFFIX) for name in self._scales.names} if self._scales else None
+
+
+class _Pieces:
+    """Reads a part of an array; where the array was saved in larger pieces, keeps the last ones read.
+
+    Training saves one piece for each layer and expert, so that nothing is kept; of what others saved in
+    one piece, reading it anew for every expert would take forever.
+    """
+
+    LIMIT = 4
+    """As many as are read in turn: an expert has three matrices."""
+
+    def __init__(self):
+        self._kept: dict[tuple, np.ndarray] = {}
+
+    def read(self, path: tuple[str, ...], store: Any, index: tuple[int, ...]) -> np.ndarray:
+        """The part of `store` at the leading `index`."""
+        chunk = store.chunk_layout.read_chunk.shape[: len(index)]
+        if math.prod(chunk) == 1:
+            return np.asarray(store[index].read().result())
+        corner = tuple(i // size * size for i, size in zip(index, chunk))
+        if (path, corner) not in self._kept:
+            while len(self._kept) >= self.LIMIT:
+                del self._kept[next(iter(self._kept))]
+            ends = (min(start + size, end) for start, size, end in zip(corner, chunk, store.shape))
+            box = tuple(slice(start, end) for start, end in zip(corner, ends))
+            self._kept[path, corner] = np.asarray(store[box].read().result())
+        return self._kept[path, corner][tuple(i - start for i, start in zip(index, corner))]
+
+
+def _kept_scales(step: Path, config: ModelConfig) -> SafetensorsDirectory | None:
+    if not (step / SCALES).is_dir():
+        return None
+    scales = SafetensorsDirectory(step / SCALES)
+    shapes = {place.name + SCALE_SUFFIX: place.shape for place in layout(config) if not place.is_copy}
+    for name, entry in scales.entries.items():
+        if name not in shapes:
+            raise CheckpointError(f"{entry.file}: {shown(name)}: scales of no weight that the model has")
+        check_scales(np.broadcast_to(np.ones((), entry.numpy_dtype), entry.shape), shapes[name], f"{entry.file}: {name}")
+    return scales
+
+
+def _open_arrays(folder: Path, arrays: dict[tuple[str, ...], StackedArray]) -> dict[tuple[str, ...], Any]:
+    """Every array of `folder` by path, checked to be those of the config: all of one dtype but for the biases."""
+    saved = _saved_names(folder)
+    stores = {path: _open(folder, array.name) for path, array in arrays.items() if array.name in saved}
+    dtypes = {path: dtype_name(store.dtype.numpy_dtype) for path, store in stores.items()}
+    weights = [dtype for path, dtype in dtypes.items() if not arrays[path].is_bias]
+    dtype = next((dtype for dtype in ("BF16", "F64") if dtype in weights[:1]), "F32")
+    expected = []
+    for array in arrays.values():
+        widened = array.is_bias and dtype == "BF16"
+        expected.append(TensorSpec(array.name, "F32" if widened else dtype, array.shape))
+    found = {name: TensorSpec(name, "", ()) for name in saved}
+    for path, store in stores.items():
+        found[arrays[path].name] = TensorSpec(arrays[path].name, dtypes[path], tuple(store.shape))
+    compare(str(folder), expected, found)
+    return stores
+
+
+def _open(folder: Path, name: str) -> Any:
+    home = {"driver": "file", "path": f"{folder.absolute()}/"}
+    if (folder / "manifest.ocdbt").exists():
+        kvstore = {"driver": "ocdbt", "base": home, "path": f"{name}/"}
+    else:
+        kvstore = home | {"path": f"{home['path']}{name}/"}
+    # A piece that is not there was lost: it does not stand for zeros.
+    spec = {"driver": "zarr", "kvstore": kvstore, "fill_missing_data_reads": False}
+    try:
+        return ts.open(spec, read=True, context=uncached()).result()
+    except Exception as error:  # tensorstore raises ValueError for most, and OSError
+        raise CheckpointError(f"{folder}: {name}: cannot be opened: {first_line(error)}") from None
+
+
+def _saved_names(folder: Path) -> list[str]:
+    """Names of the arrays that orbax says it saved."""
+    path = file_inside(folder, "_METADATA", str(folder.parent))
+    tree = read_object(path).get("tree_metadata")
+    try:
+        # An empty mapping, such as the state of no router, is listed too.
+        entries = [value for value in tree.values() if value["value_metadata"]["value_type"] != "Dict"]
+        return [".".join(part["key"] for part in entry["key_metadata"]) for entry in entries]
+    except (AttributeError, KeyError, TypeError):
+        raise CheckpointError(f"{path}: tree_metadata is not as orbax writes it") from None

@@ -1,0 +1,111 @@
+"""Write a step that training goes on from, tensor by tensor.
+
+Orbax saves whole trees. Here it saves one of the same structure with a single number in each array, in
+whose place the real arrays are then put, an expert at a time; so orbax, not this file, decides what
+else belongs into a checkpoint.
+"""
+
+import logging
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import orbax.checkpoint as ocp
+import tensorstore as ts
+
+from deepseek_jax.checkpoint.forms import stored_as
+from deepseek_jax.checkpoint.layout import layout
+from deepseek_jax.checkpoint.orbax_step import (
+    META,
+    SCALES,
+    VARIABLES,
+    StackedArray,
+    first_line,
+    stacked_arrays,
+    step_meta,
+    uncached,
+)
+from deepseek_jax.checkpoint.safetensors_writer import write_tensors
+from deepseek_jax.checkpoint.source import Source
+from deepseek_jax.checkpoint.staging import disk_errors
+from deepseek_jax.checkpoint.tensors import CheckpointError
+from deepseek_jax.config import ModelConfig
+
+
+def write_step(step: Path, source: Source, dtype: str, progress: Callable[[int], None] = lambda nbytes: None) -> None:
+    """Write a step's folder that training goes on from: the weights of `source`, with no optimizer state.
+
+    Args:
+        step: to be made; its name is the step's number. Write it within a `staged_directory`.
+        dtype: float32 or bfloat16; routers' biases are float32 in any case.
+        progress: called with the number of bytes written since the call before.
+
+    Raises:
+        CheckpointError: one line, if it cannot be read or written.
+    """
+    arrays = stacked_arrays(source.config)
+    with disk_errors(step):
+        _save_template(step, arrays, source.config)
+    stores = {}
+    for path, array in arrays.items():
+        chunk = (1,) * len(array.leading) + array.trailing
+        stores[path] = _create(step / VARIABLES, array, chunk, np.float32 if array.is_bias else dtype)
+    for place in layout(source.config):
+        if place.is_copy:
+            continue
+        weights = source.read(place)
+        store = stores[place.path]
+        part = (weights.T if place.transposed else weights).astype(store.dtype.numpy_dtype, order="C", copy=False)
+        try:
+            store[place.index].write(part).result()
+        except Exception as error:  # tensorstore raises ValueError for most, and OSError
+            reason = "the disk is full" if "No space left" in str(error) else first_line(error)
+            raise CheckpointError(f"{step}: {place.name}: cannot be written: {reason}") from None
+        progress(part.nbytes)
+    _write_scales(step / SCALES, source)
+
+
+def _write_scales(folder: Path, source: Source) -> None:
+    quantized = source.quantized()
+    if not quantized:
+        return
+    places = [place for place in layout(source.config) if place.name in quantized]
+    specs = [stored_as(place, "fp8", quantized)[1] for place in places]
+    with disk_errors(folder):
+        folder.mkdir()
+    write_tensors(folder, specs, (source.scales(place) for place in places))
+
+
+def _save_template(step: Path, arrays: dict[tuple[str, ...], StackedArray], config: ModelConfig) -> None:
+    tree: dict[str, Any] = {"params": {}, "router_state": {}}
+    for path in arrays:
+        node = tree
+        for key in path[:-1]:
+            node = node.setdefault(key, {})
+        node[path[-1]] = np.zeros(1, np.float32)
+    handlers = {VARIABLES: ocp.StandardCheckpointHandler(use_ocdbt=False), META: ocp.JsonCheckpointHandler()}
+    items = {
+        VARIABLES: ocp.args.StandardSave(tree),
+        META: ocp.args.JsonSave(step_meta(config, int(step.name))),
+    }
+    log = logging.getLogger("absl")
+    level = log.level
+    log.setLevel(logging.ERROR)  # It warns that there is nothing for it to merge.
+    try:
+        options = ocp.CheckpointManagerOptions(create=True, enable_async_checkpointing=False)
+        with ocp.CheckpointManager(step.parent, options=options, item_handlers=handlers) as manager:
+            manager.save(int(step.name), args=ocp.args.Composite(**items), force=True)
+    finally:
+        log.setLevel(level)
+
+
+def _create(folder: Path, array: StackedArray, chunk: tuple[int, ...], dtype: Any) -> Any:
+    spec = {
+        "driver": "zarr",
+        "kvstore": {"driver": "file", "path": f"{folder / array.name}/"},
+        "metadata": {"compressor": None, "chunks": chunk, "shape": array.shape},
+        # A piece of zeros is written as well: one that is not there is one that was lost.
+        "store_data_equal_to_fill_value": True,
+    }
+    return ts.open(spec, dtype=ts.dtype(dtype), create=True, delete_existing=True, context=uncached()).result()

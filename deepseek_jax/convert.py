@@ -1,0 +1,229 @@
+"""Carry a model between JAX and Hugging Face: `python -m deepseek_jax.convert SRC DST`.
+
+A run directory, or one step of its checkpoints, becomes a Hugging Face directory that `transformers`
+loads as `deepseek_v3`; a Hugging Face directory becomes a run directory that `train --resume` and
+`generate` load. Which it is, is seen from what is there. One tensor at a time is in memory.
+"""
+
+import argparse
+from collections import Counter
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import numpy as np
+from rich.console import Console
+from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn, TransferSpeedColumn
+
+from deepseek_jax.checkpoint.forms import FORMS
+from deepseek_jax.checkpoint.hf_source import HuggingFaceSource
+from deepseek_jax.checkpoint.hf_writer import encoded, planned, write_huggingface
+from deepseek_jax.checkpoint.layout import layout
+from deepseek_jax.checkpoint.orbax_source import OrbaxSource
+from deepseek_jax.checkpoint.orbax_step import META, VARIABLES, stacked_arrays
+from deepseek_jax.checkpoint.run_writer import COMPANIONS_FOLDER, FIRST_STEP, write_run
+from deepseek_jax.checkpoint.safetensors_reader import INDEX_FILE, SINGLE_FILE, SafetensorsDirectory
+from deepseek_jax.checkpoint.safetensors_writer import parse_size, plan_shards
+from deepseek_jax.checkpoint.source import Source, summarize
+from deepseek_jax.checkpoint.staging import staged_directory
+from deepseek_jax.checkpoint.tensors import CheckpointError, TensorSpec
+from deepseek_jax.checkpoint.tokenizer_files import TOKENIZER_JSON
+from deepseek_jax.data.tokenizer import load_tokenizer
+from deepseek_jax.errors import run_command
+
+
+def main() -> None:
+    """Parse the command line and convert."""
+    parser = argparse.ArgumentParser(
+        prog="python -m deepseek_jax.convert",
+        description="Turn a run directory or one step of its checkpoints into a Hugging Face directory, or a Hugging "
+        "Face directory into a run directory.",
+        epilog="example: python -m deepseek_jax.convert runs/quickstart my-model --dtype bfloat16 --verify",
+    )
+    parser.add_argument("source", metavar="SRC", type=Path)
+    parser.add_argument("destination", metavar="DST", type=Path, help="must not exist yet, or be empty")
+    parser.add_argument("--dtype", choices=FORMS, help="default: what SRC is stored in")
+    parser.add_argument("--max-shard-size", default="5GB", metavar="SIZE", help="largest file (default: 5GB)")
+    parser.add_argument("--dry-run", action="store_true", help="only say what would be read and written")
+    parser.add_argument("--verify", action="store_true", help="read what was written and compare it with SRC")
+    args = parser.parse_args()
+    run_command(lambda: convert(args.source, args.destination, args.dtype, args.max_shard_size, args.dry_run, args.verify))
+
+
+def convert(
+    source: Path,
+    destination: Path,
+    dtype: str | None = None,
+    max_shard_size: str = "5GB",
+    dry_run: bool = False,
+    verify: bool = False,
+) -> None:
+    """Convert `source` to `destination`, which appears whole or not at all; see `main` for the arguments.
+
+    Raises:
+        UserError: one line naming file and tensor; `destination` is then as it was before.
+    """
+    max_shard_bytes = parse_size(max_shard_size)
+    if _is_huggingface(source):
+        _from_huggingface(source, destination, dtype, dry_run, verify)
+    else:
+        _to_huggingface(source, destination, dtype, max_shard_bytes, dry_run, verify)
+
+
+def _is_huggingface(path: Path) -> bool:
+    """Whether `path` is a Hugging Face directory; if not, it is a run or a step of one.
+
+    Raises:
+        CheckpointError: if it is none of these, or more than one.
+    """
+    kinds = {
+        "a Hugging Face directory": _holds(path, "config.json")
+        and (_holds(path, SINGLE_FILE) or _holds(path, INDEX_FILE)),
+        "a run directory": _holds(path, "config.yaml") and _holds(path, "checkpoints"),
+        "a step of a run's checkpoints": _holds(path, VARIABLES) and _holds(path, META),
+    }
+    found = [kind for kind, is_it in kinds.items() if is_it]
+    if len(found) == 1:
+        return found == ["a Hugging Face directory"]
+    if found:
+        raise CheckpointError(f"{path}: looks like {' and '.join(found)}; move one of them elsewhere")
+    raise CheckpointError(
+        f"{path}: there is no checkpoint: neither config.json with {SINGLE_FILE} or {INDEX_FILE} (Hugging Face), nor "
+        f"config.yaml with checkpoints (a run), nor {VARIABLES} with {META} (a step of a run's checkpoints)"
+    )
+
+
+def _holds(directory: Path, name: str) -> bool:
+    return (directory / name).exists()
+
+
+def _from_huggingface(path: Path, destination: Path, dtype: str | None, dry_run: bool, verify: bool) -> None:
+    source = HuggingFaceSource(path)
+    if dtype == "fp8" and source.form != "fp8":
+        raise CheckpointError(
+            "--dtype fp8: a run directory holds float32 or bfloat16; fp8 is for writing a Hugging Face directory"
+        )
+    # Float32 holds what codes and scales stand for; the scales are kept beside, to write the same codes again.
+    stored = "float32" if "fp8" in (dtype, source.form) and dtype != "bfloat16" else dtype or source.form
+    specs = [
+        TensorSpec(array.name, "F32" if array.is_bias else FORMS[stored], array.shape)
+        for array in stacked_arrays(source.config).values()
+    ]
+    print("\n".join([source.summary, *source.notes, _summary(destination, "orbax", specs)]))
+    if not _holds(path, TOKENIZER_JSON):
+        print(f"{path}: no {TOKENIZER_JSON}; generation will need one in {destination}")
+    if dry_run:
+        print("dry run: nothing was written")
+        return
+    nbytes = sum(spec.nbytes for spec in specs)
+    with staged_directory(destination) as partial:
+        with _progress("writing", nbytes) as advance:
+            write_run(partial, destination, source, stored, path, advance)
+        if verify:
+            with _progress("verifying", nbytes) as advance:
+                _verify_step(partial / "checkpoints" / str(FIRST_STEP), source, stored, advance)
+    print(f"{destination}: written{' and verified' if verify else ''}")
+
+
+def _verify_step(step: Path, source: Source, dtype: str, advance) -> None:
+    written = OrbaxSource(step)
+    _same(written.config == source.config, step, "config")
+    for place in layout(source.config):
+        if place.is_copy:
+            continue
+        came, expected = written.read(place), source.read(place)
+        _same_bits(came, expected.astype(came.dtype), step, place.name)
+        kept, scales = written.scales(place), source.scales(place)
+        _same((kept is None) == (scales is None), step, f"scales of {place.name}")
+        if kept is not None:
+            _same_bits(kept, scales, step, f"scales of {place.name}")
+        advance(came.nbytes)
+
+
+def _to_huggingface(
+    path: Path, destination: Path, dtype: str | None, max_shard_bytes: int, dry_run: bool, verify: bool
+) -> None:
+    step = path if _holds(path, VARIABLES) else _last_step(path)
+    source = OrbaxSource(step)
+    form = dtype or source.form
+    specs = planned(source, form)
+    shards = len(plan_shards(specs, max_shard_bytes))
+    print(source.summary)
+    print(f"{_summary(destination, f'Hugging Face, {form}', specs)} in {shards:,} file{'s' * (shards > 1)}")
+    tokenizer = _tokenizer(step)
+    if tokenizer is None:
+        print(f"{path}: no {TOKENIZER_JSON}; {destination} will have none")
+    if dry_run:
+        print("dry run: nothing was written")
+        return
+    nbytes = sum(spec.nbytes for spec in specs)
+    with staged_directory(destination) as partial:
+        with _progress("writing", nbytes) as advance:
+            write_huggingface(partial, source, form, tokenizer, max_shard_bytes, advance)
+        if verify:
+            with _progress("verifying", nbytes) as advance:
+                _verify_huggingface(partial, source, form, advance)
+    print(f"{destination}: written{' and verified' if verify else ''}")
+
+
+def _verify_huggingface(directory: Path, source: Source, form: str, advance) -> None:
+    HuggingFaceSource(directory)
+    written = SafetensorsDirectory(directory)
+    for spec, expected in zip(planned(source, form), encoded(source, form), strict=True):
+        _same_bits(written.read(spec.name), expected, directory, spec.name)
+        advance(spec.nbytes)
+
+
+def _same_bits(came: np.ndarray, expected: np.ndarray, where: Path, what: str) -> None:
+    equal = (came.dtype, came.shape) == (expected.dtype, expected.shape)
+    came, expected = (np.ascontiguousarray(array).view(np.uint8) for array in (came, expected))
+    _same(equal and np.array_equal(came, expected), where, what)
+
+
+def _same(equal: bool, where: Path, what: str) -> None:
+    if not equal:
+        raise CheckpointError(f"{where}: {what}: what was read back is not what was written")
+
+
+def _last_step(run: Path) -> Path:
+    # Orbax writes a step under another name and renames it when it is whole.
+    steps = [entry for entry in (run / "checkpoints").iterdir() if entry.name.isdecimal() and entry.is_dir()]
+    if not steps:
+        raise CheckpointError(f"{run / 'checkpoints'}: no checkpoint is complete")
+    return max(steps, key=lambda entry: int(entry.name))
+
+
+def _tokenizer(step: Path) -> Path | None:
+    """The folder of the tokenizer of the run that `step` belongs to: what came with its weights, or its own."""
+    run = step.absolute().parent.parent
+    if not _holds(run, "config.yaml"):
+        return None
+    own = run if _holds(run, TOKENIZER_JSON) else None
+    kept = run / COMPANIONS_FOLDER
+    if _holds(kept, "config.json") and (own is None or _same_vocabulary(own, kept)):
+        return kept
+    return own
+
+
+def _same_vocabulary(own: Path, kept: Path) -> bool:
+    """Whether training went on with the tokenizer that came; it may write the same one in other words."""
+    return _holds(kept, TOKENIZER_JSON) and load_tokenizer(own).get_vocab() == load_tokenizer(kept).get_vocab()
+
+
+def _summary(destination: Path, kind: str, specs: list[TensorSpec]) -> str:
+    dtypes = Counter(spec.dtype for spec in specs)
+    return summarize(f"{destination}: {kind}", dtypes, sum(spec.nbytes for spec in specs))
+
+
+@contextmanager
+def _progress(title: str, nbytes: int) -> Iterator:
+    """A bar on the terminal, moved by the number of bytes done."""
+    console = Console(stderr=True)
+    columns = (TextColumn(title), BarColumn(), DownloadColumn(), TransferSpeedColumn(), TimeRemainingColumn())
+    with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as progress:
+        task = progress.add_task(title, total=nbytes)
+        yield lambda count: progress.advance(task, count)
+
+
+if __name__ == "__main__":
+    main()
