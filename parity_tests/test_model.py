@@ -59,7 +59,8 @@ def test_weights_cross_exactly(name):
     config = CONFIGS[name]
     torch.manual_seed(1)
     state_dict = TorchDeepseekV3(config).state_dict()
-    assert {k: tuple(v.shape) for k, v in state_dict.items()} == {p.name: p.shape for p in layout(config) if not p.is_copy}
+    expected = {place.name: place.shape for place in layout(config) if not place.is_copy}
+    assert {name: tuple(tensor.shape) for name, tensor in state_dict.items()} == expected
     variables = from_torch(state_dict, config)
     tokens = np.zeros((1, 1 + config.num_nextn_predict_layers), np.int32)
     shapes = jax.eval_shape(DeepseekV3(config).init, jax.random.key(0), tokens)

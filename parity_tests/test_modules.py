@@ -150,7 +150,7 @@ def test_yarn_is_derived_alike(scaling, dim):
 
 
 def test_yarn_of_deepseek_v3():
-    """The released model's numbers: pairs 0 to 10 as they were, from 23 on divided by 40, the scale 1.87 times larger."""
+    """The released model: pairs 0 to 10 as they were, from 23 on divided by 40, the scale 1.87 times larger."""
     config = ModelConfig(rope_scaling=RopeScaling())
     plain = dataclasses.replace(config, rope_scaling=None)
     ratio = np.array(torch_rope.inverse_frequencies(config)) / np.array(torch_rope.inverse_frequencies(plain))
@@ -170,7 +170,8 @@ def test_experts_of_equal_score_are_chosen_alike():
 def test_experts_outside_the_kept_groups_stay_out_however_negative_the_biases():
     config = dataclasses.replace(siblings("float32").config, n_group=4, topk_group=2)
     scores = -np.arange(1.0, 9.0, dtype=np.float32)[None]
-    for chosen in (jax_router.select_experts(config, scores), torch_router.select_experts(config, torch.from_numpy(scores))):
+    in_torch = torch_router.select_experts(config, torch.from_numpy(scores))
+    for chosen in (jax_router.select_experts(config, scores), in_torch):
         assert sorted(np.asarray(chosen)[0]) == [0, 1, 2]
 
 
