@@ -17,9 +17,10 @@ import numpy as np
 
 from deepseek_jax.config import Config, ConfigError, load_config, presets, to_yaml
 from deepseek_jax.data.loader import Windows
-from deepseek_jax.data.packing import PreparedData, prepare
+from deepseek_jax.data.packing import PreparedData, is_prepared, prepare
 from deepseek_jax.errors import UserError, run_command, write_atomically
 from deepseek_jax.model.transformer import count_parameters
+from deepseek_jax.precision.fp8 import require_fp8
 from deepseek_jax.training.checkpoint import Checkpoints
 from deepseek_jax.training.evaluation import Evaluation
 from deepseek_jax.training.metrics import METRICS_FILE, MetricsFile, Progress
@@ -63,12 +64,18 @@ def train(config: Config, resume: bool = False) -> None:
     Raises:
         UserError: for anything the user can mend; the last checkpoint stays usable.
     """
+    if config.model.precision == "fp8":
+        require_fp8()
     # The default would cut float32 products down to bfloat16 or TF32 on a TPU or GPU.
     jax.config.update("jax_default_matmul_precision", "highest")
     run_dir = Path(config.run_dir)
     if not resume and (run_dir / METRICS_FILE).exists():
         raise ConfigError(f"{run_dir} already holds a run: add --resume to go on with it, or give another run_dir")
-    run_dir.mkdir(parents=True, exist_ok=True)
+    if resume and config.data.tokenizer is None and not is_prepared(config, run_dir):
+        raise ConfigError(
+            f"data.input={config.data.input}: not the text that {run_dir} was trained on; to go on with other text "
+            f"keep its tokenizer, data.tokenizer={run_dir}/tokenizer.json, or else start a new run_dir"
+        )
     data = prepare(config, run_dir)
     checkpoints = Checkpoints(run_dir, config)
     last_step = checkpoints.latest() if resume else None

@@ -9,7 +9,7 @@ import json
 import os
 import tempfile
 from collections.abc import Collection, Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -164,6 +164,10 @@ def _make(config: Config, directory: Path, fingerprint: dict[str, Any]) -> None:
                 os.replace(Path(name, file), directory / file)
     except OSError as error:
         raise DataError(f"{directory}: the tokens cannot be written: {error.strerror or error}") from None
+    finally:
+        for folder in (directory / "data", directory):
+            with suppress(OSError):  # it holds something
+                folder.rmdir()
 
 
 def _make_in(staging: Path, config: Config, fingerprint: dict[str, Any]) -> None:
