@@ -23,8 +23,9 @@ from parity_tests.weights import to_torch
 TOLERANCES = {"float64": 1e-12, "float32": 1e-5}
 
 TINY = dataclasses.replace(
-    load_config("tiny").model, num_hidden_layers=3, num_nextn_predict_layers=0, grouped_matmul="reference"
-)
+    load_config("tiny").model, num_hidden_layers=3, num_nextn_predict_layers=0, grouped_matmul="reference",
+    remat="none",
+)  # fmt: skip
 YARN = RopeScaling(factor=8.0, original_max_position_embeddings=16, beta_fast=4.0, mscale=0.7, mscale_all_dim=1.1)
 CONFIGS = {
     "groups and YaRN": dataclasses.replace(TINY, rope_scaling=YARN),

@@ -13,6 +13,7 @@ from torch import nn
 
 from deepseek_jax.config import ModelConfig
 from deepseek_torch.model.layers import Linear, RMSNorm, widen
+from deepseek_torch.model.products import products
 from deepseek_torch.model.rope import apply_rope, softmax_scale
 
 LATENT_NORM_EPS = 1e-6
@@ -65,8 +66,7 @@ class MultiHeadLatentAttention(nn.Module):
             Output [B, T, hidden_size]; and the latents of these tokens, or the cache with them in it.
         """
         batch, length, _ = x.shape
-        q_nope, q_rope = self._queries(x, rope)
-        latents = self._latents(x, rope)
+        q_nope, q_rope, latents = self._project(x, rope)
         if cache is None:
             rows = torch.arange(length, device=x.device).expand(batch, length)
         else:
@@ -81,23 +81,20 @@ class MultiHeadLatentAttention(nn.Module):
         out = attention(q, k, v, softmax_scale(self.config), seen)
         return self.o_proj(out.flatten(-2)), latents
 
-    def _queries(
+    def _project(
         self, x: torch.Tensor, rope: tuple[torch.Tensor, torch.Tensor]
-    ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Queries without and with position, [B, T, H, nope] and [B, T, H, rope]."""
+    ) -> tuple[torch.Tensor, torch.Tensor, Latents]:
+        """Queries without and with position, [B, T, H, nope] and [B, T, H, rope], and the tokens' latents."""
         c = self.config
-        if c.q_lora_rank is None:
-            q = self.q_proj(x)
-        else:
-            q = self.q_b_proj(self.q_a_layernorm(self.q_a_proj(x)))
+        first = self.q_proj if c.q_lora_rank is None else self.q_a_proj
+        q, kv = products(c, x, first.weight, self.kv_a_proj_with_mqa.weight)
+        if c.q_lora_rank is not None:
+            q = self.q_b_proj(self.q_a_layernorm(q))
         q = q.unflatten(-1, (c.num_attention_heads, -1))
         q_nope, q_rope = q.split([c.qk_nope_head_dim, c.qk_rope_head_dim], dim=-1)
-        return q_nope, apply_rope(q_rope, *rope)
-
-    def _latents(self, x: torch.Tensor, rope: tuple[torch.Tensor, torch.Tensor]) -> Latents:
-        c = self.config
-        c_kv, k_rope = self.kv_a_proj_with_mqa(x).split([c.kv_lora_rank, c.qk_rope_head_dim], dim=-1)
-        return Latents(self.kv_a_layernorm(c_kv), apply_rope(k_rope[:, :, None], *rope)[:, :, 0])
+        c_kv, k_rope = kv.split([c.kv_lora_rank, c.qk_rope_head_dim], dim=-1)
+        latents = Latents(self.kv_a_layernorm(c_kv), apply_rope(k_rope[:, :, None], *rope)[:, :, 0])
+        return q_nope, apply_rope(q_rope, *rope), latents
 
     def _keys_and_values(self, latents: Latents) -> tuple[torch.Tensor, torch.Tensor]:
         """Keys without position and values of every head, [B, S, H, nope] and [B, S, H, v]."""

@@ -28,5 +28,7 @@ class Experts(nn.ModuleList):
         for number, expert in enumerate(self):
             tokens, choices = torch.where(indices == number)
             factors = weights[tokens, choices].to(x.dtype)
-            total = total.index_add(0, tokens, expert(x[tokens]) * factors[:, None])
+            # Before the down projection, which is linear, so that float8 rounds there what the JAX sibling's rounds.
+            activated = expert.activated(x[tokens]) * factors[:, None]
+            total = total.index_add(0, tokens, expert.down_proj(activated))
         return total

@@ -5,12 +5,13 @@ import torch.nn.functional as F
 from torch import nn
 
 from deepseek_jax.config import ModelConfig
+from deepseek_torch.model.products import products
 
-DTYPES = {"float64": torch.float64, "float32": torch.float32, "bfloat16": torch.bfloat16}
+DTYPES = {"float64": torch.float64, "float32": torch.float32, "bfloat16": torch.bfloat16, "fp8": torch.bfloat16}
 
 
 def compute_dtype(config: ModelConfig) -> torch.dtype:
-    """Type of activations and of the operands of matrix products."""
+    """Type of activations; under fp8 the products with weights narrow them further."""
     return DTYPES[config.precision]
 
 
@@ -34,11 +35,12 @@ class Linear(nn.Module):
 
     def __init__(self, config: ModelConfig, in_features: int, features: int):
         super().__init__()
+        self.config = config
         self.weight = normal_parameter(config, features, in_features)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """[..., in_features] -> [..., features]."""
-        return x @ self.weight.to(x.dtype).T
+        return products(self.config, x, self.weight)[0]
 
 
 class RMSNorm(nn.Module):
@@ -74,10 +76,16 @@ class SwiGLU(nn.Module):
 
     def __init__(self, config: ModelConfig, width: int):
         super().__init__()
+        self.config = config
         self.gate_proj = Linear(config, config.hidden_size, width)
         self.up_proj = Linear(config, config.hidden_size, width)
         self.down_proj = Linear(config, width, config.hidden_size)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """[..., hidden_size] -> the same."""
-        return self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))
+        return self.down_proj(self.activated(x))
+
+    def activated(self, x: torch.Tensor) -> torch.Tensor:
+        """What the down projection takes in, [..., width]."""
+        gate, up = products(self.config, x, self.gate_proj.weight, self.up_proj.weight)
+        return F.silu(gate) * up
