@@ -90,7 +90,8 @@ class ModelConfig:
     """Arithmetic of the products with weights; parameters stay float32 (float64 if so chosen). `fp8` (report 3.3)
     leaves embedding, head, routers and the attention core in bfloat16."""
     remat: str = "products"
-    """What the backward pass recomputes: nothing (`none`), all but the products with weights, or every layer (`full`)."""
+    """What the backward pass recomputes: nothing (`none`), all but products with weights and attention (`products`),
+    or every layer (`full`)."""
     grouped_matmul: str = "auto"
     """Implementation of the routed experts' product; `auto` takes the platform's best."""
 

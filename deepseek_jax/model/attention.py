@@ -12,12 +12,12 @@ import jax
 import jax.numpy as jnp
 
 from deepseek_jax.config import ModelConfig
+from deepseek_jax.model.causal_attention import causal_attention
 from deepseek_jax.model.layers import Linear, RMSNorm, widen
 from deepseek_jax.model.products import products
 from deepseek_jax.model.rope import apply_rope, softmax_scale
 
 LATENT_NORM_EPS = 1e-6
-QUERY_BLOCKS = 4
 
 
 class Latents(NamedTuple):
@@ -109,30 +109,6 @@ class MultiHeadLatentAttention(nn.Module):
         weights = masked_softmax(scores * softmax_scale(c), seen).astype(q_nope.dtype)
         attended = jnp.einsum("bhts,bsr->bthr", weights, cache.c_kv)
         return jnp.einsum("bthr,rhv->bthv", attended, w_uv)
-
-
-def causal_attention(q: jax.Array, k: jax.Array, v: jax.Array, scale: float) -> jax.Array:
-    """Softmax attention of every token to itself and those before it.
-
-    Args:
-        q, k: [B, T, H, D].
-        v: [B, T, H, V].
-        scale: factor on the scores.
-
-    Returns:
-        [B, T, H, V]. The softmax is taken in at least float32. Queries go in blocks, each of which
-        meets only the keys up to its end, which spares most of the products that the mask would void.
-    """
-    length = q.shape[1]
-    block = -(-length // QUERY_BLOCKS)
-    outputs = []
-    for start in range(0, length, block):
-        end = min(start + block, length)
-        scores = jnp.einsum("bthd,bshd->bhts", q[:, start:end], k[:, :end], preferred_element_type=widen(q.dtype))
-        seen = jnp.arange(end) <= jnp.arange(start, end)[:, None]
-        weights = masked_softmax(scores * scale, seen).astype(q.dtype)
-        outputs.append(jnp.einsum("bhts,bshv->bthv", weights, v[:, :end]))
-    return jnp.concatenate(outputs, axis=1)
 
 
 def masked_softmax(scores: jax.Array, mask: jax.Array) -> jax.Array:

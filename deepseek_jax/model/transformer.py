@@ -15,7 +15,7 @@ from deepseek_jax.config import ModelConfig
 from deepseek_jax.model.block import Block, BlockOutput
 from deepseek_jax.model.layers import Embedding, Linear, RMSNorm, compute_dtype, param_dtype
 from deepseek_jax.model.mtp import MTPModule
-from deepseek_jax.model.products import WEIGHT_PRODUCT
+from deepseek_jax.model.products import KEPT
 from deepseek_jax.model.rope import rope_angles
 from deepseek_jax.model.router import ROUTER_STATE
 
@@ -104,7 +104,7 @@ def _stacked(config: ModelConfig, layer: type[nn.Module], length: int) -> type[n
     shared, own = nn.broadcast, 0
     in_axes = (shared, shared, own)
     if config.remat != "none":
-        keep = jax.checkpoint_policies.save_only_these_names(WEIGHT_PRODUCT)
+        keep = jax.checkpoint_policies.save_only_these_names(KEPT)
         policy = keep if config.remat == "products" else None
         layer = nn.remat(layer, prevent_cse=False, policy=policy)
     return nn.scan(

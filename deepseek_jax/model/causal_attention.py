@@ -1,0 +1,94 @@
+"""Softmax attention of every token to itself and those before it, in memory linear in the length.
+
+Queries go in blocks, each of which meets only the keys up to its end: that spares most of the
+products which the mask would void. As in FlashAttention, the backward pass keeps the output and the
+logarithm of each row's normalizer, and makes the weights again.
+"""
+
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+from jax.ad_checkpoint import checkpoint_name
+
+from deepseek_jax.model.layers import widen
+from deepseek_jax.model.products import KEPT
+
+QUERY_BLOCKS = 4
+"""More of them spare more products, and compile longer."""
+
+Residuals = tuple[jax.Array, ...]
+
+
+def causal_attention(q: jax.Array, k: jax.Array, v: jax.Array, scale: float) -> jax.Array:
+    """Attend within each sequence.
+
+    Args:
+        q, k: [B, T, H, D].
+        v: [B, T, H, V].
+        scale: factor on the scores.
+
+    Returns:
+        [B, T, H, V]. The softmax is taken in at least float32.
+    """
+    heads_first = [x.swapaxes(1, 2) for x in (q, k, v)]
+    return _attend(*heads_first, scale).swapaxes(1, 2)
+
+
+@partial(jax.custom_vjp, nondiff_argnums=(3,))
+def _attend(q: jax.Array, k: jax.Array, v: jax.Array, scale: float) -> jax.Array:
+    return _forward(q, k, v, scale)[0]
+
+
+def _forward(q: jax.Array, k: jax.Array, v: jax.Array, scale: float) -> tuple[jax.Array, Residuals]:
+    """Output [B, H, T, V], and what the backward pass needs."""
+    outputs, normalizers = [], []
+    for start, end in _blocks(q.shape[2]):
+        scores = _scores(q, k, start, end, scale)
+        largest = jnp.max(scores, axis=-1, keepdims=True)
+        weights = jnp.exp(scores - largest)
+        total = jnp.sum(weights, axis=-1, keepdims=True)
+        attended = jnp.einsum("bhts,bhsv->bhtv", weights.astype(v.dtype), v[:, :, :end], preferred_element_type=total.dtype)
+        outputs.append((attended / total).astype(v.dtype))
+        normalizers.append(largest + jnp.log(total))
+    out = checkpoint_name(jnp.concatenate(outputs, axis=2), KEPT)
+    normalizer = checkpoint_name(jnp.concatenate(normalizers, axis=2), KEPT)
+    return out, (q, k, v, out, normalizer)
+
+
+def _backward(scale: float, kept: Residuals, gradient: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
+    q, k, v, out, normalizer = kept
+    wide = normalizer.dtype
+    # What the softmax takes off every weight's gradient.
+    mean = jnp.sum(gradient.astype(wide) * out.astype(wide), axis=-1, keepdims=True)
+    q_gradients, k_gradient, v_gradient = [], jnp.zeros(k.shape, wide), jnp.zeros(v.shape, wide)
+    for start, end in _blocks(q.shape[2]):
+        of_block = gradient[:, :, start:end]
+        weights = jnp.exp(_scores(q, k, start, end, scale) - normalizer[:, :, start:end])
+        of_weights = jnp.einsum("bhtv,bhsv->bhts", of_block, v[:, :, :end], preferred_element_type=wide)
+        of_scores = (weights * (of_weights - mean[:, :, start:end]) * scale).astype(q.dtype)
+        weights = weights.astype(v.dtype)
+        q_gradients.append(jnp.einsum("bhts,bhsd->bhtd", of_scores, k[:, :, :end]))
+        k_gradient = k_gradient.at[:, :, :end].add(
+            jnp.einsum("bhts,bhtd->bhsd", of_scores, q[:, :, start:end], preferred_element_type=wide)
+        )
+        v_gradient = v_gradient.at[:, :, :end].add(
+            jnp.einsum("bhts,bhtv->bhsv", weights, of_block, preferred_element_type=wide)
+        )
+    return jnp.concatenate(q_gradients, axis=2), k_gradient.astype(k.dtype), v_gradient.astype(v.dtype)
+
+
+_attend.defvjp(_forward, _backward)
+
+
+def _blocks(length: int) -> list[tuple[int, int]]:
+    """First query of each block and the one after its last."""
+    size = -(-length // QUERY_BLOCKS)
+    return [(start, min(start + size, length)) for start in range(0, length, size)]
+
+
+def _scores(q: jax.Array, k: jax.Array, start: int, end: int, scale: float) -> jax.Array:
+    """Scaled scores of a block's queries, [B, H, end - start, end], minus infinity for what comes later."""
+    scores = jnp.einsum("bhtd,bhsd->bhts", q[:, :, start:end], k[:, :, :end], preferred_element_type=widen(q.dtype))
+    seen = jnp.arange(end) <= jnp.arange(start, end)[:, None]
+    return jnp.where(seen, scores * scale, -jnp.inf)
