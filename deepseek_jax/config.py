@@ -25,6 +25,7 @@ from deepseek_jax.errors import UserError
 PRECISIONS = ("float64", "float32", "bfloat16", "fp8")
 REMAT_CHOICES = ("none", "products", "full")
 GROUPED_MATMULS = ("auto", "reference", "blocked", "megablox")
+MOMENT_DTYPES = ("float32", "bfloat16")
 PHASE_SHAPES = ("constant", "linear", "cosine")
 
 
@@ -139,6 +140,9 @@ class TrainConfig:
     beta1: float = 0.9
     beta2: float = 0.95
     adam_eps: float = 1e-8
+    adam_moment_dtype: str = "float32"
+    """How both of Adam's moments are kept between steps: float32 (or wider, as the parameters), or bfloat16 (report 3.3.3),
+    which halves their memory. bfloat16 rounds to 1/256, so that beta1 and beta2 should stay below 0.99."""
     weight_decay: float = 0.1
     gradient_clip: float = 1.0
 
@@ -394,6 +398,7 @@ def _validate_train(t: TrainConfig, m: ModelConfig) -> None:
               "checkpoint_every", "keep_checkpoints")  # fmt: skip
     _at_least("train", t, 0, "warmup_steps", "weight_decay", "sequence_balance_weight", "batch_size_ramp_tokens", "seed")
     _above_zero("train", t, "learning_rate", "adam_eps", "gradient_clip")
+    _choice("train.adam_moment_dtype", t.adam_moment_dtype, MOMENT_DTYPES)
     for name in ("beta1", "beta2"):
         _require(0 <= getattr(t, name) < 1, f"train.{name}", getattr(t, name), "must be in [0, 1)")
     _require(t.sequence_length <= m.max_position_embeddings, "train.sequence_length", t.sequence_length,

@@ -37,8 +37,8 @@ def source() -> Iterator[str]:
                 continue
 
 
-def main() -> None:
-    target = Path(sys.argv[1])
+def write(target: Path) -> None:
+    """All of it to `target`, which appears whole or not at all."""
     target.parent.mkdir(parents=True, exist_ok=True)
     partial = target.with_name(f".{target.name}.{os.getpid()}.partial")
     documents = [text for part in (documentation(), source()) for text in part if text.strip()]
@@ -49,4 +49,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    write(Path(sys.argv[1]))

@@ -12,9 +12,28 @@ def make_optimizer(train: TrainConfig) -> optax.GradientTransformation:
     """Everything but the learning rate, which the step applies: it changes with the schedule."""
     return optax.chain(
         optax.clip_by_global_norm(train.gradient_clip),
-        optax.scale_by_adam(b1=train.beta1, b2=train.beta2, eps=train.adam_eps),
+        _moments_kept_in(train, optax.scale_by_adam(b1=train.beta1, b2=train.beta2, eps=train.adam_eps)),
         optax.add_decayed_weights(train.weight_decay, mask=decays),
     )
+
+
+def _moments_kept_in(train: TrainConfig, adam: optax.GradientTransformation) -> optax.GradientTransformation:
+    """`adam` with both moments in train.adam_moment_dtype between steps (report 3.3.3), and in the gradients' type
+    within one.
+    """
+    if train.adam_moment_dtype == "float32":
+        return adam
+
+    def narrowed(state: optax.ScaleByAdamState) -> optax.ScaleByAdamState:
+        mu, nu = (optax.tree.cast(moment, train.adam_moment_dtype) for moment in (state.mu, state.nu))
+        return state._replace(mu=mu, nu=nu)
+
+    def update(gradients: Any, state: optax.ScaleByAdamState, params: Any = None) -> tuple[Any, optax.ScaleByAdamState]:
+        mu, nu = (optax.tree.cast_like(moment, gradients) for moment in (state.mu, state.nu))
+        updates, state = adam.update(gradients, state._replace(mu=mu, nu=nu), params)
+        return updates, narrowed(state)
+
+    return optax.GradientTransformation(lambda params: narrowed(adam.init(params)), update)
 
 
 def decays(params: Any) -> Any:
