@@ -9,10 +9,9 @@ from functools import partial
 
 import jax
 import jax.numpy as jnp
-from jax.ad_checkpoint import checkpoint_name
 
 from deepseek_jax.model.layers import widen
-from deepseek_jax.model.products import KEPT
+from deepseek_jax.model.products import keep
 
 QUERY_BLOCKS = 4
 """More of them spare more products, and compile longer."""
@@ -51,9 +50,9 @@ def _forward(q: jax.Array, k: jax.Array, v: jax.Array, scale: float) -> tuple[ja
         attended = jnp.einsum("bhts,bhsv->bhtv", weights.astype(v.dtype), v[:, :, :end], preferred_element_type=total.dtype)
         outputs.append((attended / total).astype(v.dtype))
         normalizers.append(largest + jnp.log(total))
-    out = checkpoint_name(jnp.concatenate(outputs, axis=2), KEPT)
-    normalizer = checkpoint_name(jnp.concatenate(normalizers, axis=2), KEPT)
-    return out, (q, k, v, out, normalizer)
+    out = keep(jnp.concatenate(outputs, axis=2))
+    normalizer = keep(jnp.concatenate(normalizers, axis=2))
+    return out, (keep(q), keep(k), keep(v), out, normalizer)
 
 
 def _backward(scale: float, kept: Residuals, gradient: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:

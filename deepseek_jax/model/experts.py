@@ -6,7 +6,7 @@ import jax.numpy as jnp
 
 from deepseek_jax.config import ModelConfig
 from deepseek_jax.model.layers import param_dtype
-from deepseek_jax.model.products import grouped_products
+from deepseek_jax.model.products import grouped_products, keep
 
 
 class Experts(nn.Module):
@@ -33,8 +33,9 @@ class Experts(nn.Module):
         up_proj = self.param("up_proj", init, (experts, hidden, width), param_dtype(c))
         down_proj = self.param("down_proj", init, (experts, width, hidden), param_dtype(c))
 
-        order = jnp.argsort(indices.reshape(-1), stable=True)
-        inverse = jnp.argsort(order)
+        order = keep(jnp.argsort(indices.reshape(-1), stable=True))
+        places = jnp.arange(order.size, dtype=order.dtype)
+        inverse = keep(jnp.zeros_like(order).at[order].set(places, unique_indices=True))
         group_sizes = jnp.bincount(indices.reshape(-1), length=experts).astype(jnp.int32)
 
         rows = dispatch(x, order, inverse)

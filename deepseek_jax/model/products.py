@@ -1,7 +1,7 @@
 """Products with weights in the arithmetic that the config names: where float8 enters the model, and only there.
 
 What several weights make of the same input is asked for together, so that float8 quantises and keeps
-the input once. Every result has the name by which rematerialisation keeps it.
+the input once. Every result is kept where others are made again.
 """
 
 import jax
@@ -13,7 +13,11 @@ from deepseek_jax.precision.fp8_grouped_matmul import fp8_grouped_matmul
 from deepseek_jax.precision.fp8_matmul import fp8_matmul
 
 KEPT = "kept"
-"""Name of what rematerialisation keeps: results that cost a product with weights, or attention."""
+
+
+def keep(x: jax.Array) -> jax.Array:
+    """Name x as what `model.remat=products` keeps, since making it again would cost more than elementwise work."""
+    return checkpoint_name(x, KEPT)
 
 
 def products(config: ModelConfig, x: jax.Array, *weights: jax.Array) -> list[jax.Array]:
@@ -22,7 +26,7 @@ def products(config: ModelConfig, x: jax.Array, *weights: jax.Array) -> list[jax
         results = fp8_matmul(x, weights)
     else:
         results = [x @ weight.astype(x.dtype) for weight in weights]
-    return [checkpoint_name(result, KEPT) for result in results]
+    return [keep(result) for result in results]
 
 
 def grouped_products(
@@ -33,4 +37,4 @@ def grouped_products(
         results = fp8_grouped_matmul(x, weights, group_sizes)
     else:
         results = [grouped_matmul(x, weight.astype(x.dtype), group_sizes, config.grouped_matmul) for weight in weights]
-    return [checkpoint_name(result, KEPT) for result in results]
+    return [keep(result) for result in results]

@@ -8,6 +8,7 @@ import jax.numpy as jnp
 
 from deepseek_jax.config import ModelConfig
 from deepseek_jax.model.layers import param_dtype
+from deepseek_jax.model.products import keep
 
 ROUTER_STATE = "router_state"
 """Collection of the biases: state that training updates without a gradient."""
@@ -41,7 +42,7 @@ class Router(nn.Module):
         bias = self.variable(ROUTER_STATE, "e_score_correction_bias", jnp.zeros, (c.n_routed_experts,), dtype).value
         logits = jnp.matmul(x.astype(dtype), weight, precision=jax.lax.Precision.HIGHEST)
         scores = jax.nn.sigmoid(logits)
-        indices = select_experts(c, jax.lax.stop_gradient(scores + bias))
+        indices = keep(select_experts(c, jax.lax.stop_gradient(scores + bias)))
         weights = jnp.take_along_axis(scores, indices, axis=-1)
         if c.norm_topk_prob:
             weights /= jnp.sum(weights, axis=-1, keepdims=True) + 1e-20
