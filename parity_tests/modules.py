@@ -29,6 +29,9 @@ from deepseek_jax.config import ModelConfig
 from parity_tests.comparison import Difference, differences
 from parity_tests.weights import from_torch, module_tensors, module_variables, to_torch
 
+# Sharing out tensors as small as these costs more than it gives.
+torch.set_num_threads(1)
+
 Outputs = tuple[Any, ...]
 
 COMPILE_QUICKLY = {"xla_backend_optimization_level": 0}

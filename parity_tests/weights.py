@@ -21,6 +21,7 @@ def to_torch(variables: Mapping[str, Any], config: ModelConfig) -> dict[str, tor
     Args:
         variables: {"params": ..., "router_state": ...}, or "params" alone, such as a tree of gradients.
     """
+    variables = jax.device_get(variables)
     places = [place for place in _own_places(config) if place.path[0] in variables]
     return {place.name: _tensor(variables, place, place.path, place.index) for place in places}
 
@@ -62,7 +63,7 @@ def module_tensors(
     params: Any, config: ModelConfig, stack: str, layer: int, *module: str
 ) -> dict[str, torch.Tensor]:
     """Tensors by their names in the state dict, from the "params" of `module_variables` or their gradients."""
-    prefix = ("params", stack, *module)
+    params, prefix = jax.device_get(params), ("params", stack, *module)
     return {
         place.name: _tensor(params, place, place.path[len(prefix) :], place.index[1:])
         for place in _own_places(config)

@@ -1,0 +1,124 @@
+"""Let a model write: `python -m deepseek_torch.generate RUN --prompt "Once" --max-new-tokens 100`.
+
+RUN is a run directory of `deepseek_torch.train`, or any Hugging Face directory of a `deepseek_v3` with
+its tokenizer. Prompts are read in one pass; then each step computes one token per sequence over a cache
+of latents, kv_lora_rank + qk_rope_head_dim numbers per token and layer.
+"""
+
+import argparse
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+import torch
+
+from deepseek_jax.data.tokenizer import end_of_document_id, load_tokenizer
+from deepseek_jax.errors import UserError, run_command
+from deepseek_torch.model.decoding import decode, prefill
+from deepseek_torch.model.transformer import DeepseekV3
+from deepseek_torch.pretrained import load_pretrained
+from deepseek_torch.train import MODELS, saved_steps
+
+
+def main() -> None:
+    """Parse the command line and write."""
+    parser = argparse.ArgumentParser(prog="python -m deepseek_torch.generate", description="Let a model write.")
+    parser.add_argument("run", help="run directory of deepseek_torch.train, or a Hugging Face directory")
+    parser.add_argument("--prompt", action="append", help="text to go on from; repeat it for several at once")
+    parser.add_argument("--max-new-tokens", type=int, default=100, metavar="N")
+    parser.add_argument("--temperature", type=float, default=0.8, help="0 always takes the likeliest token")
+    parser.add_argument("--top-p", type=float, default=0.95, help="sample among the likeliest tokens of this total")
+    parser.add_argument("--seed", type=int, default=0)
+    args = parser.parse_args()
+    run_command(lambda: write(args))
+
+
+def write(args: argparse.Namespace) -> None:
+    """Print every prompt with its continuation."""
+    _check(args.temperature >= 0, "--temperature", args.temperature, "must be at least 0")
+    _check(0 < args.top_p <= 1, "--top-p", args.top_p, "must be in (0, 1]")
+    _check(args.max_new_tokens >= 1, "--max-new-tokens", args.max_new_tokens, "must be at least 1")
+    directory = model_directory(Path(args.run))
+    model, tokenizer = load_pretrained(directory), load_tokenizer(directory)
+    end = end_of_document_id(tokenizer)
+    texts = args.prompt or [""]
+    prompts = [tokenizer.encode(text, add_special_tokens=False).ids or [end] for text in texts]
+    steps = generate(model, prompts, args.max_new_tokens, end, args.temperature, args.top_p, args.seed)
+    for number, (text, tokens) in enumerate(zip(texts, zip(*steps))):
+        separator = "---\n" if number else ""
+        written = tokenizer.decode([token for token in tokens if token != end], skip_special_tokens=False)
+        print(f"{separator}{text}{written}")
+
+
+def _check(condition: bool, name: str, value: object, remedy: str) -> None:
+    if not condition:
+        raise UserError(f"{name}={value}: {remedy}")
+
+
+def model_directory(path: Path) -> Path:
+    """The directory of the last model of a run, or `path` itself if it is no run."""
+    if not (path / MODELS).is_dir():
+        return path
+    steps = saved_steps(path)
+    if not steps:
+        raise UserError(f"{path}: no model saved yet")
+    return path / MODELS / str(steps[-1])
+
+
+@torch.no_grad()
+def generate(
+    model: DeepseekV3,
+    prompts: Sequence[Sequence[int]],
+    max_new_tokens: int,
+    end_of_document: int | None,
+    temperature: float = 0.0,
+    top_p: float = 1.0,
+    seed: int = 0,
+) -> Iterator[list[int]]:
+    """Continue several prompts at once.
+
+    Args:
+        prompts: token ids, at least one each; their lengths may differ.
+        end_of_document: ends a sequence; None never does.
+        temperature: 0 takes the likeliest token.
+
+    Yields:
+        The next token of every sequence; `end_of_document` for those that have ended. Stops when all
+        have, after max_new_tokens, or at the end of the model's context.
+
+    Raises:
+        UserError: when a prompt does not fit the context.
+    """
+    lengths = [len(prompt) for prompt in prompts]
+    context, longest = model.config.max_position_embeddings, max(lengths)
+    if longest > context:
+        raise UserError(f"the prompt has {longest} tokens; the context (max_position_embeddings) is {context}")
+    steps = min(max_new_tokens, context + 1 - longest)
+    padded = torch.tensor([[*prompt, *[0] * (longest - len(prompt))] for prompt in prompts])
+    positions = torch.tensor(lengths)
+    random = torch.Generator().manual_seed(seed)
+    ended = [False] * len(prompts)
+    logits, cache = prefill(model, padded, positions, cache_length=longest + steps)
+    for step in range(steps):
+        if step:
+            logits, cache = decode(model, cache, chosen, positions)
+            positions = positions + 1
+        chosen = sample_token(logits, temperature, top_p, random)
+        told = [end_of_document if over else token for over, token in zip(ended, chosen.tolist())]
+        yield told
+        ended = [token == end_of_document for token in told]
+        if all(ended):
+            return
+
+
+def sample_token(logits: torch.Tensor, temperature: float, top_p: float, random: torch.Generator) -> torch.Tensor:
+    """Choose a token per row of logits [B, V] among the likeliest that together reach `top_p`."""
+    if temperature == 0:
+        return logits.argmax(dim=-1)
+    probabilities, order = torch.softmax(logits / temperature, dim=-1).sort(dim=-1, descending=True, stable=True)
+    before = probabilities.cumsum(dim=-1) - probabilities
+    choice = torch.multinomial(probabilities.masked_fill(before >= top_p, 0.0), 1, generator=random)
+    return order.gather(-1, choice)[:, 0]
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,112 @@
+"""Train a model on text: `python -m deepseek_torch.train --config quickstart data.input=my.txt run_dir=RUN`.
+
+The same config, tokens, batches and metrics.jsonl as `deepseek_jax.train`, step by step and without
+compilation. RUN/models/STEP is the model after a step as a Hugging Face directory, the last
+train.keep_checkpoints of them. Optimizer state is not kept, so a run cannot be resumed.
+"""
+
+import argparse
+import json
+import math
+import shutil
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from deepseek_jax.config import Config, ConfigError, load_config, presets, to_yaml
+from deepseek_jax.data.loader import Windows, window_length
+from deepseek_jax.data.packing import PreparedData, prepare
+from deepseek_jax.errors import UserError, run_command, write_atomically
+from deepseek_torch.pretrained import save_pretrained
+from deepseek_torch.training.evaluation import Evaluation
+from deepseek_torch.training.schedules import StepPlan, plan_steps
+from deepseek_torch.training.step import StepMetrics, TrainState, init_state, train_step
+
+CONFIG_FILE, METRICS_FILE, MODELS = "config.yaml", "metrics.jsonl", "models"
+SECONDS_BETWEEN_LINES = 5
+
+
+def main() -> None:
+    """Parse the command line and train."""
+    parser = argparse.ArgumentParser(prog="python -m deepseek_torch.train", description="Train a DeepSeek-V3 on text.")
+    parser.add_argument("--config", required=True, help=f"a .yaml file or a preset ({', '.join(presets())})")
+    parser.add_argument("overrides", nargs="*", metavar="section.field=value", help="fields of the config to change")
+    args = parser.parse_args()
+    run_command(lambda: train(load_config(args.config, args.overrides)))
+
+
+def train(config: Config) -> None:
+    """Train `config` to its last step.
+
+    Raises:
+        UserError: for anything the user can mend; models saved before stay usable.
+    """
+    run_dir = Path(config.run_dir)
+    if (run_dir / METRICS_FILE).exists():
+        raise ConfigError(f"{run_dir} already holds a run: give another run_dir")
+    data = prepare(config, run_dir)
+    state = init_state(config)
+    write_atomically(run_dir / CONFIG_FILE, to_yaml(config))
+    parameters = sum(p.numel() for p in state.model.parameters())
+    print(f"{run_dir}: {parameters:,} parameters with MTP; {len(data.train):,} tokens to train on", flush=True)
+    _run(config, run_dir, data, state)
+
+
+def _run(config: Config, run_dir: Path, data: PreparedData, state: TrainState) -> None:
+    """Take every step, and tell, evaluate and save along the way."""
+    train = config.train
+    windows = Windows(data.train, window_length(config), train.sequence_length, config.data.seed)
+    evaluation = Evaluation(config, data)
+    told = time.monotonic()
+    for plan in plan_steps(train):
+        tokens = torch.from_numpy(windows.take(plan.first_sequence, plan.batch_size)).long()
+        metrics = train_step(state, tokens.view(train.gradient_accumulation_steps, -1, tokens.shape[1]), plan, config)
+        line = metrics_line(plan, metrics, config)
+        _append(run_dir, line)
+        if not math.isfinite(line["loss"]):
+            raise UserError(f"step {plan.step}: the loss is {line['loss']}; lower train.learning_rate")
+        last = plan.step == train.steps
+        if last or time.monotonic() - told >= SECONDS_BETWEEN_LINES:
+            told = time.monotonic()
+            print(f"step {plan.step}/{train.steps}  loss {line['next_token_loss']:.4g}", flush=True)
+        if last or plan.step % train.eval_every == 0:
+            bits = evaluation.bits_per_byte(state.model)
+            _append(run_dir, {"step": plan.step, "tokens": line["tokens"], "bits_per_byte": bits})
+            print(f"step {plan.step}: {bits:.3f} bits per byte on the held-out text", flush=True)
+        if last or plan.step % train.checkpoint_every == 0:
+            save_pretrained(run_dir / MODELS / str(plan.step), state.model, tokenizer=run_dir)
+            for step in saved_steps(run_dir)[: -train.keep_checkpoints]:
+                shutil.rmtree(run_dir / MODELS / str(step))
+
+
+def metrics_line(plan: StepPlan, metrics: StepMetrics, config: Config) -> dict[str, Any]:
+    """What metrics.jsonl says of a step, as `deepseek_jax.train` does."""
+    first, *further = metrics.parts.cross_entropy.tolist()
+    load = [(counts / counts.mean(-1, True, dtype=torch.float64)).max() for counts in metrics.parts.counts.values()]
+    return {
+        "step": plan.step,
+        "tokens": (plan.first_sequence + plan.batch_size) * config.train.sequence_length,
+        "loss": metrics.loss.item(),
+        "next_token_loss": first,
+        "mtp_losses": further,
+        "balance_loss": metrics.parts.balance_loss.item(),
+        "grad_norm": metrics.grad_norm.item(),
+        "learning_rate": plan.learning_rate,
+        "max_expert_load": max((value.item() for value in load), default=1.0),
+    }
+
+
+def saved_steps(run_dir: Path) -> list[int]:
+    """Steps whose model is there whole, in order."""
+    return sorted(int(path.name) for path in (run_dir / MODELS).glob("*") if path.name.isdecimal())
+
+
+def _append(run_dir: Path, line: dict[str, Any]) -> None:
+    with (run_dir / METRICS_FILE).open("a") as file:
+        file.write(json.dumps(line) + "\n")
+
+
+if __name__ == "__main__":
+    main()

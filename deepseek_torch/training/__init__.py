@@ -1,0 +1,1 @@
+"""Losses, schedules, the optimizer, the step and evaluation."""

@@ -1,0 +1,67 @@
+"""The training loss (report 2.1.2, 2.2): next token, tokens beyond it, and the experts' balance."""
+
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch.utils.checkpoint import checkpoint
+
+from deepseek_jax.config import Config
+from deepseek_torch.model.layers import widen
+from deepseek_torch.model.transformer import DeepseekV3
+
+
+class LossParts(NamedTuple):
+    """What the loss is made of, and the routing statistics of its batch."""
+
+    cross_entropy: torch.Tensor
+    """Mean nats per token by prediction depth, [1 + D]; the first is the next token's."""
+    balance_loss: torch.Tensor
+    """Before its weight."""
+    counts: dict[str, torch.Tensor]
+    """Tokens sent to each expert, [layers, E] for each stack with experts."""
+
+
+def training_loss(
+    model: DeepseekV3, tokens: torch.Tensor, config: Config, mtp_weight: float
+) -> tuple[torch.Tensor, LossParts]:
+    """CE_0 + lambda/D sum_k CE_k + alpha * balance.
+
+    Args:
+        tokens: [B, T + 1 + D]; depth k at position i predicts token i + k + 1.
+        mtp_weight: lambda.
+    """
+    output = model(tokens[:, :-1])
+    length = output.hidden.shape[2]
+    losses = []
+    for depth, hidden in enumerate(output.hidden):
+        targets = tokens[:, depth + 1 : depth + 1 + length]
+        nats = cross_entropy(hidden.flatten(0, 1), output.head, targets.flatten(), config.train.loss_chunk_tokens)
+        losses.append(nats.mean())
+    next_token, *further = losses
+    loss = next_token + config.train.sequence_balance_weight * output.balance_loss
+    if further:
+        loss = loss + mtp_weight * sum(further) / len(further)
+    parts = LossParts(torch.stack(losses).detach(), output.balance_loss.detach(), output.counts)
+    return loss, parts
+
+
+def cross_entropy(hidden: torch.Tensor, head: torch.Tensor, targets: torch.Tensor, chunk: int) -> torch.Tensor:
+    """Negative log-likelihood of each token, in at least float32.
+
+    Args:
+        hidden: [N, hidden_size].
+        head: [hidden_size, vocab_size].
+        targets: [N] token ids.
+        chunk: tokens whose logits exist at one time; the backward pass computes them again.
+
+    Returns:
+        [N] nats.
+    """
+
+    def nats_of(hidden: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
+        wide = widen(hidden.dtype)
+        return F.cross_entropy(hidden.to(wide) @ head.to(wide), targets, reduction="none")
+
+    pieces = zip(hidden.split(chunk), targets.split(chunk), strict=True)
+    return torch.cat([checkpoint(nats_of, *piece, use_reentrant=False) for piece in pieces])

@@ -1,0 +1,49 @@
+"""AdamW as the report sets it (4.2): clipped by global norm, decayed where a weight is a matrix."""
+
+from collections.abc import Iterable
+
+import torch
+from torch import nn
+
+from deepseek_jax.config import TrainConfig
+
+
+def make_optimizer(train: TrainConfig, model: nn.Module) -> torch.optim.AdamW:
+    """PyTorch's own AdamW; the learning rate is set by each step."""
+    named = list(model.named_parameters())
+    matrices = [p for name, p in named if decays(name)]
+    norms = [p for name, p in named if not decays(name)]
+    groups = [{"params": matrices, "weight_decay": train.weight_decay}, {"params": norms, "weight_decay": 0.0}]
+    optimizer = torch.optim.AdamW(groups, lr=0.0, betas=(train.beta1, train.beta2), eps=train.adam_eps)
+    if train.adam_moment_dtype == "bfloat16":
+        optimizer.register_step_post_hook(_round_moments)
+    return optimizer
+
+
+def _round_moments(optimizer: torch.optim.AdamW, *_: object) -> None:
+    """Keep both moments to the digits of bfloat16 (report 3.3.3), though in the memory they had."""
+    for state in optimizer.state.values():
+        for moment in (state["exp_avg"], state["exp_avg_sq"]):
+            moment.copy_(moment.to(torch.bfloat16))
+
+
+def decays(name: str) -> bool:
+    """Weight decay acts on everything but the norms."""
+    module = name.split(".")[-2]
+    return not module.endswith("norm")
+
+
+def clip_by_global_norm(parameters: Iterable[nn.Parameter], limit: float) -> torch.Tensor:
+    """Scale all gradients so that their norm as one vector is at most `limit`.
+
+    PyTorch's own adds 1e-6 to the norm, which float64 would show.
+
+    Returns:
+        The norm before.
+    """
+    gradients = [p.grad for p in parameters]
+    norm = torch.sqrt(sum(gradient.square().sum() for gradient in gradients))
+    if norm > limit:
+        for gradient in gradients:
+            gradient.mul_(limit / norm)
+    return norm

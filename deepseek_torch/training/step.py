@@ -1,0 +1,72 @@
+"""One optimizer step: gradients, AdamW, and the routers' biases."""
+
+from typing import NamedTuple
+
+import torch
+
+from deepseek_jax.config import Config
+from deepseek_torch.model.router import updated_bias
+from deepseek_torch.model.transformer import DeepseekV3
+from deepseek_torch.training.loss import LossParts, training_loss
+from deepseek_torch.training.optimizer import clip_by_global_norm, make_optimizer
+from deepseek_torch.training.schedules import StepPlan
+
+
+class TrainState(NamedTuple):
+    """What training changes; a step changes it in place."""
+
+    model: DeepseekV3
+    """Parameters, and the routers' biases as buffers."""
+    optimizer: torch.optim.Optimizer
+
+
+class StepMetrics(NamedTuple):
+    """What a step tells."""
+
+    loss: torch.Tensor
+    parts: LossParts
+    grad_norm: torch.Tensor
+    """Global, before clipping."""
+
+
+def init_state(config: Config) -> TrainState:
+    """Fresh parameters from train.seed, zero biases and moments."""
+    torch.manual_seed(config.train.seed)
+    model = DeepseekV3(config.model)
+    return TrainState(model, make_optimizer(config.train, model))
+
+
+def train_step(state: TrainState, tokens: torch.Tensor, plan: StepPlan, config: Config) -> StepMetrics:
+    """Advance by one batch.
+
+    Args:
+        tokens: [A, B / A, T + 1 + D] ids of the batch in its A accumulation parts.
+        plan: the scheduled numbers.
+    """
+    loss, parts = _accumulated(state, tokens, plan.mtp_loss_weight, config)
+    grad_norm = clip_by_global_norm(state.model.parameters(), config.train.gradient_clip)
+    for group in state.optimizer.param_groups:
+        group["lr"] = plan.learning_rate
+    state.optimizer.step()
+    for stack, counts in parts.counts.items():
+        for layer, of_layer in zip(getattr(state.model, stack), counts, strict=True):
+            bias = layer.mlp.gate.e_score_correction_bias
+            bias.copy_(updated_bias(bias, of_layer, plan.bias_update_speed))
+    return StepMetrics(loss, parts, grad_norm)
+
+
+def _accumulated(
+    state: TrainState, tokens: torch.Tensor, mtp_weight: float, config: Config
+) -> tuple[torch.Tensor, LossParts]:
+    """Leave the whole batch's gradients in the parameters: means over its parts, but sums of the expert counts."""
+    state.optimizer.zero_grad()
+    losses, parts = [], []
+    for part in tokens:
+        loss, of_part = training_loss(state.model, part, config, mtp_weight)
+        (loss / len(tokens)).backward()
+        losses.append(loss.detach())
+        parts.append(of_part)
+    cross_entropy = torch.stack([part.cross_entropy for part in parts]).mean(dim=0)
+    balance_loss = torch.stack([part.balance_loss for part in parts]).mean()
+    counts = {stack: sum(part.counts[stack] for part in parts) for stack in parts[0].counts}
+    return torch.stack(losses).mean(), LossParts(cross_entropy, balance_loss, counts)

@@ -1,0 +1,96 @@
+"""Generation in both siblings: greedy tokens equal each other and those of no cache; sampling follows its rules."""
+
+import dataclasses
+from functools import cache
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import torch
+
+from deepseek_jax.config import RopeScaling, load_config
+from deepseek_jax.errors import UserError
+from deepseek_jax.generate import Generator
+from deepseek_jax.generate import sample_token as jax_sample_token
+from deepseek_torch.generate import generate, sample_token
+from parity_tests.modules import Siblings
+
+PROMPTS = [[5, 9, 2, 77, 31], [8], [100, 101, 102]]
+
+
+@cache
+def siblings() -> Siblings:
+    """Groups, YaRN, an MTP module that generation has no use for, and a context of 40 tokens."""
+    config = dataclasses.replace(
+        load_config("tiny").model, precision="float64", num_hidden_layers=2, max_position_embeddings=40,
+        rope_scaling=RopeScaling(factor=8.0, original_max_position_embeddings=16, beta_fast=4.0),
+    )  # fmt: skip
+    return Siblings(config)
+
+
+@cache
+def generator() -> Generator:
+    with jax.enable_x64(True):
+        return Generator(siblings().config, siblings().variables)
+
+
+def from_jax(prompts, max_new_tokens, end=None):
+    with jax.enable_x64(True):
+        return [step.tolist() for step in generator().generate(prompts, max_new_tokens, end)]
+
+
+def from_torch(prompts, max_new_tokens, end=None):
+    return list(generate(siblings().torch, prompts, max_new_tokens, end))
+
+
+def without_cache(prompt, count):
+    """Greedy tokens, the whole sequence read anew for each."""
+    model, tokens = siblings().torch, list(prompt)
+    with torch.no_grad():
+        for _ in range(count):
+            logits = model.hidden_states(torch.tensor([tokens]))[0, -1] @ model.head()
+            tokens.append(int(logits.argmax()))
+    return tokens[len(prompt) :]
+
+
+def test_greedy_tokens_are_equal_and_those_of_no_cache():
+    expected = [list(step) for step in zip(*(without_cache(prompt, 12) for prompt in PROMPTS))]
+    assert len({token for step in expected for token in step}) > 10, "a model that repeats itself proves little"
+    assert from_torch(PROMPTS, 12) == expected
+    assert from_jax(PROMPTS, 12) == expected
+
+
+def test_a_sequence_that_has_ended_stays_ended():
+    free = from_torch(PROMPTS, 12)
+    end = free[3][0]
+    first = [next((i for i, step in enumerate(free) if step[row] == end), 12) for row in range(3)]
+    expected = [[token if i <= first[row] else end for row, token in enumerate(step)] for i, step in enumerate(free)]
+    assert from_torch(PROMPTS, 12, end) == from_jax(PROMPTS, 12, end) == expected
+    assert len(from_torch(PROMPTS[:1], 12, end)) == len(from_jax(PROMPTS[:1], 12, end)) == first[0] + 1
+
+
+def test_the_context_is_the_limit():
+    """The last token written needs no room, for nothing reads it."""
+    prompt = [list(range(36))]
+    assert from_torch(prompt, 100) == from_jax(prompt, 100) == [[token] for token in without_cache(prompt[0], 5)]
+    for from_sibling in (from_torch, from_jax):
+        with pytest.raises(UserError, match="41 tokens; the context .* is 40"):
+            from_sibling([list(range(41))], 1)
+
+
+@pytest.mark.parametrize(("temperature", "top_p"), [(1.0, 1.0), (0.7, 0.8), (2.0, 0.5), (1.0, 1e-6)])
+def test_samples_follow_temperature_and_top_p(temperature, top_p):
+    """Of 4000 draws each token's share is within four standard errors of what it is to be."""
+    draws, logits = 4000, np.array([0.3, 2.0, -1.0, 1.5, 0.0, 1.9, -3.0], np.float32)
+    exact = np.exp(logits / temperature) / np.exp(logits / temperature).sum()
+    order = np.argsort(-exact)
+    kept = order[np.cumsum(exact[order]) - exact[order] < top_p]
+    expected = np.zeros(7)
+    expected[kept] = exact[kept] / exact[kept].sum()
+    rows = np.tile(logits, (draws, 1))
+    in_torch = sample_token(torch.from_numpy(rows), temperature, top_p, torch.Generator().manual_seed(0))
+    in_jax = jax_sample_token(rows, jnp.float32(temperature), jnp.float32(top_p), jax.random.key(0), greedy=False)
+    for tokens in (in_torch, in_jax):
+        shares = np.bincount(np.asarray(tokens), minlength=7) / draws
+        assert (np.abs(shares - expected) <= 4 * np.sqrt(expected * (1 - expected) / draws)).all()

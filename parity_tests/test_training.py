@@ -1,0 +1,232 @@
+"""Losses, schedules and training steps in both siblings, in float64."""
+
+import dataclasses
+import json
+import math
+import os
+import subprocess
+import sys
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import torch
+
+import deepseek_jax.training.loss as jax_loss
+import deepseek_jax.training.schedules as jax_schedules
+import deepseek_torch.training.loss as torch_loss
+import deepseek_torch.training.schedules as torch_schedules
+from deepseek_jax.config import Config, Phase, RopeScaling, TrainConfig, load_config
+from deepseek_jax.training.optimizer import make_optimizer
+from deepseek_jax.training.step import Scalars, TrainState, train_step
+from deepseek_torch.training.optimizer import clip_by_global_norm
+from deepseek_torch.training.optimizer import make_optimizer as make_torch_optimizer
+from deepseek_torch.training.step import TrainState as TorchTrainState
+from deepseek_torch.training.step import train_step as torch_train_step
+from parity_tests.comparison import assert_close
+from parity_tests.modules import COMPILE_QUICKLY, Siblings
+from parity_tests.weights import to_torch
+
+STEPS = 20
+
+
+def lockstep_config() -> Config:
+    """Everything at once: MTP depth 2, groups, YaRN, accumulation, a schedule on each number, a clip that bites."""
+    tiny = load_config("tiny")
+    model = dataclasses.replace(
+        tiny.model, precision="float64", num_hidden_layers=3, num_nextn_predict_layers=2, grouped_matmul="reference",
+        remat="none", rope_scaling=RopeScaling(factor=8.0, original_max_position_embeddings=16, beta_fast=4.0),
+    )  # fmt: skip
+    train = TrainConfig(
+        steps=STEPS, sequence_length=12, batch_size=4, gradient_accumulation_steps=2, learning_rate=1e-2,
+        warmup_steps=4, gradient_clip=0.5, bias_update_speed=[Phase(1e-2, until=700), Phase(0.0)],
+        sequence_balance_weight=1e-2, mtp_loss_weight=[Phase(0.3, until=500), Phase(0.1)], loss_chunk_tokens=20,
+    )  # fmt: skip
+    return dataclasses.replace(tiny, model=model, train=train)
+
+
+def test_twenty_steps_in_lockstep():
+    """Loss, its parts, gradient norm, every parameter, every router bias and all expert counts, after every step."""
+    config = lockstep_config()
+    pair = Siblings(config.model)
+    for buffer in pair.torch.buffers():
+        buffer.zero_()  # the biases start where training starts them, and move by themselves
+    params, router_state = pair.variables["params"], jax.tree.map(np.zeros_like, pair.variables["router_state"])
+    in_torch = TorchTrainState(pair.torch, make_torch_optimizer(config.train, pair.torch))
+    clipped = 0
+    with jax.enable_x64(True):
+        in_jax = TrainState(params, router_state, make_optimizer(config.train).init(params))
+        step = jax.jit(partial(train_step, config=config), compiler_options=COMPILE_QUICKLY)
+        for plan in torch_schedules.plan_steps(config.train):
+            tokens = few_words(config, seed=plan.step)
+            scalars = Scalars(*map(jnp.float64, (plan.learning_rate, plan.bias_update_speed, plan.mtp_loss_weight)))
+            in_jax, ours = step(in_jax, tokens, scalars)
+            theirs = torch_train_step(in_torch, torch.from_numpy(tokens).long(), plan, config)
+            assert_close(_told(ours), _told(theirs), 1e-10)
+            for stack, counts in ours.parts.counts.items():
+                assert np.array_equal(counts, theirs.parts.counts[stack]), (plan.step, stack)
+                # Each of 4 x 12 tokens is counted once per choice and layer.
+                assert (counts.sum(axis=-1) == 4 * 12 * config.model.num_experts_per_tok).all()
+            variables = {"params": in_jax.params, "router_state": in_jax.router_state}
+            assert_close(to_torch(variables, config.model), in_torch.model.state_dict(), 1e-10)
+            clipped += float(ours.grad_norm) > config.train.gradient_clip
+    assert 10 <= clipped, "the clip is to be part of the proof"
+    assert all(0 < bias.abs().max() < 0.15 for bias in pair.torch.buffers()), "gamma was 0.01, then 0"
+    assert theirs.loss < 5.9, "log 320 is 5.8 and lambda adds to it: something was learnt"
+
+
+def few_words(config: Config, seed: int) -> np.ndarray:
+    """A batch in its two parts, of so few words that their frequencies can be learnt at once."""
+    words = np.random.default_rng(0).integers(0, config.model.vocab_size, 50, dtype=np.int32)
+    window = config.train.sequence_length + 1 + config.model.num_nextn_predict_layers
+    return words[np.random.default_rng(seed).integers(0, 50, (2, config.train.batch_size // 2, window))]
+
+
+def _told(metrics) -> dict:
+    parts = {name: getattr(metrics.parts, name) for name in ("cross_entropy", "balance_loss")}
+    counts = {f"counts of {stack}": counts for stack, counts in metrics.parts.counts.items()}
+    return {"loss": metrics.loss, "grad_norm": metrics.grad_norm} | parts | counts
+
+
+@pytest.mark.parametrize("chunk", [1, 5, 12, 100])
+@pytest.mark.parametrize("precision", ["float64", "float32"])
+def test_cross_entropy_and_its_gradients(precision, chunk):
+    rng = np.random.default_rng(0)
+    hidden, head = rng.standard_normal((12, 7)).astype(precision), 3 * rng.standard_normal((7, 31)).astype(precision)
+    targets, weights = rng.integers(0, 31, 12), rng.uniform(0, 2, 12).astype(precision)
+    with jax.enable_x64(precision == "float64"):
+        both = jax.value_and_grad(jax_loss.cross_entropy, argnums=(0, 1), has_aux=True)
+        (total, nats), gradients = jax.jit(both, static_argnums=4)(hidden, head, targets, weights, chunk)
+    h, w = (torch.from_numpy(x).requires_grad_() for x in (hidden, head))
+    torch_nats = torch_loss.cross_entropy(h, w, torch.from_numpy(targets), chunk)
+    torch_total = (torch_nats * torch.from_numpy(weights)).sum()
+    torch_total.backward()
+    ours = {"total": total, "nats": nats, "hidden": gradients[0], "head": gradients[1]}
+    theirs = {"total": torch_total, "nats": torch_nats, "hidden": h.grad, "head": w.grad}
+    assert_close(ours, theirs, {"float64": 1e-13, "float32": 1e-5}[precision])
+
+
+@pytest.mark.parametrize("depth", [0, 1])
+def test_training_loss_by_its_parts(depth):
+    """CE + lambda/D times that of the depths + alpha times the balance loss, by hand from the model's outputs."""
+    config = lockstep_config()
+    model = dataclasses.replace(config.model, num_nextn_predict_layers=depth, num_hidden_layers=2)
+    config = dataclasses.replace(config, model=model)
+    pair = Siblings(model)
+    tokens = np.random.default_rng(1).integers(0, model.vocab_size, (2, 8 + depth), dtype=np.int32)
+    loss, parts = torch_loss.training_loss(pair.torch, torch.from_numpy(tokens).long(), config, mtp_weight=0.7)
+    with torch.no_grad():
+        output = pair.torch(torch.from_numpy(tokens[:, :-1]))
+        by_hand = []
+        for k in range(depth + 1):
+            probabilities = torch.softmax(output.hidden[k] @ output.head, dim=-1)
+            chosen = [[probabilities[b, i, tokens[b, i + k + 1]] for i in range(7)] for b in range(2)]
+            by_hand.append(-sum(math.log(p) for row in chosen for p in row) / 14)
+    assert np.allclose(parts.cross_entropy, by_hand, rtol=1e-13)
+    expected = by_hand[0] + 0.7 * sum(by_hand[1:]) / max(depth, 1) + 1e-2 * output.balance_loss.item()
+    assert math.isclose(loss.item(), expected, rel_tol=1e-13)
+    with jax.enable_x64(True):
+        loss_of = jax.jit(partial(jax_loss.training_loss, config=config), compiler_options=COMPILE_QUICKLY)
+        variables = pair.variables
+        ours, _ = loss_of(variables["params"], variables["router_state"], tokens, mtp_weight=jnp.float64(0.7))
+    assert math.isclose(ours, expected, rel_tol=1e-13)
+
+
+SCHEDULES = [
+    TrainConfig(steps=30, sequence_length=16, batch_size=4),
+    TrainConfig(steps=30, sequence_length=16, batch_size=4, warmup_steps=7),
+    TrainConfig(
+        steps=40, sequence_length=10, batch_size=12, batch_size_start=3, batch_size_ramp_tokens=2000, warmup_steps=5,
+        learning_rate_decay=[Phase(1.0, until=1500), Phase(0.1, until=3000, shape="cosine"), Phase(0.1, until=3500),
+                             Phase(0.03)],
+        bias_update_speed=[Phase(1e-3, until=3000), Phase(0.0)], mtp_loss_weight=[Phase(0.3, until=2000), Phase(0.1)],
+    ),
+    TrainConfig(
+        steps=20, sequence_length=8, batch_size=2, batch_size_start=2, warmup_steps=30,
+        learning_rate_decay=[Phase(0.5, until=100, shape="linear"), Phase(0.2, until=200, shape="cosine")],
+    ),
+    load_config("large_671b", ["train.steps=400"]).train,
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("train", SCHEDULES)
+def test_schedules_are_alike(train):
+    ours, theirs = ([dataclasses.astuple(plan) for plan in module.plan_steps(train)]
+                    for module in (jax_schedules, torch_schedules))  # fmt: skip
+    assert len(ours) == train.steps and np.allclose(ours, theirs, rtol=1e-14, atol=0)
+    assert [plan[:3] for plan in ours] == [plan[:3] for plan in theirs]
+
+
+@pytest.mark.parametrize("moments", ["float32", "bfloat16"])
+def test_adamw_is_the_same(moments):
+    """Clip, moments as kept, decay of all but the norms: ten updates of the same gradients."""
+    train = TrainConfig(gradient_clip=2.0, weight_decay=0.3, adam_moment_dtype=moments)
+    rng = np.random.default_rng(0)
+    params = {"lm_head": {"weight": rng.standard_normal((4, 3))}, "norm": {"weight": rng.standard_normal(3)}}
+    model = torch.nn.ModuleDict({name: torch.nn.Module() for name in params})
+    for name, of_module in params.items():
+        model[name].weight = torch.nn.Parameter(torch.from_numpy(of_module["weight"]).clone())
+    optimizer = make_torch_optimizer(train, model)
+    with jax.enable_x64(True):
+        params, transform = jax.tree.map(jnp.asarray, params), make_optimizer(train)
+        state = transform.init(params)
+        for step in range(10):
+            learning_rate = 0.1 / (step + 1)
+            gradients = jax.tree.map(lambda p: rng.standard_normal(p.shape) * 10.0 ** rng.integers(-4, 2), params)
+            updates, state = transform.update(jax.tree.map(jnp.asarray, gradients), state, params)
+            params = jax.tree.map(lambda p, u: p - learning_rate * u, params, updates)
+            for name, of_module in gradients.items():
+                model[name].weight.grad = torch.from_numpy(of_module["weight"])
+            clip_by_global_norm(model.parameters(), train.gradient_clip)
+            for group in optimizer.param_groups:
+                group["lr"] = learning_rate
+            optimizer.step()
+            expected = {name: model[name].weight for name in params}
+            assert_close({name: of_module["weight"] for name, of_module in params.items()}, expected, 1e-13)
+
+
+def test_the_clip_is_exact_and_leaves_short_gradients_alone():
+    weights = [torch.nn.Parameter(torch.zeros(3)), torch.nn.Parameter(torch.zeros(4))]
+    for limit, scale in ((1.0, 1 / 6.0), (6.5, 1.0)):
+        weights[0].grad, weights[1].grad = torch.full((3,), 2.0), torch.tensor([4.0, 2.0, 2.0, 0.0])
+        assert clip_by_global_norm(weights, limit) == 6.0
+        assert torch.allclose(weights[1].grad, scale * torch.tensor([4.0, 2.0, 2.0, 0.0]), rtol=1e-6)
+
+
+def test_both_programs_write_the_same_metrics(tmp_path):
+    """Lines of one form from the same text and config; only the fresh weights differ, so that the losses are near."""
+    text = tmp_path / "text.txt"
+    text.write_text("\n\n".join(f"The answer to question {n} is {n * n}." for n in range(400)))
+    fields = ["train.steps=3", "train.eval_every=2", "train.eval_sequences=4", "data.held_out_fraction=0.2",
+              "model.num_hidden_layers=2", "model.grouped_matmul=reference", "model.remat=none"]  # fmt: skip
+
+    def train(package):
+        run_dir = tmp_path / package
+        return _run("-m", f"{package}.train", "--config", "tiny", f"data.input={text}", f"run_dir={run_dir}", *fields)
+
+    lines = []
+    for package in ("deepseek_jax", "deepseek_torch"):
+        assert train(package).returncode == 0
+        lines.append([json.loads(line) for line in (tmp_path / package / "metrics.jsonl").read_text().splitlines()])
+    assert len(lines[0]) == 5
+    for ours, theirs in zip(*lines, strict=True):
+        assert ours.keys() == theirs.keys()
+        assert all(ours[name] == theirs[name] for name in ("step", "tokens"))
+        assert math.isclose(ours.get("learning_rate", 0), theirs.get("learning_rate", 0))
+        assert abs(ours.get("loss", 0) - theirs.get("loss", 0)) < 0.3
+        assert abs(ours.get("bits_per_byte", 0) - theirs.get("bits_per_byte", 0)) < 0.5
+    refused = train("deepseek_torch")
+    assert refused.returncode == 1 and refused.stderr.count("\n") == 1 and "already holds a run" in refused.stderr
+
+    run_dir, prompts = tmp_path / "deepseek_torch", ("--prompt", "The answer", "--prompt", "question")
+    written = _run("-m", "deepseek_torch.generate", run_dir, *prompts, "--max-new-tokens", "5")
+    assert written.returncode == 0
+    assert written.stdout.startswith("The answer") and "---\nquestion" in written.stdout
+
+
+def _run(*words) -> subprocess.CompletedProcess:
+    environment = {**os.environ, "XLA_FLAGS": "--xla_backend_optimization_level=0"}
+    command = [sys.executable, *map(str, words)]
+    return subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
