@@ -6,9 +6,10 @@ loads as `deepseek_v3`; a Hugging Face directory becomes a run directory that `t
 """
 
 import argparse
+import ctypes
 from collections import Counter
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import numpy as np
@@ -47,7 +48,20 @@ def main() -> None:
     parser.add_argument("--dry-run", action="store_true", help="only say what would be read and written")
     parser.add_argument("--verify", action="store_true", help="read what was written and compare it with SRC")
     args = parser.parse_args()
-    run_command(lambda: convert(args.source, args.destination, args.dtype, args.max_shard_size, args.dry_run, args.verify))
+    _share_one_heap()
+    options = (args.dtype, args.max_shard_size, args.dry_run, args.verify)
+    run_command(lambda: convert(args.source, args.destination, *options))
+
+
+def _share_one_heap() -> None:
+    """Let all threads take memory from one heap, where the C library is glibc.
+
+    Each of tensorstore's threads would otherwise keep what it freed on a heap of its own: on 6 GB that
+    had grown by 180 MB, and was slower.
+    """
+    arena_max = -8
+    with suppress(AttributeError, OSError):
+        ctypes.CDLL(None).mallopt(arena_max, 1)
 
 
 def convert(
@@ -125,7 +139,7 @@ def _from_huggingface(path: Path, destination: Path, dtype: str | None, dry_run:
     print(f"{destination}: written{' and verified' if verify else ''}")
 
 
-def _verify_step(step: Path, source: Source, dtype: str, advance) -> None:
+def _verify_step(step: Path, source: Source, dtype: str, advance: Callable[[int], None]) -> None:
     written = OrbaxSource(step)
     _same(written.config == source.config, step, "config")
     for place in layout(source.config):
@@ -166,7 +180,7 @@ def _to_huggingface(
     print(f"{destination}: written{' and verified' if verify else ''}")
 
 
-def _verify_huggingface(directory: Path, source: Source, form: str, advance) -> None:
+def _verify_huggingface(directory: Path, source: Source, form: str, advance: Callable[[int], None]) -> None:
     HuggingFaceSource(directory)
     written = SafetensorsDirectory(directory)
     for spec, expected in zip(planned(source, form), encoded(source, form), strict=True):
@@ -216,7 +230,7 @@ def _summary(destination: Path, kind: str, specs: list[TensorSpec]) -> str:
 
 
 @contextmanager
-def _progress(title: str, nbytes: int) -> Iterator:
+def _progress(title: str, nbytes: int) -> Iterator[Callable[[int], None]]:
     """A bar on the terminal, moved by the number of bytes done."""
     console = Console(stderr=True)
     columns = (TextColumn(title), BarColumn(), DownloadColumn(), TransferSpeedColumn(), TimeRemainingColumn())

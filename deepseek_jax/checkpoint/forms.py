@@ -71,7 +71,8 @@ def compare(where: str, expected: Iterable[TensorSpec], found: Mapping[str, Tens
     shared = [(spec, found[name]) for name, spec in wanted.items() if name in found]
     misshaped = [f"{a.name} {list(b.shape)} for {list(a.shape)}" for a, b in shared if a.shape != b.shape]
     mistyped = [f"{a.name} {b.dtype} for {a.dtype}" for a, b in shared if a.dtype != b.dtype]
-    kinds = {"missing": missing, "left over": left_over, "of the wrong shape": misshaped, "of the wrong dtype": mistyped}
+    kinds = {"missing": missing, "left over": left_over}
+    kinds |= {"of the wrong shape": misshaped, "of the wrong dtype": mistyped}
     faults = [f"{len(names)} {kind}: {', '.join(names)}" for kind, names in kinds.items() if names]
     if faults:
         raise CheckpointError(f"{where}: its tensors are not those of its config: {'; '.join(faults)}")

@@ -6,7 +6,10 @@ else belongs into a checkpoint.
 """
 
 import logging
-from collections.abc import Callable
+import math
+import shutil
+from collections import deque
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +18,7 @@ import orbax.checkpoint as ocp
 import tensorstore as ts
 
 from deepseek_jax.checkpoint.forms import stored_as
-from deepseek_jax.checkpoint.layout import layout
+from deepseek_jax.checkpoint.layout import TensorPlace, layout
 from deepseek_jax.checkpoint.orbax_step import (
     META,
     SCALES,
@@ -32,6 +35,12 @@ from deepseek_jax.checkpoint.staging import disk_errors
 from deepseek_jax.checkpoint.tensors import CheckpointError
 from deepseek_jax.config import ModelConfig
 
+Write = tuple[TensorPlace, int, Any]
+"""A place, its bytes, and tensorstore's promise to write it."""
+
+BYTES_IN_FLIGHT = 32 * 2**20
+"""Of begun writes, beside the last."""
+
 
 def write_step(step: Path, source: Source, dtype: str, progress: Callable[[int], None] = lambda nbytes: None) -> None:
     """Write a step's folder that training goes on from: the weights of `source`, with no optimizer state.
@@ -45,25 +54,47 @@ def write_step(step: Path, source: Source, dtype: str, progress: Callable[[int],
         CheckpointError: one line, if it cannot be read or written.
     """
     arrays = stacked_arrays(source.config)
+    _check_room(step, arrays, dtype)
     with disk_errors(step):
         _save_template(step, arrays, source.config)
     stores = {}
     for path, array in arrays.items():
         chunk = (1,) * len(array.leading) + array.trailing
         stores[path] = _create(step / VARIABLES, array, chunk, np.float32 if array.is_bias else dtype)
-    for place in layout(source.config):
-        if place.is_copy:
-            continue
-        weights = source.read(place)
-        store = stores[place.path]
-        part = (weights.T if place.transposed else weights).astype(store.dtype.numpy_dtype, order="C", copy=False)
+    for place, nbytes, write in _in_flight(_writes(source, stores)):
         try:
-            store[place.index].write(part).result()
+            write.result()
         except Exception as error:  # tensorstore raises ValueError for most, and OSError
             reason = "the disk is full" if "No space left" in str(error) else first_line(error)
             raise CheckpointError(f"{step}: {place.name}: cannot be written: {reason}") from None
-        progress(part.nbytes)
+        progress(nbytes)
     _write_scales(step / SCALES, source)
+
+
+def _check_room(step: Path, arrays: dict[tuple[str, ...], StackedArray], dtype: str) -> None:
+    total = sum(math.prod(array.shape) for array in arrays.values()) * ts.dtype(dtype).numpy_dtype.itemsize
+    free = shutil.disk_usage(next(folder for folder in step.parents if folder.exists())).free
+    if total > free:
+        raise CheckpointError(f"{step}: the disk has {free:,} bytes free and {total:,} are to be written")
+
+
+def _writes(source: Source, stores: dict[tuple[str, ...], Any]) -> Iterator[Write]:
+    """Begin the write of one place after the other."""
+    for place in layout(source.config):
+        if not place.is_copy:
+            weights, store = source.read(place), stores[place.path]
+            part = (weights.T if place.transposed else weights).astype(store.dtype.numpy_dtype, order="C", copy=False)
+            yield place, part.nbytes, store[place.index].write(part)
+
+
+def _in_flight(writes: Iterator[Write]) -> Iterator[Write]:
+    """The same in the same order, a little later, so that the disk writes some while others are prepared."""
+    begun: deque[Write] = deque()
+    for write in writes:
+        begun.append(write)
+        while sum(nbytes for _, nbytes, _ in begun) > BYTES_IN_FLIGHT:
+            yield begun.popleft()
+    yield from begun
 
 
 def _write_scales(folder: Path, source: Source) -> None:

@@ -10,11 +10,16 @@ import reprlib
 from pathlib import Path
 from typing import Any, NoReturn
 
+from omegaconf.errors import OmegaConfBaseException
+
 from deepseek_jax.checkpoint.tensors import CheckpointError
 from deepseek_jax.config import ConfigError, ModelConfig, from_mapping
 
 MAX_JSON_BYTES = 100_000_000
 """The longest header that the safetensors format allows."""
+
+MAX_COUNT, MAX_EXPERTS = 10**4, 10**6
+"""Of layers, or of experts in one, and of experts in all: listing their tensors must come to an end."""
 
 
 def shown(value: Any) -> str:
@@ -110,8 +115,16 @@ def model_config(fields: dict[str, Any], where: str) -> ModelConfig:
     Raises:
         CheckpointError: one line that begins with `where` and names the field.
     """
-    # Any context is long enough for sequences of one token, and none but the model is asked for.
+    for name in ("num_hidden_layers", "num_nextn_predict_layers", "n_routed_experts"):
+        if name in fields and not (is_count(fields[name]) and fields[name] <= MAX_COUNT):
+            raise CheckpointError(f"{where}: {name} is {shown(fields[name])}; it must be a number from 0 to {MAX_COUNT}")
     try:
-        return from_mapping({"model": fields, "train": {"sequence_length": 1}}, where=where).model
-    except ConfigError as error:
-        raise CheckpointError(str(error) if str(error).startswith(where) else f"{where}: {error}") from None
+        # Any context is long enough for sequences of one token, and none but the model is asked for.
+        model = from_mapping({"model": fields, "train": {"sequence_length": 1}}, where=where).model
+    except (ConfigError, OmegaConfBaseException) as error:
+        message = str(error).splitlines()[0]
+        raise CheckpointError(message if message.startswith(where) else f"{where}: {message}") from None
+    experts = (model.num_hidden_layers + model.num_nextn_predict_layers) * model.n_routed_experts
+    if experts > MAX_EXPERTS:
+        raise CheckpointError(f"{where}: {experts:,} experts in all; at most {MAX_EXPERTS:,} are supported")
+    return model

@@ -17,8 +17,8 @@ from deepseek_jax.training.step import TrainState, init_state
 OPTIMIZER = "optimizer"
 """Item of a step: the moments, which no one but training needs."""
 
-SMALLEST_PIECE = 2**20
-"""Bytes; orbax advises against less."""
+SMALLEST_TARGET = 2**20
+"""Bytes of a piece that are always allowed; orbax warns of less."""
 
 
 class Checkpoints:
@@ -111,7 +111,8 @@ def _piecewise(config: Config, variables: dict[str, Any]) -> dict[str, Any]:
 
     def save_args(path: tuple[jax.tree_util.DictKey, ...], leaf: jax.Array) -> ocp.SaveArgs:
         stack = stacks[tuple(key.key for key in path)]
-        piece = math.prod(stack.trailing) * leaf.dtype.itemsize
-        return ocp.SaveArgs(chunk_byte_size=max(piece, SMALLEST_PIECE), shard_axes=tuple(range(len(stack.leading))))
+        piece = max(math.prod(stack.trailing) * leaf.dtype.itemsize, SMALLEST_TARGET)
+        # Orbax cuts along these axes as far as it goes, and along others only beyond that size.
+        return ocp.SaveArgs(chunk_byte_size=piece, shard_axes=tuple(range(len(stack.leading))))
 
     return jax.tree_util.tree_map_with_path(save_args, variables)
