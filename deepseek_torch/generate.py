@@ -11,6 +11,7 @@ from pathlib import Path
 
 import torch
 
+from deepseek_jax.checkpoint.hf_config import CONFIG_JSON
 from deepseek_jax.data.tokenizer import end_of_document_id, load_tokenizer
 from deepseek_jax.errors import UserError, run_command
 from deepseek_torch.model.decoding import decode, prefill
@@ -55,12 +56,12 @@ def _check(condition: bool, name: str, value: object, remedy: str) -> None:
 
 
 def model_directory(path: Path) -> Path:
-    """The directory of the last model of a run, or `path` itself if it is no run."""
-    if not (path / MODELS).is_dir():
+    """`path` itself if it is a Hugging Face directory, else that of the last model of the run at `path`."""
+    if (path / CONFIG_JSON).is_file():
         return path
     steps = saved_steps(path)
     if not steps:
-        raise UserError(f"{path}: no model saved yet")
+        raise UserError(f"{path}: neither a Hugging Face directory nor a run of deepseek_torch.train with a saved model")
     return path / MODELS / str(steps[-1])
 
 
