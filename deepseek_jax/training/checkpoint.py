@@ -2,6 +2,8 @@
 
 import dataclasses
 import math
+import shutil
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +21,10 @@ OPTIMIZER = "optimizer"
 
 SMALLEST_TARGET = 2**20
 """Bytes of a piece that are always allowed; orbax warns of less."""
+
+
+SPARE_ROOM = 2**24
+"""Bytes that must be free beside a checkpoint's numbers, for its many small files and the run's own."""
 
 
 class Checkpoints:
@@ -44,6 +50,7 @@ class Checkpoints:
         Raises:
             CheckpointError: what went wrong here or in the save before, and the last good step.
         """
+        self._check_room(state)
         variables = {"params": state.params, "router_state": state.router_state}
         items = ocp.args.Composite(**{
             VARIABLES: ocp.args.StandardSave(variables, save_args=_piecewise(self._config, variables)),
@@ -56,14 +63,26 @@ class Checkpoints:
         """Return when all that was saved is on disk; raises as `save` does."""
         self._guarded(self._manager.wait_until_finished)
 
-    def _guarded(self, action) -> None:
+    def _check_room(self, state: TrainState) -> None:
+        """Refuse before anything is written; orbax' threads complain at length when a disk is full."""
+        numbers, free = sum(leaf.nbytes for leaf in jax.tree.leaves(state)), shutil.disk_usage(self._folder).free
+        needed = numbers + numbers // 10 + SPARE_ROOM
+        if needed > free:
+            reason = f"no space left on the disk: {needed / 1e6:,.1f} MB needed, {free / 1e6:,.1f} MB free"
+            raise self._failure(reason)
+
+    def _guarded(self, action: Callable[[], object]) -> None:
         try:
             action()
         except Exception as error:  # orbax and tensorstore raise many kinds for a disk that is full
-            last = self.latest()
-            good = f"step {last} is the last good checkpoint" if last is not None else "no checkpoint is complete"
-            reason = "no space left on the disk" if "No space left" in str(error) else first_line(error)
-            raise CheckpointError(f"{self._folder}: could not save: {reason}; {good}") from None
+            for unfinished in self._folder.glob("*.orbax-checkpoint-tmp"):
+                shutil.rmtree(unfinished, ignore_errors=True)
+            raise self._failure("no space left on the disk" if "No space left" in str(error) else first_line(error)) from None
+
+    def _failure(self, reason: str) -> CheckpointError:
+        last = self.latest()
+        good = f"step {last} is the last good checkpoint" if last is not None else "no checkpoint is complete"
+        return CheckpointError(f"{self._folder}: could not save: {reason}; {good}")
 
     def restore(self, step: int) -> TrainState:
         """The training state saved at `step`, with fresh moments if only a model was saved.
