@@ -135,9 +135,9 @@ class _Loop:
                         saved = plan.step
                 if self._interrupted:
                     break
-            self._checkpoints.wait()
         finally:
             signal.signal(signal.SIGINT, previous)
+            self._checkpoints.wait()
         if self._interrupted:
             raise Interrupted(f"interrupted; step {saved} is saved: --resume run_dir={self._run_dir} goes on from it")
         print(f"loss plot: {plot_run(self._run_dir)}")

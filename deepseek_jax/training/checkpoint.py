@@ -68,6 +68,7 @@ class Checkpoints:
         numbers, free = sum(leaf.nbytes for leaf in jax.tree.leaves(state)), shutil.disk_usage(self._folder).free
         needed = numbers + numbers // 10 + SPARE_ROOM
         if needed > free:
+            self.wait()
             reason = f"no space left on the disk: {needed / 1e6:,.1f} MB needed, {free / 1e6:,.1f} MB free"
             raise self._failure(reason)
 
