@@ -21,16 +21,12 @@ import deepseek_jax.model.layers as jax_layers
 import deepseek_jax.model.mtp as jax_mtp
 import deepseek_jax.model.rope as jax_rope
 import deepseek_jax.model.router as jax_router
-import deepseek_jax.model.transformer as jax_transformer
 import deepseek_torch.model.layers as torch_layers
 import deepseek_torch.model.rope as torch_rope
-import deepseek_torch.model.transformer as torch_transformer
 from deepseek_jax.config import ModelConfig
 from parity_tests.comparison import Difference, differences
-from parity_tests.weights import from_torch, module_tensors, module_variables, to_torch
-
-# Sharing out tensors as small as these costs more than it gives.
-torch.set_num_threads(1)
+from parity_tests.siblings import Siblings
+from parity_tests.weights import module_tensors, module_variables, to_torch
 
 Outputs = tuple[Any, ...]
 
@@ -62,23 +58,6 @@ class Results:
     outputs: dict[str, Any]
     exact: dict[str, Any]
     gradients: dict[str, Any]
-
-
-class Siblings:
-    """Both models with the same weights, drawn at random: norms off 1 and router biases of either sign, too."""
-
-    def __init__(self, config: ModelConfig, seed: int = 0):
-        self.config = config
-        torch.manual_seed(seed)
-        self.torch = torch_transformer.DeepseekV3(config)
-        with torch.no_grad():
-            for name, tensor in self.torch.state_dict().items():
-                if "norm" in name:
-                    tensor.add_(torch.randn_like(tensor) * 0.1)
-                elif name.endswith("e_score_correction_bias"):
-                    tensor.sub_(torch.randn_like(tensor) * 0.1 + 0.5)
-        self.jax = jax_transformer.DeepseekV3(config)
-        self.variables = from_torch(self.torch.state_dict(), config)
 
 
 def run_jax(case: Case, config: ModelConfig, cotangents: tuple[np.ndarray, ...]) -> Results:

@@ -14,7 +14,7 @@ from deepseek_jax.errors import UserError
 from deepseek_jax.generate import Generator
 from deepseek_jax.generate import sample_token as jax_sample_token
 from deepseek_torch.generate import generate, sample_token
-from parity_tests.modules import Siblings
+from parity_tests.siblings import Siblings
 
 PROMPTS = [[5, 9, 2, 77, 31], [8], [100, 101, 102]]
 

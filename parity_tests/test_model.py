@@ -12,7 +12,8 @@ from deepseek_jax.config import RopeScaling, load_config
 from deepseek_jax.model.transformer import DeepseekV3
 from deepseek_torch.model.transformer import DeepseekV3 as TorchDeepseekV3
 from parity_tests.comparison import assert_within
-from parity_tests.modules import COMPILE_QUICKLY, Maker, Siblings, compare
+from parity_tests.modules import COMPILE_QUICKLY, Maker, compare
+from parity_tests.siblings import Siblings
 from parity_tests.weights import from_torch, to_torch
 
 TOLERANCES = {"float64": 1e-12, "float32": 2e-5}

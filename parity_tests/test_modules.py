@@ -18,7 +18,8 @@ from deepseek_jax.config import ModelConfig, RopeScaling, load_config
 from deepseek_jax.model.attention import Latents, MultiHeadLatentAttention
 from deepseek_torch.model.attention import Latents as TorchLatents
 from parity_tests.comparison import assert_within, relative_difference
-from parity_tests.modules import COMPILE_QUICKLY, Maker, Siblings, cases, compare
+from parity_tests.modules import COMPILE_QUICKLY, Maker, cases, compare
+from parity_tests.siblings import Siblings
 from parity_tests.weights import module_variables
 
 TOLERANCES = {"float64": 1e-12, "float32": 1e-5}

@@ -26,7 +26,8 @@ from deepseek_torch.training.optimizer import make_optimizer as make_torch_optim
 from deepseek_torch.training.step import TrainState as TorchTrainState
 from deepseek_torch.training.step import train_step as torch_train_step
 from parity_tests.comparison import assert_close
-from parity_tests.modules import COMPILE_QUICKLY, Siblings
+from parity_tests.modules import COMPILE_QUICKLY
+from parity_tests.siblings import Siblings
 from parity_tests.weights import to_torch
 
 STEPS = 20

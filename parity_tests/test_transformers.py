@@ -16,7 +16,8 @@ import torch
 from deepseek_jax.config import RopeScaling, load_config
 from deepseek_jax.training.loss import cross_entropy
 from parity_tests.comparison import assert_close, relative_difference
-from parity_tests.modules import COMPILE_QUICKLY, Siblings
+from parity_tests.modules import COMPILE_QUICKLY
+from parity_tests.siblings import Siblings
 from parity_tests.transformers_oracle import Oracle, causal_loss, float64_islands, fuse_experts, split_experts
 from parity_tests.weights import to_torch
 
