@@ -4,7 +4,7 @@ import torch
 from torch import nn
 
 from deepseek_jax.config import ModelConfig
-from deepseek_torch.model.layers import SwiGLU
+from deepseek_torch.model.layers import SwiGLU, widen
 
 
 class Experts(nn.ModuleList):
@@ -24,11 +24,11 @@ class Experts(nn.ModuleList):
         Returns:
             [N, hidden_size].
         """
-        total = torch.zeros_like(x)
+        total = torch.zeros_like(x, dtype=widen(x.dtype))
         for number, expert in enumerate(self):
             tokens, choices = torch.where(indices == number)
             factors = weights[tokens, choices].to(x.dtype)
             # Before the down projection, which is linear, so that float8 rounds there what the JAX sibling's rounds.
             activated = expert.activated(x[tokens]) * factors[:, None]
-            total = total.index_add(0, tokens, expert.down_proj(activated))
-        return total
+            total = total.index_add(0, tokens, expert.down_proj(activated).to(total.dtype))
+        return total.to(x.dtype)

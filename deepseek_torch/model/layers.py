@@ -88,4 +88,4 @@ class SwiGLU(nn.Module):
     def activated(self, x: torch.Tensor) -> torch.Tensor:
         """What the down projection takes in, [..., width]."""
         gate, up = products(self.config, x, self.gate_proj.weight, self.up_proj.weight)
-        return F.silu(gate) * up
+        return gate * torch.sigmoid(gate) * up

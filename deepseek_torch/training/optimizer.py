@@ -16,15 +16,16 @@ def make_optimizer(train: TrainConfig, model: nn.Module) -> torch.optim.AdamW:
     groups = [{"params": matrices, "weight_decay": train.weight_decay}, {"params": norms, "weight_decay": 0.0}]
     optimizer = torch.optim.AdamW(groups, lr=0.0, betas=(train.beta1, train.beta2), eps=train.adam_eps)
     if train.adam_moment_dtype == "bfloat16":
-        optimizer.register_step_post_hook(_round_moments)
+        optimizer.register_step_pre_hook(lambda *_: _keep_moments_in(None, optimizer))
+        optimizer.register_step_post_hook(lambda *_: _keep_moments_in(torch.bfloat16, optimizer))
     return optimizer
 
 
-def _round_moments(optimizer: torch.optim.AdamW, *_: object) -> None:
-    """Keep both moments to the digits of bfloat16 (report 3.3.3), though in the memory they had."""
-    for state in optimizer.state.values():
-        for moment in (state["exp_avg"], state["exp_avg_sq"]):
-            moment.copy_(moment.to(torch.bfloat16))
+def _keep_moments_in(dtype: torch.dtype | None, optimizer: torch.optim.AdamW) -> None:
+    """Convert both moments to `dtype` (report 3.3.3), or to their parameters' where that is None, for a step."""
+    for parameter, state in optimizer.state.items():
+        for moment in ("exp_avg", "exp_avg_sq"):
+            state[moment] = state[moment].to(dtype or parameter.dtype)
 
 
 def decays(name: str) -> bool:
