@@ -2,8 +2,9 @@
 
 import os
 
-# Before anything imports jax.
+# Before anything imports jax. Compiling is most of a test's time, and what is compiled runs once or twice.
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
+os.environ["XLA_FLAGS"] = os.environ.get("XLA_FLAGS", "") + " --xla_backend_optimization_level=0"
 
 import pytest
 
