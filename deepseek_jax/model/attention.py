@@ -107,8 +107,8 @@ class MultiHeadLatentAttention(nn.Module):
         scores += jnp.einsum("bthr,bsr->bhts", q_rope, cache.k_rope, preferred_element_type=dtype)
         seen = jnp.arange(cache.c_kv.shape[1]) <= positions[:, None, :, None]
         weights = masked_softmax(scores * softmax_scale(c), seen).astype(q_nope.dtype)
-        attended = jnp.einsum("bhts,bsr->bthr", weights, cache.c_kv)
-        return jnp.einsum("bthr,rhv->bthv", attended, w_uv)
+        attended = jnp.einsum("bhts,bsr->bhtr", weights, cache.c_kv)
+        return jnp.einsum("bhtr,rhv->bthv", attended, w_uv)
 
 
 def masked_softmax(scores: jax.Array, mask: jax.Array) -> jax.Array:
