@@ -1,7 +1,6 @@
 """The small layers everything else is made of: linear map, norm, embedding and SwiGLU."""
 
 import torch
-import torch.nn.functional as F
 from torch import nn
 
 from deepseek_jax.config import ModelConfig
