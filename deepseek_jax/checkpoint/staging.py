@@ -5,6 +5,7 @@ import errno
 import fcntl
 import os
 import shutil
+import time
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -42,7 +43,7 @@ def staged_directory(destination: str | os.PathLike[str]) -> Iterator[Path]:
                 os.rename(partial, destination)
                 _sync(destination.parent)
         except BaseException:
-            shutil.rmtree(partial, ignore_errors=True)
+            _remove(partial)
             raise
     finally:
         os.close(handle)
@@ -72,6 +73,15 @@ def _claim(handle: int, partial: Path) -> None:
         pass  # A file system that cannot lock directories: two at once are then not told apart.
     if not partial.exists() or not os.path.samestat(os.fstat(handle), os.stat(partial)):
         raise CheckpointError(f"{partial}: another process has just finished there; look at what it wrote")
+
+
+def _remove(directory: Path) -> None:
+    """Remove a directory in which storage threads may still be writing: again, until it stays away."""
+    for _ in range(50):
+        shutil.rmtree(directory, ignore_errors=True)
+        time.sleep(0.1)
+        if not directory.exists():
+            return
 
 
 def _clear(directory: Path) -> None:
