@@ -141,8 +141,8 @@ class TrainConfig:
     beta2: float = 0.95
     adam_eps: float = 1e-8
     adam_moment_dtype: str = "float32"
-    """How both of Adam's moments are kept between steps: float32 (or wider, as the parameters), or bfloat16 (report 3.3.3),
-    which halves their memory. bfloat16 rounds to 1/256, so that beta1 and beta2 should stay below 0.99."""
+    """How both of Adam's moments are kept between steps: float32 (or wider, as the parameters), or bfloat16 (report
+    3.3.3), which halves their memory. bfloat16 rounds to 1/256, so that beta1 and beta2 should stay below 0.99."""
     weight_decay: float = 0.1
     gradient_clip: float = 1.0
 
