@@ -26,6 +26,9 @@ PRECISIONS = ("float64", "float32", "bfloat16", "fp8")
 REMAT_CHOICES = ("none", "products", "full")
 GROUPED_MATMULS = ("auto", "reference", "blocked", "megablox")
 MOMENT_DTYPES = ("float32", "bfloat16")
+EXCHANGES = ("auto", "rounds", "ragged")
+MESH_AXES = ("pipe", "data", "fsdp", "expert")
+"""Axes of the device mesh, slowest links first: neighbours along `expert` are the nearest devices."""
 PHASE_SHAPES = ("constant", "linear", "cosine")
 
 
@@ -163,12 +166,34 @@ class TrainConfig:
 
 
 @dataclass(frozen=True)
+class ParallelConfig:
+    """How a run is divided over devices, whose number is the product of the four axes; one axis may be -1, the rest."""
+
+    pipe: int = 1
+    """Stages of the stack of mixture-of-experts layers."""
+    data: int = -1
+    """Replicas that divide the batch, the master weights and Adam's moments (ZeRO-1)."""
+    fsdp: int = 1
+    """Replicas that also divide the weights themselves, gathered layer by layer (ZeRO-3)."""
+    expert: int = 1
+    """Replicas that divide the routed experts; tokens travel to them."""
+
+    pipe_interleave: int = 1
+    """Chunks of layers in each pipeline stage: more shrink the bubble and pass activations on oftener."""
+    microbatch_size: int = 1
+    """Sequences that a pipeline stage computes at once."""
+    exchange: str = "auto"
+    """How tokens travel to experts: `ragged` (TPU, GPU) or in `rounds` of equal parts (anywhere); `auto` chooses."""
+
+
+@dataclass(frozen=True)
 class Config:
     """A whole run."""
 
     model: ModelConfig = field(default_factory=ModelConfig)
     data: DataConfig = field(default_factory=DataConfig)
     train: TrainConfig = field(default_factory=TrainConfig)
+    parallel: ParallelConfig = field(default_factory=ParallelConfig)
     run_dir: str = "runs/default"
 
 
@@ -332,6 +357,7 @@ def validate(config: Config) -> None:
     _validate_model(config.model)
     _validate_data(config.data)
     _validate_train(config.train, config.model)
+    _validate_parallel(config.parallel)
 
 
 def _require(condition: bool, name: str, value: Any, remedy: str) -> None:
@@ -413,6 +439,17 @@ def _validate_train(t: TrainConfig, m: ModelConfig) -> None:
              f"must divide batch_size={t.batch_size}")  # fmt: skip
     for name in ("learning_rate_decay", "bias_update_speed", "mtp_loss_weight"):
         _validate_phases(f"train.{name}", getattr(t, name))
+
+
+def _validate_parallel(p: ParallelConfig) -> None:
+    """What can be said without the devices; `parallel.mesh.resolve` says the rest."""
+    sizes = {axis: getattr(p, axis) for axis in MESH_AXES}
+    for axis, size in sizes.items():
+        _require(size == -1 or size >= 1, f"parallel.{axis}", size, "must be at least 1, or -1 for what remains")
+    open_axes = [f"parallel.{axis}" for axis, size in sizes.items() if size == -1]
+    _require(len(open_axes) <= 1, " and ".join(open_axes), -1, "only one axis may be -1; give the other a size")
+    _at_least("parallel", p, 1, "pipe_interleave", "microbatch_size")
+    _choice("parallel.exchange", p.exchange, EXCHANGES)
 
 
 def _validate_phases(name: str, phases: Sequence[Phase]) -> None:

@@ -9,6 +9,7 @@ from deepseek_jax.config import ModelConfig
 from deepseek_jax.model.attention import Latents, MultiHeadLatentAttention
 from deepseek_jax.model.layers import RMSNorm, SwiGLU
 from deepseek_jax.model.moe import MoE
+from deepseek_jax.parallel.sharding import Division
 
 
 class BlockOutput(NamedTuple):
@@ -25,17 +26,19 @@ class Block(nn.Module):
 
     Attributes:
         moe: whether the feed-forward is a mixture of experts.
+        division: the mesh, inside `shard_map` over it.
     """
 
     config: ModelConfig
     moe: bool
+    division: Optional[Division] = None
 
     def setup(self):
         c = self.config
         self.input_layernorm = RMSNorm(c, c.rms_norm_eps)
         self.self_attn = MultiHeadLatentAttention(c)
         self.post_attention_layernorm = RMSNorm(c, c.rms_norm_eps)
-        self.mlp = MoE(c) if self.moe else SwiGLU(c, c.intermediate_size)
+        self.mlp = MoE(c, self.division) if self.moe else SwiGLU(c, c.intermediate_size)
 
     def __call__(
         self, x: jax.Array, rope: tuple[jax.Array, jax.Array], positions: jax.Array, cache: Optional[Latents] = None

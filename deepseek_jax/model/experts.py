@@ -1,5 +1,7 @@
 """The routed experts: every token goes through exactly the experts chosen for it, none is dropped."""
 
+from typing import Optional
+
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
@@ -7,12 +9,16 @@ import jax.numpy as jnp
 from deepseek_jax.config import ModelConfig
 from deepseek_jax.model.layers import param_dtype
 from deepseek_jax.model.products import grouped_products, keep
+from deepseek_jax.parallel.exchange import plan_journey, send, send_back
+from deepseek_jax.parallel.mesh import ALONE
+from deepseek_jax.parallel.sharding import Division
 
 
 class Experts(nn.Module):
-    """SwiGLU experts whose weights are stacked, [E, in, out]."""
+    """SwiGLU experts whose weights are stacked, [E, in, out]; on a mesh each device has its share of them."""
 
     config: ModelConfig
+    division: Optional[Division] = None
 
     @nn.compact
     def __call__(self, x: jax.Array, indices: jax.Array, weights: jax.Array) -> jax.Array:
@@ -27,7 +33,9 @@ class Experts(nn.Module):
             [N, hidden_size].
         """
         c = self.config
-        experts, hidden, width = c.n_routed_experts, c.hidden_size, c.moe_intermediate_size
+        parallel = self.division.parallel if self.division else ALONE
+        travel = parallel.expert > 1
+        experts, hidden, width = c.n_routed_experts // parallel.expert, c.hidden_size, c.moe_intermediate_size
         init = nn.initializers.normal(c.initializer_range)
         gate_proj = self.param("gate_proj", init, (experts, hidden, width), param_dtype(c))
         up_proj = self.param("up_proj", init, (experts, hidden, width), param_dtype(c))
@@ -36,14 +44,20 @@ class Experts(nn.Module):
         order = keep(jnp.argsort(indices.reshape(-1), stable=True))
         places = jnp.arange(order.size, dtype=order.dtype)
         inverse = keep(jnp.zeros_like(order).at[order].set(places, unique_indices=True))
-        group_sizes = jnp.bincount(indices.reshape(-1), length=experts).astype(jnp.int32)
+        group_sizes = jnp.bincount(indices.reshape(-1), length=c.n_routed_experts).astype(jnp.int32)
 
         rows = dispatch(x, order, inverse)
+        factors = dispatch(weights.reshape(-1, 1), order, inverse)
+        if travel:
+            journey = plan_journey(group_sizes, rows.shape[0])
+            rows, factors = (send(each, journey, parallel.exchange) for each in (rows, factors))
+            group_sizes = journey.group_sizes
         gate, up = grouped_products(c, rows, group_sizes, gate_proj, up_proj)
         # The factor is applied before the down projection, which is linear: its rows are the narrower ones.
-        factors = dispatch(weights.reshape(-1, 1), order, inverse)
         activated = nn.silu(gate) * up * factors.astype(x.dtype)
         (outputs,) = grouped_products(c, activated, group_sizes, down_proj)
+        if travel:
+            outputs = send_back(outputs, journey, parallel.exchange)
         return combine(outputs, order, inverse, x.shape[0])
 
 

@@ -1,5 +1,7 @@
 """Multi-token prediction: modules that each look one token further ahead (report 2.2)."""
 
+from typing import Optional
+
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
@@ -7,6 +9,7 @@ import jax.numpy as jnp
 from deepseek_jax.config import ModelConfig
 from deepseek_jax.model.block import Block, BlockOutput
 from deepseek_jax.model.layers import Linear, RMSNorm
+from deepseek_jax.parallel.sharding import Division
 
 
 class MTPModule(nn.Module):
@@ -16,13 +19,14 @@ class MTPModule(nn.Module):
     """
 
     config: ModelConfig
+    division: Optional[Division] = None
 
     def setup(self):
         c = self.config
         self.enorm = RMSNorm(c, c.rms_norm_eps)
         self.hnorm = RMSNorm(c, c.rms_norm_eps)
         self.eh_proj = Linear(c, 2 * c.hidden_size, c.hidden_size)
-        self.block = Block(c, moe=True)
+        self.block = Block(c, moe=True, division=self.division)
         self.norm = RMSNorm(c, c.rms_norm_eps)
 
     def __call__(

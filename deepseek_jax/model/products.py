@@ -12,12 +12,14 @@ from deepseek_jax.model.grouped_matmul import grouped_matmul
 from deepseek_jax.precision.fp8_grouped_matmul import fp8_grouped_matmul
 from deepseek_jax.precision.fp8_matmul import fp8_matmul
 
-KEPT = "kept"
+KEPT, KEPT_ROWS = "kept", "kept_rows"
+"""What `model.remat=products` keeps; of experts on several devices it makes the rows again, for there is room for every
+row of all these devices, and most of it is empty."""
 
 
-def keep(x: jax.Array) -> jax.Array:
+def keep(x: jax.Array, name: str = KEPT) -> jax.Array:
     """Name x as what `model.remat=products` keeps, since making it again would cost more than elementwise work."""
-    return checkpoint_name(x, KEPT)
+    return checkpoint_name(x, name)
 
 
 def products(config: ModelConfig, x: jax.Array, *weights: jax.Array) -> list[jax.Array]:
@@ -37,4 +39,4 @@ def grouped_products(
         results = fp8_grouped_matmul(x, weights, group_sizes)
     else:
         results = [grouped_matmul(x, weight.astype(x.dtype), group_sizes, config.grouped_matmul) for weight in weights]
-    return [keep(result) for result in results]
+    return [keep(result, KEPT_ROWS) for result in results]

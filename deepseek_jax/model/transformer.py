@@ -5,7 +5,8 @@ grow with depth.
 """
 
 import math
-from typing import NamedTuple
+from functools import partial
+from typing import Any, NamedTuple, Optional
 
 import flax.linen as nn
 import jax
@@ -15,9 +16,13 @@ from deepseek_jax.config import ModelConfig
 from deepseek_jax.model.block import Block, BlockOutput
 from deepseek_jax.model.layers import Embedding, Linear, RMSNorm, compute_dtype, param_dtype
 from deepseek_jax.model.mtp import MTPModule
-from deepseek_jax.model.products import KEPT
+from deepseek_jax.model.products import KEPT, KEPT_ROWS
 from deepseek_jax.model.rope import rope_angles
 from deepseek_jax.model.router import ROUTER_STATE
+from deepseek_jax.parallel.pipeline import ABSENT, assign_layers, run_pipeline
+from deepseek_jax.parallel.sharding import PIPELINED, Division
+from deepseek_jax.parallel.weights import gather_layer
+
 
 class ModelOutput(NamedTuple):
     """What the losses are made of."""
@@ -33,23 +38,29 @@ class ModelOutput(NamedTuple):
 
 
 class DeepseekV3(nn.Module):
-    """DeepSeek-V3 (report 2)."""
+    """DeepSeek-V3 (report 2).
+
+    Attributes:
+        division: the mesh, inside `shard_map` over it; the variables are then those of `parallel.weights.collect` and
+            `gather_unstacked`, and tokens, counts and losses are this device's own.
+    """
 
     config: ModelConfig
+    division: Optional[Division] = None
 
     def setup(self):
         c = self.config
         self.embed_tokens = Embedding(c)
         dense, moe = c.first_k_dense_replace, c.num_hidden_layers - c.first_k_dense_replace
         if dense:
-            self.dense_layers = _stacked(c, Block, dense)(c, moe=False)
-        if moe:
-            self.moe_layers = _stacked(c, Block, moe)(c, moe=True)
+            self.dense_layers = self._stacked("dense_layers", Block, dense)(c, moe=False, division=self.division)
+        if moe and not self._is_pipelined():
+            self.moe_layers = self._stacked("moe_layers", Block, moe)(c, moe=True, division=self.division)
         self.norm = RMSNorm(c, c.rms_norm_eps)
         if not c.tie_word_embeddings:
             self.lm_head = Linear(c, c.hidden_size, c.vocab_size)
         if c.num_nextn_predict_layers:
-            self.mtp_layers = _stacked(c, MTPModule, c.num_nextn_predict_layers)(c)
+            self.mtp_layers = self._stacked("mtp_layers", MTPModule, c.num_nextn_predict_layers)(c, self.division)
 
     def __call__(self, tokens: jax.Array) -> ModelOutput:
         """Predict at every depth.
@@ -92,24 +103,64 @@ class DeepseekV3(nn.Module):
         for name in ("dense_layers", "moe_layers"):
             if hasattr(self, name):
                 x, outputs[name] = getattr(self, name)(x, rope, positions, None)
+        if self._is_pipelined():
+            x, outputs[PIPELINED] = self._pipelined(x, rope, positions)
         return x, outputs
 
+    def _is_pipelined(self) -> bool:
+        c = self.config
+        return self.division is not None and self.division.parallel.pipe > 1 and c.num_hidden_layers > c.first_k_dense_replace
 
-def _stacked(config: ModelConfig, layer: type[nn.Module], length: int) -> type[nn.Module]:
-    """`layer` scanned `length` times over stacked parameters, recomputed in the backward pass if so configured.
+    def _pipelined(
+        self, x: jax.Array, rope: tuple[jax.Array, jax.Array], positions: jax.Array
+    ) -> tuple[jax.Array, BlockOutput]:
+        """The mixture-of-experts layers in pipeline stages, [B, T, hidden_size] -> the same.
 
-    Rope and positions are the same for every layer; the remaining argument has an entry for each.
-    """
-    per_layer = {"params": 0, ROUTER_STATE: 0}
-    shared, own = nn.broadcast, 0
-    in_axes = (shared, shared, own)
-    if config.remat != "none":
-        keep = jax.checkpoint_policies.save_only_these_names(KEPT)
-        policy = keep if config.remat == "products" else None
-        layer = nn.remat(layer, prevent_cse=False, policy=policy)
-    return nn.scan(
-        layer, variable_axes=per_layer, split_rngs={"params": True}, in_axes=in_axes, out_axes=0, length=length
-    )
+        The output has this stage's layers and speaks of all sequences that came through it.
+        """
+        c, parallel = self.config, self.division.parallel
+        rounds, size = x.shape[0] // parallel.microbatch_size, parallel.microbatch_size
+        layers = assign_layers(c.num_hidden_layers - c.first_k_dense_replace, parallel)
+        present = (jnp.asarray(layers) != ABSENT)[jax.lax.axis_index("pipe")]
+        stack = self._stacked(PIPELINED, Block, layers.shape[-1])(c, moe=True, division=self.division, parent=None)
+        variables = {kind: jax.tree.map(lambda leaf: leaf.reshape(*layers.shape[1:], *leaf.shape[1:]), tree[PIPELINED])
+                     for kind, tree in self.variables.items() if PIPELINED in tree}  # fmt: skip
+        of_microbatch = jax.tree.map(lambda leaf: leaf[:size], (rope, positions))
+
+        def chunk(number: jax.Array, state: jax.Array) -> tuple[jax.Array, tuple[jax.Array, jax.Array]]:
+            own = jax.tree.map(lambda leaf: leaf[number], variables)
+            state, output = stack.apply(own, state, *of_microbatch, None)
+            return state, (output.counts, jnp.where(present[number], output.balance_loss, 0))
+
+        inputs = x.reshape(rounds, size, *x.shape[1:])
+        outputs, (counts, balance) = run_pipeline(chunk, inputs, parallel)
+        own_layers = partial(jax.tree.map, lambda leaf: leaf.reshape(-1, *leaf.shape[2:]))
+        # Each of the rounds brought one micro-batch of every stage's: that many shares of the mean over sequences.
+        return outputs.reshape(x.shape), BlockOutput(None, *own_layers((counts, balance / rounds)))
+
+    def _stacked(self, name: str, layer: type[nn.Module], length: int) -> type[nn.Module]:
+        """`layer` scanned `length` times over the stacked parameters called `name`, recomputed in the backward pass if
+        so configured.
+
+        Rope and positions are the same for every layer; the remaining argument has an entry for each.
+        """
+        c, division = self.config, self.division
+        per_layer = {"params": 0, ROUTER_STATE: 0}
+        shared, own = nn.broadcast, 0
+        in_axes = (shared, shared, own)
+        if division is not None:
+
+            def gathered(variables: dict[str, Any]) -> dict[str, Any]:
+                return {"params": gather_layer(division, c, (name,), variables["params"], stacked=True)}
+
+            layer = nn.map_variables(layer, "params", trans_in_fn=gathered)
+        if c.remat != "none":
+            kept = (KEPT,) if division is not None and division.parallel.expert > 1 else (KEPT, KEPT_ROWS)
+            policy = jax.checkpoint_policies.save_only_these_names(*kept) if c.remat == "products" else None
+            layer = nn.remat(layer, prevent_cse=False, policy=policy)
+        return nn.scan(
+            layer, variable_axes=per_layer, split_rngs={"params": True}, in_axes=in_axes, out_axes=0, length=length
+        )
 
 
 def _balance(outputs: dict[str, BlockOutput], dtype: jnp.dtype) -> tuple[dict[str, jax.Array], jax.Array]:

@@ -4,7 +4,7 @@ Cross-entropy works on chunks of tokens and computes the gradient beside the los
 exist for one chunk at a time and are computed once, not again in the backward pass.
 """
 
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Optional
 
 import jax
 import jax.numpy as jnp
@@ -12,6 +12,8 @@ import jax.numpy as jnp
 from deepseek_jax.config import Config
 from deepseek_jax.model.layers import widen
 from deepseek_jax.model.transformer import DeepseekV3
+from deepseek_jax.parallel.sharding import Division
+from deepseek_jax.parallel.weights import gather_unstacked
 
 
 class LossParts(NamedTuple):
@@ -26,17 +28,21 @@ class LossParts(NamedTuple):
 
 
 def training_loss(
-    params: Any, router_state: Any, tokens: jax.Array, config: Config, mtp_weight: jax.Array
+    params: Any, router_state: Any, tokens: jax.Array, config: Config, mtp_weight: jax.Array,
+    division: Optional[Division] = None,
 ) -> tuple[jax.Array, LossParts]:
     """CE_0 + lambda/D sum_k CE_k + alpha * balance.
 
     Args:
         tokens: [B, T + 1 + D]; depth k at position i predicts token i + k + 1.
         mtp_weight: lambda.
+        division: the mesh, inside `shard_map` over it; the loss is then this device's share of the mean over all.
     """
     model, depth = config.model, config.model.num_nextn_predict_layers
+    if division is not None:
+        params = gather_unstacked(division, model, params)
     variables = {"params": params, "router_state": router_state}
-    output = DeepseekV3(model).apply(variables, tokens[:, :-1])
+    output = DeepseekV3(model, division).apply(variables, tokens[:, :-1])
     length = output.hidden.shape[2]
     targets = jnp.stack([tokens[:, k + 1 : k + 1 + length] for k in range(depth + 1)])
     dtype = widen(output.hidden.dtype)

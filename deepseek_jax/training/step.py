@@ -1,15 +1,19 @@
 """One optimizer step as a pure function: gradients, AdamW, and the routers' biases."""
 
 from functools import partial
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Optional
 
 import jax
 import jax.numpy as jnp
 import optax
+from jax.sharding import PartitionSpec
 
-from deepseek_jax.config import Config
+from deepseek_jax.config import MESH_AXES, Config
+from deepseek_jax.model.layers import param_dtype
 from deepseek_jax.model.router import updated_bias
 from deepseek_jax.model.transformer import DeepseekV3
+from deepseek_jax.parallel.sharding import PIPELINED, Division
+from deepseek_jax.parallel.weights import collect, deliver, sum_of_layers
 from deepseek_jax.training.loss import LossParts, training_loss
 from deepseek_jax.training.optimizer import make_optimizer
 
@@ -36,7 +40,7 @@ class StepMetrics(NamedTuple):
 
     loss: jax.Array
     parts: LossParts
-    grad_norm: jax.Array
+    grad_norm: Optional[jax.Array] = None
     """Global, before clipping."""
 
 
@@ -48,14 +52,21 @@ def init_state(config: Config) -> TrainState:
     return TrainState(params, variables.get("router_state", {}), make_optimizer(config.train).init(params))
 
 
-def train_step(state: TrainState, tokens: jax.Array, scalars: Scalars, config: Config) -> tuple[TrainState, StepMetrics]:
+def train_step(
+    state: TrainState, tokens: jax.Array, scalars: Scalars, config: Config, division: Optional[Division] = None
+) -> tuple[TrainState, StepMetrics]:
     """Advance by one batch.
 
     Args:
         tokens: [A, B / A, T + 1 + D] ids of the batch in its A accumulation parts.
         config: static.
+        division: the mesh whose devices share the work, and the arrays of `state`; null is one device.
     """
-    gradients, metrics = _accumulated(state, tokens, scalars, config)
+    if division is None:
+        gradients, metrics = _accumulated(state.params, state.router_state, tokens, scalars, config)
+    else:
+        gradients, metrics = _on_mesh(state, tokens, scalars, config, division)
+    metrics = metrics._replace(grad_norm=optax.global_norm(gradients))
     updates, optimizer = make_optimizer(config.train).update(gradients, state.optimizer, state.params)
     params = jax.tree.map(lambda p, u: p - scalars.learning_rate.astype(p.dtype) * u, state.params, updates)
     speed = scalars.bias_update_speed
@@ -66,13 +77,46 @@ def train_step(state: TrainState, tokens: jax.Array, scalars: Scalars, config: C
     return TrainState(params, router_state, optimizer), metrics
 
 
-def _accumulated(state: TrainState, tokens: jax.Array, scalars: Scalars, config: Config) -> tuple[Any, StepMetrics]:
+def _on_mesh(
+    state: TrainState, tokens: jax.Array, scalars: Scalars, config: Config, division: Division
+) -> tuple[Any, StepMetrics]:
+    """As `_accumulated`, every device with its share of the sequences, layers and experts.
+
+    The loss is the mean of the devices' own, so that their gradients are summed and divided by the number of devices.
+    """
+    devices = division.mesh.size
+
+    def of_device(params: Any, router_state: Any, tokens: jax.Array, scalars: Scalars) -> tuple[Any, StepMetrics]:
+        weights, biases = collect(division, config.model, params, router_state)
+        gradients, metrics = _accumulated(weights, biases, tokens, scalars, config, division)
+        gradients = jax.tree.map(lambda total: total / devices, deliver(division, config.model, gradients))
+        mean = partial(jax.lax.pmean, axis_name=MESH_AXES)
+        counts = {
+            name: sum_of_layers(division, config.model, own)
+            if name == PIPELINED and division.parallel.pipe > 1 else jax.lax.psum(own, MESH_AXES)
+            for name, own in metrics.parts.counts.items()
+        }  # fmt: skip
+        parts = LossParts(mean(metrics.parts.cross_entropy), mean(metrics.parts.balance_loss), counts)
+        return gradients, StepMetrics(mean(metrics.loss), parts)
+
+    whole, cut = PartitionSpec(), jax.tree.map(lambda place: place.spec(), division.places)
+    sharded = jax.shard_map(
+        of_device, mesh=division.mesh, in_specs=(cut, whole, division.batch_spec(axis=1), whole),
+        out_specs=(cut, whole), check_vma=False,
+    )  # fmt: skip
+    return sharded(state.params, state.router_state, tokens, scalars)
+
+
+def _accumulated(
+    params: Any, router_state: Any, tokens: jax.Array, scalars: Scalars, config: Config, division: Optional[Division] = None
+) -> tuple[Any, StepMetrics]:
     """Gradients and metrics of the whole batch: means over its parts, but sums of the expert counts."""
+    wide = param_dtype(config.model)
 
     def one(part: jax.Array) -> tuple[Any, jax.Array, LossParts]:
-        loss_of = partial(training_loss, config=config, mtp_weight=scalars.mtp_loss_weight)
-        (loss, parts), gradients = jax.value_and_grad(loss_of, has_aux=True)(state.params, state.router_state, part)
-        return gradients, loss, parts
+        loss_of = partial(training_loss, config=config, mtp_weight=scalars.mtp_loss_weight, division=division)
+        (loss, parts), gradients = jax.value_and_grad(loss_of, has_aux=True)(params, router_state, part)
+        return jax.tree.map(lambda gradient: gradient.astype(wide), gradients), loss, parts
 
     count = tokens.shape[0]
     if count == 1:
@@ -84,4 +128,4 @@ def _accumulated(state: TrainState, tokens: jax.Array, scalars: Scalars, config:
         mean = partial(jax.tree.map, lambda total: total / count)
         gradients, loss = mean(gradients), mean(loss)
         parts = LossParts(mean(parts.cross_entropy), mean(parts.balance_loss), parts.counts)
-    return gradients, StepMetrics(loss, parts, optax.global_norm(gradients))
+    return gradients, StepMetrics(loss, parts)

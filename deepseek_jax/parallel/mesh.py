@@ -1,0 +1,101 @@
+"""The mesh of devices, and whether a run fits it: all that can be said before anything compiles."""
+
+import dataclasses
+import math
+from collections.abc import Sequence
+
+import jax
+from jax.sharding import AxisType, Mesh
+
+from deepseek_jax.config import MESH_AXES, Config, ConfigError, ParallelConfig
+
+ALONE = ParallelConfig(data=1)
+"""One device."""
+
+
+def resolve(config: Config, devices: int) -> ParallelConfig:
+    """`config.parallel` with its open axis filled in, for so many devices.
+
+    Raises:
+        ConfigError: the mesh has another number of devices, or the model or the batch cannot be divided by it; names
+            the nearest sizes that work.
+    """
+    parallel = _filled(config, devices)
+    model, train = config.model, config.train
+    _divides("parallel.expert", parallel.expert, "model.n_routed_experts", model.n_routed_experts)
+    layers, stages = model.num_hidden_layers - model.first_k_dense_replace, parallel.pipe * parallel.pipe_interleave
+    if parallel.pipe > 1 and stages > layers:
+        raise ConfigError(
+            f"parallel.pipe={parallel.pipe} with pipe_interleave={parallel.pipe_interleave}: {stages} parts for "
+            f"{layers} mixture-of-experts layers; at most pipe={max(layers // parallel.pipe_interleave, 1)}"
+        )
+    if parallel.fsdp > 1 and model.remat == "none":
+        raise ConfigError("model.remat=none: would keep every gathered weight under parallel.fsdp; choose products or full")
+    part = train.gradient_accumulation_steps * math.prod(mesh_shape(parallel))
+    if parallel.pipe > 1:
+        part *= parallel.microbatch_size
+    for name in ("batch_size", "batch_size_start"):
+        size = getattr(train, name)
+        if size is not None and size % part:
+            raise ConfigError(
+                f"train.{name}={size}: must be a multiple of {part}, the devices times gradient_accumulation_steps"
+                f"{' times parallel.microbatch_size' if parallel.pipe > 1 else ''}; nearest {_nearest_multiple(size, part)}"
+            )
+    return parallel
+
+
+def make_mesh(parallel: ParallelConfig, devices: Sequence[jax.Device] | None = None) -> Mesh:
+    """The mesh of a resolved config.
+
+    Neighbours along the last axis, `expert`, are the nearest devices: its all-to-all in every layer moves the most.
+    """
+    return jax.make_mesh(mesh_shape(parallel), MESH_AXES, axis_types=(AxisType.Auto,) * 4, devices=devices)
+
+
+def mesh_shape(parallel: ParallelConfig) -> tuple[int, ...]:
+    """Sizes of MESH_AXES."""
+    return tuple(getattr(parallel, axis) for axis in MESH_AXES)
+
+
+def _filled(config: Config, devices: int) -> ParallelConfig:
+    parallel = config.parallel
+    shape = mesh_shape(parallel)
+    known = math.prod(size for size in shape if size != -1)
+    if -1 in shape and devices % known == 0:
+        return dataclasses.replace(parallel, **{MESH_AXES[shape.index(-1)]: devices // known})
+    if known == devices:
+        return parallel
+    asked = " x ".join(f"{axis} {'rest' if size == -1 else size}" for axis, size in zip(MESH_AXES, shape))
+    nearest = " ".join(f"parallel.{axis}={size}" for axis, size in zip(MESH_AXES, _nearest_shape(config, devices)))
+    raise ConfigError(f"parallel: {asked} does not make the {devices} devices that are here; nearest {nearest}")
+
+
+def _nearest_shape(config: Config, devices: int) -> tuple[int, ...]:
+    """The mesh of that many devices whose sizes are the fewest doublings away from those asked for."""
+    model = config.model
+    layers = model.num_hidden_layers - model.first_k_dense_replace
+
+    def shapes(devices: int, axes: int) -> list[tuple[int, ...]]:
+        if axes == 1:
+            return [(devices,)]
+        sizes = [size for size in range(1, devices + 1) if devices % size == 0]
+        return [(size, *others) for size in sizes for others in shapes(devices // size, axes - 1)]
+
+    def distance(shape: tuple[int, ...]) -> float:
+        pairs = zip(shape, mesh_shape(config.parallel))
+        return sum(abs(math.log2(size / asked)) for size, asked in pairs if asked != -1)
+
+    possible = [shape for shape in shapes(devices, len(MESH_AXES))
+                if model.n_routed_experts % shape[3] == 0 and (shape[0] == 1 or shape[0] <= layers)]  # fmt: skip
+    return min(possible, key=distance)
+
+
+def _divides(name: str, size: int, whole_name: str, whole: int) -> None:
+    if whole % size:
+        divisors = [n for n in range(1, whole + 1) if whole % n == 0]
+        nearest = sorted(divisors, key=lambda n: abs(n - size))[:2]
+        raise ConfigError(f"{name}={size}: must divide {whole_name}={whole}; nearest {' or '.join(map(str, nearest))}")
+
+
+def _nearest_multiple(size: int, part: int) -> int:
+    return max(round(size / part), 1) * part

@@ -1,0 +1,121 @@
+"""What each axis of the mesh divides: the one table, and where it puts every array of a training state.
+
+A weight, its gradient's sum and its moments are divided over all devices of the mesh, each axis cutting one of the
+array's own. A step puts back together what it needs when it needs it (`parallel.weights`). So an array looks the same
+to a checkpoint whatever the mesh, any number of layers fits any number of stages, and each device holds 1/N of the state.
+"""
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import jax
+import optax
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+
+from deepseek_jax.config import MESH_AXES, ParallelConfig
+from deepseek_jax.parallel.mesh import make_mesh
+
+PIPELINED = "moe_layers"
+"""The stack of layers that pipeline stages share out."""
+
+
+class Row(NamedTuple):
+    """A logical axis of an array: the mesh axes that may cut it, the outermost cut first, and why."""
+
+    mesh_axes: tuple[str, ...]
+    reason: str
+
+
+TABLE = {
+    "batch": Row(MESH_AXES, "every device reads whole sequences of its own, so that attention needs no communication"),
+    "experts": Row(("expert",), "an expert's weights stay where they are and tokens travel to it: with many experts the tokens "
+                                "are the smaller load"),  # fmt: skip
+    "features": Row(("fsdp", "pipe", "data", "expert"), "inputs and outputs of weights are the only axes that exist in all "
+                    "of them; what a step gathers last is cut first"),  # fmt: skip
+    "layers": Row((), "any number of layers must fit; a step deals them out to the pipeline's stages"),
+}  # fmt: skip
+"""Logical axis -> mesh axes. A mesh axis cuts the first axis of an array that allows it and that it divides."""
+
+
+@dataclass(frozen=True)
+class Place:
+    """How one array is cut: (mesh axis, axis of the array), the outermost cut first."""
+
+    cuts: tuple[tuple[str, int], ...]
+
+    def dim(self, mesh_axis: str) -> int | None:
+        """The axis of the array that `mesh_axis` cuts."""
+        return dict(self.cuts).get(mesh_axis)
+
+    def spec(self) -> PartitionSpec:
+        """For JAX."""
+        dims = [tuple(axis for axis, cut in self.cuts if cut == dim) for dim in range(1 + max((d for _, d in self.cuts), default=-1))]
+        return PartitionSpec(*(axes or None for axes in dims))
+
+
+class Division:
+    """A mesh and how a model's parameters are cut over it.
+
+    Args:
+        parallel: as `resolve` gives it.
+        params: tree of the parameters or of their shapes.
+        mesh: null makes it of this program's devices.
+    """
+
+    def __init__(self, parallel: ParallelConfig, params: Any, mesh: Mesh | None = None):
+        self.parallel = parallel
+        self.mesh = make_mesh(parallel) if mesh is None else mesh
+        self.places = jax.tree_util.tree_map_with_path(lambda path, leaf: self._place(names(path), leaf.shape), params)
+
+    def _place(self, path: tuple[str, ...], shape: tuple[int, ...]) -> Place:
+        rest, cuts = list(shape), []
+        axes = [TABLE[logical].mesh_axes for logical in logical_axes(path, len(shape))]
+        for mesh_axis in TABLE["features"].mesh_axes:
+            size = self.mesh.shape[mesh_axis]
+            dim = next((d for d, allowed in enumerate(axes) if mesh_axis in allowed and rest[d] % size == 0), None)
+            if size > 1 and dim is not None:
+                rest[dim] //= size
+                cuts.append((mesh_axis, dim))
+        return Place(tuple(cuts))
+
+    def shardings(self, state: Any, optimizer: optax.GradientTransformation) -> Any:
+        """Shardings of a training state, given its shapes; what is no weight or moment is whole on every device."""
+        of_params = jax.tree.map(lambda place: NamedSharding(self.mesh, place.spec()), self.places)
+        whole = NamedSharding(self.mesh, PartitionSpec())
+        moments = optax.tree.map_params(
+            optimizer, lambda _, sharding: sharding, state.optimizer, of_params, transform_non_params=lambda _: whole
+        )
+        return state._replace(params=of_params, router_state=jax.tree.map(lambda _: whole, state.router_state), optimizer=moments)
+
+    def batch_spec(self, axis: int) -> PartitionSpec:
+        """Of arrays whose `axis` holds sequences."""
+        return PartitionSpec(*(None,) * axis, TABLE["batch"].mesh_axes)
+
+    def map(self, function: Callable[..., Any], tree: Any, *others: Any) -> Any:
+        """`function(path, place, leaf, ...)` over trees like the parameters, or a subtree by its first name."""
+        return jax.tree_util.tree_map_with_path(
+            lambda path, place, *leaves: function(names(path), place, *leaves), self.places, tree, *others
+        )
+
+
+def logical_axes(path: tuple[str, ...], ndim: int) -> tuple[str, ...]:
+    """Of a parameter, by its path: keys of `TABLE`."""
+    leading = ("layers",) if path[0].endswith("_layers") else ()
+    if "experts" in path:
+        leading += ("experts",)
+    return leading + ("features",) * (ndim - len(leading))
+
+
+def names(path: tuple[Any, ...]) -> tuple[str, ...]:
+    """A tree path of dictionaries as their keys."""
+    return tuple(key.key for key in path)
+
+
+def bytes_per_device(tree: Any, shardings: Any) -> int:
+    """Bytes of one device's part of arrays or shapes."""
+    return sum(
+        math.prod(sharding.shard_shape(leaf.shape)) * leaf.dtype.itemsize
+        for leaf, sharding in zip(jax.tree.leaves(tree), jax.tree.leaves(shardings), strict=True)
+    )

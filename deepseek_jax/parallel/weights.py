@@ -1,0 +1,159 @@
+"""Weights put together for a step, and their gradients taken apart again; all inside `shard_map` over the whole mesh.
+
+Once a step, `collect` gathers what `data` (ZeRO-1) and `expert` cut, and deals the pipelined stack's layers to their
+stages. What `fsdp` (ZeRO-3) cuts, `gather_layer` puts together layer by layer, and the backward pass again; outside
+the pipelined stack the axis `pipe` is one more of that kind, so that no stage alone carries embedding and head.
+Weights are gathered in the type that products take them in, gradients are summed in the parameters' own.
+"""
+
+from functools import partial
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from deepseek_jax.config import ModelConfig
+from deepseek_jax.parallel.pipeline import ABSENT, assign_layers
+from deepseek_jax.parallel.sharding import PIPELINED, Division, Place
+
+Cuts = tuple[tuple[str, int], ...]
+
+
+def collect(division: Division, config: ModelConfig, params: Any, router_state: Any) -> tuple[Any, Any]:
+    """This device's copy of the variables for a step: parameters whole but for what `gather_layer` does, and dealt."""
+
+    def one(path: tuple[str, ...], place: Place, leaf: jax.Array) -> jax.Array:
+        if not _cuts(place, layer_axes(division, path)):
+            leaf = leaf.astype(_product_type(config, path, leaf.dtype))
+        for axis, dim in reversed(_cuts(place, _step_axes(division, path))):
+            leaf = jax.lax.all_gather(leaf, axis, axis=dim, tiled=True)
+        return _deal(division, config, place, leaf) if _is_dealt(division, path) else leaf
+
+    params = division.map(one, params)
+    if division.parallel.pipe > 1:
+        whole = Place(())
+        dealt = jax.tree.map(lambda leaf: _deal(division, config, whole, leaf), router_state[PIPELINED])
+        router_state = router_state | {PIPELINED: dealt}
+    return params, router_state
+
+
+def deliver(division: Division, config: ModelConfig, gradients: Any) -> Any:
+    """Sums over all devices of the gradients by what `collect` returned, cut as the parameters are."""
+
+    def one(path: tuple[str, ...], place: Place, leaf: jax.Array) -> jax.Array:
+        own = ("expert",) if "experts" in path else ()  # tokens came to it from all of them
+        if _is_dealt(division, path):
+            leaf, own = _undeal(division, config, place, leaf), (*own, "pipe")
+        for axis, size in division.mesh.shape.items():
+            dim = place.dim(axis)
+            if size == 1 or axis in own or (dim is not None and axis in layer_axes(division, path)):
+                continue
+            leaf = jax.lax.psum(leaf, axis) if dim is None else _scatter(leaf, axis, dim)
+        return leaf
+
+    return division.map(one, gradients)
+
+
+def gather_layer(division: Division, config: ModelConfig, path: tuple[str, ...], params: Any, stacked: bool) -> Any:
+    """Whole weights of the parameters at `path`, for one layer of a stack if `stacked`; differentiable."""
+    places = division.places
+    for name in path:
+        places = places[name]
+
+    def one(key_path: tuple, place: Place, leaf: jax.Array) -> jax.Array:
+        names = (*path, *(key.key for key in key_path))
+        cuts = tuple((axis, dim - stacked) for axis, dim in _cuts(place, layer_axes(division, names)))
+        return _gather(leaf, cuts, _product_type(config, names, leaf.dtype)) if cuts else leaf
+
+    return jax.tree_util.tree_map_with_path(one, places, params)
+
+
+def gather_unstacked(division: Division, config: ModelConfig, params: Any) -> Any:
+    """The parameters with those that belong to no stack of layers whole; differentiable."""
+    return {name: tree if name.endswith("_layers") else gather_layer(division, config, (name,), tree, stacked=False)
+            for name, tree in params.items()}  # fmt: skip
+
+
+def layer_axes(division: Division, path: tuple[str, ...]) -> tuple[str, ...]:
+    """Mesh axes over which a parameter is gathered where it is used."""
+    return ("fsdp",) if _is_dealt(division, path) else ("fsdp", "pipe")
+
+
+def sum_of_layers(division: Division, config: ModelConfig, dealt: jax.Array) -> jax.Array:
+    """Statistics of the pipelined layers, [own layers, ...] -> [all layers, ...], summed over sequences."""
+    return jax.lax.psum(_undeal(division, config, Place(()), dealt), ("data", "fsdp", "expert"))
+
+
+def _step_axes(division: Division, path: tuple[str, ...]) -> tuple[str, ...]:
+    return ("data",) if "experts" in path else ("data", "expert")
+
+
+def _cuts(place: Place, axes: tuple[str, ...]) -> Cuts:
+    return tuple(cut for cut in place.cuts if cut[0] in axes)
+
+
+def _is_dealt(division: Division, path: tuple[str, ...]) -> bool:
+    return division.parallel.pipe > 1 and path[0] == PIPELINED
+
+
+def _product_type(config: ModelConfig, path: tuple[str, ...], dtype: jnp.dtype) -> jnp.dtype:
+    """The type in which a parameter is next used: products with weights are all that narrow them.
+
+    float8 codes are made from the master weights themselves. Embeddings are narrow when used, but the gradient of one
+    that many tokens share is a sum.
+    """
+    if path[0] == "lm_head" and config.precision == "fp8":
+        return jnp.dtype("bfloat16")
+    wide = config.precision != "bfloat16" or path[0] == "embed_tokens" or "gate" in path or any("norm" in name for name in path)
+    return dtype if wide else jnp.dtype("bfloat16")
+
+
+@partial(jax.custom_vjp, nondiff_argnums=(1, 2))
+def _gather(x: jax.Array, cuts: Cuts, dtype: jnp.dtype) -> jax.Array:
+    x = x.astype(dtype)
+    for axis, dim in reversed(cuts):
+        x = jax.lax.all_gather(x, axis, axis=dim, tiled=True)
+    return x
+
+
+def _gather_backward(cuts: Cuts, dtype: jnp.dtype, kept: jax.Array, gradient: jax.Array) -> tuple[jax.Array]:
+    gradient = gradient.astype(kept.dtype)
+    for axis, dim in cuts:
+        gradient = _scatter(gradient, axis, dim)
+    return (gradient,)
+
+
+_gather.defvjp(lambda x, cuts, dtype: (_gather(x, cuts, dtype), jnp.zeros((), x.dtype)), _gather_backward)
+
+
+def _scatter(x: jax.Array, axis: str, dim: int) -> jax.Array:
+    return jax.lax.psum_scatter(x, axis, scatter_dimension=dim, tiled=True)
+
+
+def _deal(division: Division, config: ModelConfig, place: Place, leaf: jax.Array) -> jax.Array:
+    """[all layers, ...], cut over `pipe` or whole, -> [own layers, ...], no longer cut over it."""
+    layers = _layers(division, config)
+    places = layers.reshape(-1)
+    padded = jnp.where((places != ABSENT).reshape(-1, *(1,) * (leaf.ndim - 1)), leaf[places], 0)
+    dim = place.dim("pipe")
+    if dim is not None:
+        return jax.lax.all_to_all(padded, "pipe", split_axis=0, concat_axis=dim, tiled=True)
+    return padded.reshape(layers.shape[0], -1, *leaf.shape[1:])[jax.lax.axis_index("pipe")]
+
+
+def _undeal(division: Division, config: ModelConfig, place: Place, leaf: jax.Array) -> jax.Array:
+    """Inverse of `_deal`; what stands for absent layers is left out."""
+    dim = place.dim("pipe")
+    if dim is not None:
+        leaf = jax.lax.all_to_all(leaf, "pipe", split_axis=dim, concat_axis=0, tiled=True)
+    else:
+        leaf = jax.lax.all_gather(leaf, "pipe", axis=0, tiled=True)
+    places = _layers(division, config).reshape(-1)
+    return leaf[np.argsort(places)[np.sum(places == ABSENT) :]]
+
+
+def _layers(division: Division, config: ModelConfig) -> np.ndarray:
+    """Layers by stage, [pipe, own layers]."""
+    layers = config.num_hidden_layers - config.first_k_dense_replace
+    return assign_layers(layers, division.parallel).reshape(division.parallel.pipe, -1)
