@@ -1,18 +1,21 @@
 """Train a model on text: `python -m deepseek_jax.train --config quickstart data.input=my.txt run_dir=RUN`.
 
-The story of a run: read the config, turn text into tokens, make or restore the state, then step,
-evaluate and save until the last step. RUN then holds config.yaml, tokenizer.json, metrics.jsonl,
-loss.png and checkpoints.
+The story of a run: read the config, fit it to the devices, turn text into tokens, make or restore the state, then step,
+evaluate and save until the last step. RUN then holds config.yaml, tokenizer.json, metrics.jsonl, loss.png and
+checkpoints. Of several processes the first alone talks and writes all but the checkpoints.
 """
 
 import argparse
+import dataclasses
 import math
+import os
 import signal
+import sys
 from functools import partial
 from pathlib import Path
+from typing import Optional
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 
 from deepseek_jax.config import Config, ConfigError, load_config, presets, to_yaml
@@ -20,11 +23,16 @@ from deepseek_jax.data.loader import Windows
 from deepseek_jax.data.packing import PreparedData, is_prepared, prepare
 from deepseek_jax.errors import UserError, run_command, write_atomically
 from deepseek_jax.model.transformer import count_parameters
+from deepseek_jax.parallel import processes
+from deepseek_jax.parallel.mesh import resolve
+from deepseek_jax.parallel.sharding import Division, place_batch
+from deepseek_jax.parallel.summary import mesh_summary
 from deepseek_jax.precision.fp8 import require_fp8
 from deepseek_jax.training.checkpoint import Checkpoints
 from deepseek_jax.training.evaluation import Evaluation
 from deepseek_jax.training.metrics import METRICS_FILE, MetricsFile, Progress
-from deepseek_jax.training.plot import plot_run
+from deepseek_jax.training.optimizer import make_optimizer
+from deepseek_jax.training.plot import PLOT_FILE, plot_run
 from deepseek_jax.training.schedules import StepPlan, plan_steps
 from deepseek_jax.training.step import Scalars, StepMetrics, TrainState, init_state, train_step
 
@@ -40,9 +48,20 @@ def main() -> None:
     )
     parser.add_argument("--config", help=f"a .yaml file or a preset ({', '.join(presets())})")
     parser.add_argument("--resume", action="store_true", help="go on from the last checkpoint of run_dir")
+    parser.add_argument("--distributed", action="store_true", help="one of several processes that SLURM, a TPU pod, Kubernetes "
+                        "or mpirun started; scripts/launch_local needs no such word")  # fmt: skip
     parser.add_argument("overrides", nargs="*", metavar="section.field=value", help="fields of the config to change")
     args = parser.parse_args()
-    run_command(lambda: train(read_config(args.config, args.resume, args.overrides), args.resume))
+    run_command(lambda: start(args))
+
+
+def start(args: argparse.Namespace) -> None:
+    """Train as the command line says, in one process or as one of several."""
+    processes.join(args.distributed)
+    with processes.together():
+        if not processes.is_first():
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        train(read_config(args.config, args.resume, args.overrides), args.resume)
 
 
 def read_config(source: str | None, resume: bool, overrides: list[str]) -> Config:
@@ -68,6 +87,10 @@ def train(config: Config, resume: bool = False) -> None:
         require_fp8()
     # The default would cut float32 products down to bfloat16 or TF32 on a TPU or GPU.
     jax.config.update("jax_default_matmul_precision", "highest")
+    config = dataclasses.replace(config, parallel=resolve(config, jax.device_count()))
+    fresh = jax.eval_shape(partial(init_state, config))
+    division = Division(config.parallel, fresh.params) if jax.device_count() > 1 else None
+    shardings = division and division.shardings(fresh, make_optimizer(config.train))
     run_dir = Path(config.run_dir)
     if not resume and (run_dir / METRICS_FILE).exists():
         raise ConfigError(f"{run_dir} already holds a run: add --resume to go on with it, or give another run_dir")
@@ -76,13 +99,19 @@ def train(config: Config, resume: bool = False) -> None:
             f"data.input={config.data.input}: not the text that {run_dir} was trained on; to go on with other text "
             f"keep its tokenizer, data.tokenizer={run_dir}/tokenizer.json, or else start a new run_dir"
         )
+    processes.first_alone(lambda: prepare(config, run_dir))
     data = prepare(config, run_dir)
-    checkpoints = Checkpoints(run_dir, config)
+    checkpoints = Checkpoints(run_dir, config, shardings)
     last_step = checkpoints.latest() if resume else None
-    state = jax.jit(partial(init_state, config))() if last_step is None else checkpoints.restore(last_step)
-    write_atomically(run_dir / CONFIG_FILE, to_yaml(config))
+    if last_step is None:
+        state = jax.jit(partial(init_state, config), out_shardings=shardings)()
+    else:
+        state = checkpoints.restore(last_step)
     _describe(config, data, last_step)
-    loop = _Loop(config, run_dir, data, checkpoints, last_step or 0)
+    if division is not None:
+        print(mesh_summary(config, division, fresh, shardings), flush=True)
+    processes.first_alone(lambda: write_atomically(run_dir / CONFIG_FILE, to_yaml(config)))
+    loop = _Loop(config, run_dir, data, checkpoints, last_step or 0, division)
     loop.run(state)
 
 
@@ -99,15 +128,17 @@ def _describe(config: Config, data: PreparedData, last_step: int | None) -> None
 class _Loop:
     """The steps of a run and what is written along the way."""
 
-    def __init__(self, config: Config, run_dir: Path, data: PreparedData, checkpoints: Checkpoints, last_step: int):
+    def __init__(self, config: Config, run_dir: Path, data: PreparedData, checkpoints: Checkpoints, last_step: int,
+                 division: Optional[Division]):  # fmt: skip
         train = config.train
         self._config, self._run_dir, self._checkpoints, self._last_step = config, run_dir, checkpoints, last_step
         depth = config.model.num_nextn_predict_layers
         self._windows = Windows(data.train, train.sequence_length + 1 + depth, train.sequence_length, config.data.seed)
-        self._evaluation = Evaluation(config, data)
-        self._metrics = MetricsFile(run_dir, last_step)
+        self._division = division
+        self._evaluation = Evaluation(config, data, division)
+        self._metrics = MetricsFile(run_dir, last_step, is_writer=processes.is_first())
         self._progress = Progress(last_step, train.steps, train.batch_size * train.sequence_length)
-        self._step = jax.jit(partial(train_step, config=config), donate_argnums=0)
+        self._step = jax.jit(partial(train_step, config=config, division=division), donate_argnums=0)
         self._interrupted = False
 
     def run(self, state: TrainState) -> None:
@@ -140,7 +171,8 @@ class _Loop:
             self._checkpoints.wait()
         if self._interrupted:
             raise Interrupted(f"interrupted; step {saved} is saved: --resume run_dir={self._run_dir} goes on from it")
-        print(f"loss plot: {plot_run(self._run_dir)}")
+        self._plot()
+        print(f"loss plot: {self._run_dir / PLOT_FILE}")
 
     def _interrupt(self, signum: int, frame: object) -> None:
         if self._interrupted:
@@ -148,9 +180,16 @@ class _Loop:
         self._interrupted = True
         self._progress.note("stopping after this step and saving; press Ctrl-C again to stop at once")
 
-    def _batch(self, plan: StepPlan) -> np.ndarray:
-        tokens = self._windows.take(plan.first_sequence, plan.batch_size)
-        return tokens.reshape(self._config.train.gradient_accumulation_steps, -1, tokens.shape[1])
+    def _batch(self, plan: StepPlan) -> jax.Array | np.ndarray:
+        """[A, B / A, ...]; a process reads the sequences of its own devices."""
+        parts = self._config.train.gradient_accumulation_steps
+        size = plan.batch_size // parts
+
+        def read(start: int, end: int) -> np.ndarray:
+            firsts = (plan.first_sequence + part * size + start for part in range(parts))
+            return np.stack([self._windows.take(first, end - start) for first in firsts])
+
+        return place_batch(self._division, (parts, size, self._windows.window), 1, read)
 
     def _tell(self, told: tuple[StepPlan, StepMetrics] | None) -> None:
         """Write and show a step's metrics."""
@@ -183,7 +222,11 @@ class _Loop:
         tokens = (plan.first_sequence + plan.batch_size) * self._config.train.sequence_length
         self._metrics.write(step=plan.step, tokens=tokens, bits_per_byte=bits)
         self._progress.note(f"step {plan.step}: {bits:.3f} bits per byte on the held-out text")
-        plot_run(self._run_dir)
+        self._plot()
+
+    def _plot(self) -> None:
+        if processes.is_first():
+            plot_run(self._run_dir)
 
 
 class Interrupted(UserError):
@@ -193,8 +236,8 @@ class Interrupted(UserError):
 
 
 def _scalars(plan: StepPlan, config: Config) -> Scalars:
-    dtype = jnp.float64 if config.model.precision == "float64" else jnp.float32
-    return Scalars(*(jnp.asarray(x, dtype) for x in (plan.learning_rate, plan.bias_update_speed, plan.mtp_loss_weight)))
+    dtype = np.float64 if config.model.precision == "float64" else np.float32
+    return Scalars(*(dtype(x) for x in (plan.learning_rate, plan.bias_update_speed, plan.mtp_loss_weight)))
 
 
 if __name__ == "__main__":

@@ -8,9 +8,10 @@ to a checkpoint whatever the mesh, any number of layers fits any number of stage
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Optional
 
 import jax
+import numpy as np
 import optax
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
@@ -80,9 +81,13 @@ class Division:
                 cuts.append((mesh_axis, dim))
         return Place(tuple(cuts))
 
+    def param_specs(self) -> Any:
+        """Of the parameters, for `shard_map`."""
+        return jax.tree.map(lambda place: place.spec(), self.places)
+
     def shardings(self, state: Any, optimizer: optax.GradientTransformation) -> Any:
         """Shardings of a training state, given its shapes; what is no weight or moment is whole on every device."""
-        of_params = jax.tree.map(lambda place: NamedSharding(self.mesh, place.spec()), self.places)
+        of_params = jax.tree.map(lambda spec: NamedSharding(self.mesh, spec), self.param_specs())
         whole = NamedSharding(self.mesh, PartitionSpec())
         moments = optax.tree.map_params(
             optimizer, lambda _, sharding: sharding, state.optimizer, of_params, transform_non_params=lambda _: whole
@@ -93,11 +98,29 @@ class Division:
         """Of arrays whose `axis` holds sequences."""
         return PartitionSpec(*(None,) * axis, TABLE["batch"].mesh_axes)
 
+    def batch_unit(self) -> int:
+        """Sequences of which a batch must be a multiple."""
+        return self.mesh.size * (self.parallel.microbatch_size if self.parallel.pipe > 1 else 1)
+
     def map(self, function: Callable[..., Any], tree: Any, *others: Any) -> Any:
         """`function(path, place, leaf, ...)` over trees like the parameters, or a subtree by its first name."""
         return jax.tree_util.tree_map_with_path(
             lambda path, place, *leaves: function(names(path), place, *leaves), self.places, tree, *others
         )
+
+
+def place_batch(
+    division: Optional[Division], shape: tuple[int, ...], axis: int, read: Callable[[int, int], np.ndarray]
+) -> jax.Array:
+    """An array whose `axis` holds sequences; every process reads its own alone.
+
+    Args:
+        read: (first, end) -> the array's part for these sequences.
+    """
+    if division is None:
+        return read(0, shape[axis])
+    sharding = NamedSharding(division.mesh, division.batch_spec(axis))
+    return jax.make_array_from_callback(shape, sharding, lambda index: read(*index[axis].indices(shape[axis])[:2]))
 
 
 def logical_axes(path: tuple[str, ...], ndim: int) -> tuple[str, ...]:

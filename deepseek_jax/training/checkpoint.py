@@ -5,7 +5,7 @@ import math
 import shutil
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, Optional
 
 import jax
 import orbax.checkpoint as ocp
@@ -34,8 +34,9 @@ class Checkpoints:
     converted has no `optimizer`.
     """
 
-    def __init__(self, run_dir: Path, config: Config):
-        self._config = config
+    def __init__(self, run_dir: Path, config: Config, shardings: Optional[TrainState] = None):
+        """`shardings` says where restored arrays go; null is one device."""
+        self._config, self._shardings = config, shardings
         self._folder = (run_dir / "checkpoints").resolve()
         options = ocp.CheckpointManagerOptions(max_to_keep=config.train.keep_checkpoints, create=True)
         self._manager = ocp.CheckpointManager(self._folder, options=options)
@@ -94,21 +95,27 @@ class Checkpoints:
         fresh = jax.eval_shape(lambda: init_state(self._config))
         variables = self.restore_variables(step)
         if (self._folder / str(step) / OPTIMIZER).is_dir():
-            optimizer = self._read(step, OPTIMIZER, fresh.optimizer)
+            optimizer = self._read(step, OPTIMIZER, fresh.optimizer, self._shardings and self._shardings.optimizer)
         else:
-            optimizer = make_optimizer(self._config.train).init(variables["params"])
+            init = jax.jit(make_optimizer(self._config.train).init, out_shardings=self._shardings and self._shardings.optimizer)
+            optimizer = init(variables["params"])
         return TrainState(variables["params"], variables["router_state"], optimizer)
 
     def restore_variables(self, step: int) -> dict[str, Any]:
         """Only what the model needs, {"params": ..., "router_state": ...}; raises as `restore` does."""
         self._check_model(step)
         fresh = jax.eval_shape(lambda: init_state(self._config))
-        return self._read(step, VARIABLES, {"params": fresh.params, "router_state": fresh.router_state})
+        variables, shardings = (tree and {"params": tree.params, "router_state": tree.router_state}
+                                for tree in (fresh, self._shardings))  # fmt: skip
+        return self._read(step, VARIABLES, variables, shardings)
 
-    def _read(self, step: int, name: str, abstract: Any) -> Any:
-        """One item of a checkpoint, given an abstract tree of it."""
-        device = jax.sharding.SingleDeviceSharding(jax.devices()[0])
-        abstract = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=device), abstract)
+    def _read(self, step: int, name: str, abstract: Any, shardings: Any) -> Any:
+        """One item of a checkpoint, given an abstract tree of it and where its arrays go."""
+        if shardings is None:
+            shardings = jax.tree.map(lambda _: jax.sharding.SingleDeviceSharding(jax.devices()[0]), abstract)
+        abstract = jax.tree.map(
+            lambda leaf, sharding: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding), abstract, shardings
+        )
         try:
             items = ocp.args.Composite(**{name: ocp.args.StandardRestore(abstract)})
             return self._manager.restore(step, args=items)[name]

@@ -2,15 +2,19 @@
 
 import math
 from functools import partial
-from typing import Any
+from typing import Any, NamedTuple, Optional
 
 import jax
 import jax.numpy as jnp
+import numpy as np
+from jax.sharding import PartitionSpec
 
-from deepseek_jax.config import Config
+from deepseek_jax.config import MESH_AXES, Config
 from deepseek_jax.data.loader import Windows
 from deepseek_jax.data.packing import PreparedData
 from deepseek_jax.model.transformer import DeepseekV3
+from deepseek_jax.parallel.sharding import Division, place_batch
+from deepseek_jax.parallel.weights import collect, gather_unstacked
 from deepseek_jax.training.loss import cross_entropy
 from deepseek_jax.training.step import TrainState
 
@@ -18,27 +22,70 @@ from deepseek_jax.training.step import TrainState
 class Evaluation:
     """Bits per byte of the first train.eval_sequences sequences of the held-out text."""
 
-    def __init__(self, config: Config, data: PreparedData):
+    def __init__(self, config: Config, data: PreparedData, division: Optional[Division] = None):
         train = config.train
         windows = Windows(data.held_out, train.sequence_length + 1, train.sequence_length, seed=None)
         count = min(train.eval_sequences, len(windows))
-        size = min(train.batch_size // train.gradient_accumulation_steps, count)
-        self._batches = [windows.take(start, size) for start in range(0, count - size + 1, size)]
-        self._bytes = sum(int(data.token_bytes[batch[:, 1:]].sum()) for batch in self._batches)
-        self._nats = jax.jit(partial(evaluation_nats, config=config))
+        unit = 1 if division is None else division.batch_unit()
+        size = -(-min(train.batch_size // train.gradient_accumulation_steps, count) // unit) * unit
+        self._batches = [_Batch(windows, start, size, count, division) for start in range(0, count, size)]
+        self._bytes = sum(int(data.token_bytes[windows.take(i, 1)[:, 1:]].sum()) for i in range(count))
+        self._nats = jax.jit(partial(evaluation_nats, config=config, division=division))
 
     def bits_per_byte(self, state: TrainState) -> float:
         """Of the text's own bytes, ends of documents counted in the bits but not in the bytes."""
-        nats = sum(float(self._nats(state.params, state.router_state, batch)) for batch in self._batches)
+        nats = sum(float(self._nats(state.params, state.router_state, *batch.arrays())) for batch in self._batches)
         return nats / math.log(2) / self._bytes
 
 
-def evaluation_nats(params: Any, router_state: Any, tokens: jax.Array, config: Config) -> jax.Array:
-    """Sum of the next tokens' nats over sequences [B, T + 1], main model only."""
-    model = DeepseekV3(config.model)
+class _Batch(NamedTuple):
+    """Sequences start and on of a text that has `count`; what is missing to `size` repeats the last, without weight."""
+
+    windows: Windows
+    start: int
+    size: int
+    count: int
+    division: Optional[Division]
+
+    def arrays(self) -> tuple[jax.Array, jax.Array]:
+        """Tokens [size, T + 1], and whether a sequence counts: [size]."""
+        tokens = place_batch(self.division, (self.size, self.windows.window), 0, self._tokens)
+        return tokens, place_batch(self.division, (self.size,), 0, self._weights)
+
+    def _tokens(self, start: int, end: int) -> np.ndarray:
+        numbers = np.minimum(np.arange(self.start + start, self.start + end), self.count - 1)
+        return np.concatenate([self.windows.take(number, 1) for number in numbers])
+
+    def _weights(self, start: int, end: int) -> np.ndarray:
+        return (np.arange(self.start + start, self.start + end) < self.count).astype(np.float32)
+
+
+def evaluation_nats(
+    params: Any, router_state: Any, tokens: jax.Array, weights: jax.Array, config: Config, division: Optional[Division]
+) -> jax.Array:
+    """Sum of the next tokens' nats over sequences [B, T + 1] times their weights [B], main model only."""
+    if division is None:
+        return _nats(params, router_state, tokens, weights, config, None)
+
+    def of_device(params: Any, router_state: Any, tokens: jax.Array, weights: jax.Array) -> jax.Array:
+        params, router_state = collect(division, config.model, params, router_state)
+        params = gather_unstacked(division, config.model, params)
+        return jax.lax.psum(_nats(params, router_state, tokens, weights, config, division), MESH_AXES)
+
+    batch, whole = division.batch_spec(axis=0), PartitionSpec()
+    specs = division.param_specs(), whole, batch, batch
+    return jax.shard_map(of_device, mesh=division.mesh, in_specs=specs, out_specs=whole, check_vma=False)(
+        params, router_state, tokens, weights
+    )
+
+
+def _nats(
+    params: Any, router_state: Any, tokens: jax.Array, weights: jax.Array, config: Config, division: Optional[Division]
+) -> jax.Array:
+    model = DeepseekV3(config.model, division)
     variables = {"params": params, "router_state": router_state}
     hidden = model.apply(variables, tokens[:, :-1], method="hidden_states")
     targets = tokens[:, 1:].reshape(-1)
     head = model.apply(variables, method="head")
-    ones = jnp.ones(targets.shape, hidden.dtype)
-    return cross_entropy(hidden.reshape(-1, hidden.shape[-1]), head, targets, ones, config.train.loss_chunk_tokens)[0]
+    by_token = jnp.repeat(weights, tokens.shape[1] - 1).astype(hidden.dtype)
+    return cross_entropy(hidden.reshape(-1, hidden.shape[-1]), head, targets, by_token, config.train.loss_chunk_tokens)[0]

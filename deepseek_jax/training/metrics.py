@@ -15,8 +15,14 @@ METRICS_FILE = "metrics.jsonl"
 class MetricsFile:
     """Lines of JSON, one per step or evaluation, each on disk as soon as it is written."""
 
-    def __init__(self, run_dir: Path, last_step: int):
-        """Open for appending; lines after `last_step`, which a resumed run repeats, are dropped."""
+    def __init__(self, run_dir: Path, last_step: int, is_writer: bool = True):
+        """Open for appending; lines after `last_step`, which a resumed run repeats, are dropped.
+
+        Of several processes one is the writer; in the others nothing is written.
+        """
+        self._file = None
+        if not is_writer:
+            return
         self.path = run_dir / METRICS_FILE
         kept = [line for line in read_metrics(run_dir) if line["step"] <= last_step]
         partial = self.path.with_suffix(".partial")
@@ -26,8 +32,9 @@ class MetricsFile:
 
     def write(self, **values: Any) -> None:
         """Append one line."""
-        self._file.write(json.dumps(values) + "\n")
-        self._file.flush()
+        if self._file is not None:
+            self._file.write(json.dumps(values) + "\n")
+            self._file.flush()
 
 
 def read_metrics(run_dir: Path) -> list[dict[str, Any]]:

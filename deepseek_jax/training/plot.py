@@ -6,6 +6,9 @@ from pathlib import Path
 from deepseek_jax.training.metrics import read_metrics
 
 
+PLOT_FILE = "loss.png"
+
+
 def plot_run(run_dir: Path) -> Path:
     """Draw metrics.jsonl into loss.png in the same directory and return its path."""
     import matplotlib
@@ -31,7 +34,7 @@ def plot_run(run_dir: Path) -> Path:
         handles, labels = handles + more, labels + names
     axes.legend(handles, labels)
     axes.grid(alpha=0.3)
-    path = run_dir / "loss.png"
+    path = run_dir / PLOT_FILE
     partial = run_dir / "loss.partial.png"
     figure.savefig(partial, dpi=120)
     pyplot.close(figure)

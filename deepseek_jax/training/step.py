@@ -99,7 +99,7 @@ def _on_mesh(
         parts = LossParts(mean(metrics.parts.cross_entropy), mean(metrics.parts.balance_loss), counts)
         return gradients, StepMetrics(mean(metrics.loss), parts)
 
-    whole, cut = PartitionSpec(), jax.tree.map(lambda place: place.spec(), division.places)
+    whole, cut = PartitionSpec(), division.param_specs()
     sharded = jax.shard_map(
         of_device, mesh=division.mesh, in_specs=(cut, whole, division.batch_spec(axis=1), whole),
         out_specs=(cut, whole), check_vma=False,

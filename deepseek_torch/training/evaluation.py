@@ -20,7 +20,7 @@ class Evaluation:
         count = min(train.eval_sequences, len(windows))
         size = min(train.batch_size // train.gradient_accumulation_steps, count)
         self._chunk = train.loss_chunk_tokens
-        self._batches = [windows.take(start, size) for start in range(0, count - size + 1, size)]
+        self._batches = [windows.take(start, min(size, count - start)) for start in range(0, count, size)]
         self._bytes = sum(int(data.token_bytes[batch[:, 1:]].sum()) for batch in self._batches)
 
     @torch.no_grad()

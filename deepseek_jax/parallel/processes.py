@@ -1,0 +1,193 @@
+"""Several processes as one program: how they find each other, and how the others learn that one has died.
+
+`jax.distributed` joins them. On top of it every process keeps one connection to the first: it closes the moment a
+process dies, which is how the others can stop at once and say which it was, instead of waiting for what never comes.
+"""
+
+import os
+import socket
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
+
+import jax
+import numpy as np
+from jax.experimental import multihost_utils
+
+from deepseek_jax.errors import UserError
+
+ADDRESS, COUNT, INDEX = "JAX_COORDINATOR_ADDRESS", "JAX_NUM_PROCESSES", "JAX_PROCESS_ID"
+"""Environment variables of a process that `scripts/launch_local`, or a launch of your own, started."""
+SILENCE = 40
+"""Seconds without a sign of life after which a process counts as dead, if its connection did not tell before."""
+STOPPED = 75
+"""Exit code of a process that stops because another has died or failed."""
+DONE, FAILED = "done", "failed:"
+"""What a process says when it leaves; beyond that it only says that it is alive. The first passes on deaths."""
+
+
+def join(on_cluster: bool) -> None:
+    """Become one of several processes, if there are several; call it before JAX touches a device.
+
+    Args:
+        on_cluster: whether SLURM, a TPU pod, Kubernetes or Open MPI started them, where `jax.distributed` finds the
+            others by itself. Without it only the environment variables above count.
+
+    Raises:
+        UserError: the others cannot be found.
+    """
+    if not on_cluster and ADDRESS not in os.environ:
+        return
+    jax.config.update("jax_cpu_collectives_implementation", "gloo")
+    numbers = {argument: int(os.environ[name]) for argument, name in (("num_processes", COUNT), ("process_id", INDEX))
+               if name in os.environ}  # fmt: skip
+    try:
+        jax.distributed.initialize(**numbers, heartbeat_timeout_seconds=2 * SILENCE)
+    except Exception as error:  # of many kinds, by cluster
+        raise UserError(
+            f"the other processes were not found: {str(error).splitlines()[0]}; start them by scripts/launch_local or "
+            f"with {ADDRESS}=HOST:PORT, {COUNT} and {INDEX} set, or add --distributed on a cluster"
+        ) from None
+    if jax.process_count() > 1:
+        _watch()
+
+
+def is_first() -> bool:
+    """Whether this process is the one that talks and writes for all."""
+    return jax.process_index() == 0
+
+
+def first_alone(action: Callable[[], object]) -> None:
+    """Run `action` in the first process while the others wait."""
+    if is_first():
+        action()
+    if jax.process_count() > 1:
+        multihost_utils.sync_global_devices("first alone")
+
+
+@contextmanager
+def together() -> Iterator[None]:
+    """End with the others: after all have finished, or as soon as one fails, whose reason is told once."""
+    if jax.process_count() == 1:
+        yield
+        return
+    try:
+        yield
+        multihost_utils.sync_global_devices("the end")
+    except UserError as error:
+        _leave(f"{FAILED} {error}")
+        if is_first():
+            raise
+        time.sleep(1)  # so that the first can tell
+        os._exit(error.exit_code)
+    except Exception:
+        time.sleep(SILENCE)  # most likely another process has died, which `_stop` is about to tell
+        raise
+    _leave(DONE)
+
+
+_leaving, _stopping = threading.Event(), threading.Lock()
+_connections: list[socket.socket] = []
+"""To the first process; in it, to all others."""
+
+
+def _watch() -> None:
+    """Connect all processes to the first, which passes on who has died."""
+    listener = socket.create_server(("", 0)) if is_first() else None
+    port = listener.getsockname()[1] if listener else 0
+    token = int.from_bytes(os.urandom(4), "big") >> 1
+    port, token = (int(x) for x in multihost_utils.broadcast_one_to_all(np.array([port, token], np.int32)))
+    host = os.environ.get(ADDRESS, "").rpartition(":")[0] or _name_of_first()
+    if listener:
+        threading.Thread(target=_accept, args=(listener, token), daemon=True).start()
+    else:
+        connection = socket.create_connection((host, port), timeout=SILENCE)
+        _connections.append(connection)
+        _tell(f"{token} {jax.process_index()} {socket.gethostname()}")
+        threading.Thread(target=_listen, args=(connection,), daemon=True).start()
+        threading.Thread(target=_beat, daemon=True).start()
+    multihost_utils.sync_global_devices("watch")
+
+
+def _name_of_first() -> str:
+    """Host name of the first process, as it calls itself."""
+    name = np.zeros(256, np.uint8)
+    own = socket.gethostname().encode()[:256]
+    name[: len(own)] = np.frombuffer(own, np.uint8)
+    return bytes(np.asarray(multihost_utils.broadcast_one_to_all(name))).rstrip(b"\0").decode()
+
+
+def _tell(line: str) -> None:
+    for connection in _connections:
+        with suppress(OSError):
+            connection.sendall(f"{' '.join(line.split())}\n".encode())
+
+
+def _leave(reason: str) -> None:
+    """From now on this process may end without alarming the others."""
+    _leaving.set()
+    _tell(reason)
+
+
+def _accept(listener: socket.socket, token: int) -> None:
+    """In the first process: let all others connect."""
+    while True:
+        connection, _ = listener.accept()
+        threading.Thread(target=_follow, args=(connection, token), daemon=True).start()
+
+
+def _follow(connection: socket.socket, token: int) -> None:
+    """In the first process: read one other's signs of life until there are no more."""
+    connection.settimeout(SILENCE)
+    lines = connection.makefile("r")
+    try:
+        given, index, host = lines.readline().split()
+        if int(given) != token:
+            return
+    except (OSError, ValueError):  # someone else's connection
+        return
+    _connections.append(connection)
+    last = ""
+    with suppress(OSError):
+        for line in iter(lambda: lines.readline(1000), ""):
+            last = line.strip()
+            if last != "alive":
+                break
+    if last.startswith(FAILED):
+        _stop(f"process {index}: {last.removeprefix(FAILED).strip()}", FAILED)
+    elif last != DONE:
+        died = f"process {index} on {host} has died; --resume goes on from the last checkpoint"
+        _stop(died, died)
+
+
+def _beat() -> None:
+    """Tell the first process every few seconds that this one is alive."""
+    while not _leaving.wait(SILENCE / 8):
+        _tell("alive")
+
+
+def _listen(connection: socket.socket) -> None:
+    """Stop when the first process says that another has died, or is gone itself."""
+    connection.settimeout(None)
+    message = ""
+    with suppress(OSError):
+        message = connection.makefile("r").readline().strip()
+    if message.startswith(FAILED):
+        _stop()
+    elif message != DONE:
+        died = message or "process 0, the first, has died; --resume goes on from the last checkpoint"
+        _stop(f"process {jax.process_index()} stops: {died}")
+
+
+def _stop(message: str = "", for_others: str = DONE) -> None:
+    """End this process from whatever thread: the main one may be waiting for the dead process."""
+    with _stopping:
+        if _leaving.is_set():
+            return
+        _leave(for_others)
+        sys.stdout.flush()
+        if message:
+            print(f"error: {message}", file=sys.stderr, flush=True)
+        os._exit(STOPPED)

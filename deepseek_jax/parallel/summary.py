@@ -1,0 +1,75 @@
+"""What a run prints of its mesh before it starts: what each axis divides, and what a device must hold."""
+
+import math
+from typing import Any
+
+import jax
+
+from deepseek_jax.config import Config
+from deepseek_jax.parallel.pipeline import assign_layers, bubble
+from deepseek_jax.parallel.sharding import PIPELINED, Division, Place, bytes_per_device
+from deepseek_jax.parallel.weights import layer_axes
+
+DIVIDES = {
+    "pipe": "the mixture-of-experts layers, in stages",
+    "data": "sequences, master weights and moments (ZeRO-1)",
+    "fsdp": "sequences, master weights and moments, weights too (ZeRO-3)",
+    "expert": "sequences, and the routed experts, to which tokens travel",
+}
+
+
+def mesh_summary(config: Config, division: Division, state: Any, shardings: Any) -> str:
+    """Lines for a person, from the state's shapes and shardings."""
+    sizes = division.mesh.shape
+    lines = [f"mesh: {' x '.join(f'{axis} {size}' for axis, size in sizes.items())} = {division.mesh.size} devices "
+             f"in {jax.process_count()} processes"]  # fmt: skip
+    lines += [f"  {axis} {size} divides {DIVIDES[axis]}" for axis, size in sizes.items() if size > 1]
+    if division.parallel.pipe > 1:
+        lines.append(_pipeline(config, division))
+    masters, moments = (bytes_per_device(getattr(state, name), getattr(shardings, name)) for name in ("params", "optimizer"))
+    gradients = _bytes_in_step(division, state.params)
+    total = sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(state))
+    lines.append(
+        f"each device holds: parameters {_size(masters)}, optimizer {_size(moments)}, gradients in a step "
+        f"{_size(gradients)}; the whole state is {_size(total)}"
+    )
+    return "\n".join(lines)
+
+
+def _pipeline(config: Config, division: Division) -> str:
+    parallel, train = division.parallel, config.train
+    layers = config.model.num_hidden_layers - config.model.first_k_dense_replace
+    own = (assign_layers(layers, parallel) >= 0).sum(axis=(1, 2))
+    sequences = train.batch_size // train.gradient_accumulation_steps // division.mesh.size
+    rounds = sequences // parallel.microbatch_size
+    count = f"{own.min()}" if own.min() == own.max() else f"{own.min()} to {own.max()}"
+    return (
+        f"  stages of {count} layers in {parallel.pipe_interleave} chunks; {rounds * parallel.pipe} micro-batches of "
+        f"{parallel.microbatch_size} sequences; the bubble is {bubble(parallel, rounds):.1%} of the ticks"
+    )
+
+
+def _bytes_in_step(division: Division, params: Any) -> int:
+    """Of the gradients while they are summed on each device: cut where weights are gathered layer by layer, by expert
+    and by stage."""
+    sizes = division.mesh.shape
+
+    def one(path: tuple[str, ...], place: Place, leaf: jax.ShapeDtypeStruct) -> int:
+        cut_by = {*layer_axes(division, path), *(("expert",) if "experts" in path else ())}
+        cuts = math.prod(sizes[axis] for axis, _ in place.cuts if axis in cut_by)
+        size = leaf.size
+        if path[0] == PIPELINED and division.parallel.pipe > 1:
+            size = size // leaf.shape[0] * assign_layers(leaf.shape[0], division.parallel)[0].size
+        return size * leaf.dtype.itemsize // cuts
+
+    return sum(jax.tree.leaves(division.map(one, params)))
+
+
+def _size(count: int) -> str:
+    for unit in ("B", "kB", "MB", "GB"):
+        if count < 1000:
+            break
+        count /= 1000
+    else:
+        unit = "TB"
+    return f"{count:.3g} {unit}"
