@@ -27,9 +27,14 @@ def run_command(command: Callable[[], None]) -> None:
 
 
 def _fail(message: str, code: int) -> None:
+    report(message)
+    sys.exit(code)
+
+
+def report(message: str) -> None:
+    """Tell the user of an error in one line."""
     sys.stdout.flush()
     print(f"error: {' '.join(message.split())}", file=sys.stderr, flush=True)
-    sys.exit(code)
 
 
 def write_atomically(path: Path, text: str) -> None:

@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Optional
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
 from deepseek_jax.config import Config, ConfigError, load_config, presets, to_yaml
@@ -51,7 +52,7 @@ def main() -> None:
     parser.add_argument("--distributed", action="store_true", help="one of several processes that SLURM, a TPU pod, Kubernetes "
                         "or mpirun started; scripts/launch_local needs no such word")  # fmt: skip
     parser.add_argument("overrides", nargs="*", metavar="section.field=value", help="fields of the config to change")
-    args = parser.parse_args()
+    args = parser.parse_intermixed_args()
     run_command(lambda: start(args))
 
 
@@ -140,6 +141,7 @@ class _Loop:
         self._progress = Progress(last_step, train.steps, train.batch_size * train.sequence_length)
         self._step = jax.jit(partial(train_step, config=config, division=division), donate_argnums=0)
         self._interrupted = False
+        self._any = jax.jit(jnp.any)
 
     def run(self, state: TrainState) -> None:
         """Take every remaining step."""
@@ -147,6 +149,7 @@ class _Loop:
         previous = signal.signal(signal.SIGINT, self._interrupt)
         try:
             told: tuple[StepPlan, StepMetrics] | None = None
+            asked = False
             for plan in plan_steps(train):
                 if plan.step <= self._last_step:
                     continue
@@ -154,7 +157,8 @@ class _Loop:
                 # Telling of the step before keeps the device busy while the host reads its metrics.
                 self._tell(told)
                 told = (plan, metrics)
-                end = plan.step == train.steps or self._interrupted
+                asked, stop = self._whether_to_stop(asked)
+                end = plan.step == train.steps or stop
                 if end or plan.step % train.eval_every == 0 or plan.step % train.checkpoint_every == 0:
                     self._tell(told)
                     told = None
@@ -164,15 +168,22 @@ class _Loop:
                     if end or plan.step % train.checkpoint_every == 0:
                         self._checkpoints.save(plan.step, state)
                         saved = plan.step
-                if self._interrupted:
+                if end:
                     break
         finally:
             signal.signal(signal.SIGINT, previous)
             self._checkpoints.wait()
-        if self._interrupted:
+        if saved < train.steps:
             raise Interrupted(f"interrupted; step {saved} is saved: --resume run_dir={self._run_dir} goes on from it")
         self._plot()
         print(f"loss plot: {self._run_dir / PLOT_FILE}")
+
+    def _whether_to_stop(self, asked: bool | jax.Array) -> tuple[bool | jax.Array, bool]:
+        """What to pass in after the next step, and whether Ctrl-C ends the run now, on all processes after the same step."""
+        if jax.process_count() == 1:
+            return False, self._interrupted
+        flags = place_batch(self._division, (jax.device_count(),), 0, lambda start, end: np.full(end - start, self._interrupted))
+        return self._any(flags), bool(asked)
 
     def _interrupt(self, signum: int, frame: object) -> None:
         if self._interrupted:

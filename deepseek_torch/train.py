@@ -33,7 +33,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m deepseek_torch.train", description="Train a DeepSeek-V3 on text.")
     parser.add_argument("--config", required=True, help=f"a .yaml file or a preset ({', '.join(presets())})")
     parser.add_argument("overrides", nargs="*", metavar="section.field=value", help="fields of the config to change")
-    args = parser.parse_args()
+    args = parser.parse_intermixed_args()
     run_command(lambda: train(load_config(args.config, args.overrides)))
 
 

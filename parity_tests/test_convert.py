@@ -349,8 +349,8 @@ def test_training_goes_on_from_what_came(tmp_path, capsys):
     model = dataclasses.replace(TINY, num_hidden_layers=2, first_k_dense_replace=2, num_nextn_predict_layers=0)
     source = write_huggingface_directory(tmp_path / "hf", model, "fp8", tokenizer=tmp_path / "tokenizer")
     convert(source, tmp_path / "run", verify=True)
-    overrides = [f"data.input=[{tmp_path}/text.txt,{tmp_path}/more.txt]", "train.steps=1", "train.batch_size=2",
-                 "train.sequence_length=16", "train.eval_sequences=2", "data.held_out_fraction=0.5",
+    overrides = [f"data.input=[{tmp_path}/text.txt,{tmp_path}/more.txt]", "train.steps=1", "train.batch_size=8",
+                 "train.sequence_length=16", "train.eval_sequences=3", "data.held_out_fraction=0.5",
                  "model.precision=float32"]  # fmt: skip
     train(load_config(tmp_path / "run" / "config.yaml", overrides), resume=True)
     assert conversion.load_tokenizer(tmp_path / "run").get_vocab() == tokenizer.get_vocab()

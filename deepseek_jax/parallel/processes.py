@@ -16,7 +16,7 @@ import jax
 import numpy as np
 from jax.experimental import multihost_utils
 
-from deepseek_jax.errors import UserError
+from deepseek_jax.errors import UserError, report
 
 ADDRESS, COUNT, INDEX = "JAX_COORDINATOR_ADDRESS", "JAX_NUM_PROCESSES", "JAX_PROCESS_ID"
 """Environment variables of a process that `scripts/launch_local`, or a launch of your own, started."""
@@ -76,12 +76,12 @@ def together() -> Iterator[None]:
     try:
         yield
         multihost_utils.sync_global_devices("the end")
-    except UserError as error:
-        _leave(f"{FAILED} {error}")
+    except (UserError, KeyboardInterrupt) as error:
+        reason = str(error) or "interrupted"
+        _leave(f"{FAILED} {reason}")
         if is_first():
-            raise
-        time.sleep(1)  # so that the first can tell
-        os._exit(error.exit_code)
+            report(reason)
+        _exit(getattr(error, "exit_code", 130))
     except Exception:
         time.sleep(SILENCE)  # most likely another process has died, which `_stop` is about to tell
         raise
@@ -156,6 +156,7 @@ def _follow(connection: socket.socket, token: int) -> None:
             if last != "alive":
                 break
     if last.startswith(FAILED):
+        time.sleep(1)  # what failed there most likely fails here too, and is then told by the main thread
         _stop(f"process {index}: {last.removeprefix(FAILED).strip()}", FAILED)
     elif last != DONE:
         died = f"process {index} on {host} has died; --resume goes on from the last checkpoint"
@@ -187,7 +188,13 @@ def _stop(message: str = "", for_others: str = DONE) -> None:
         if _leaving.is_set():
             return
         _leave(for_others)
-        sys.stdout.flush()
         if message:
-            print(f"error: {message}", file=sys.stderr, flush=True)
-        os._exit(STOPPED)
+            report(message)
+        _exit(STOPPED)
+
+
+def _exit(code: int) -> None:
+    """End without the orderly goodbyes of `jax.distributed`, the first after the others, who would miss it."""
+    sys.stdout.flush()
+    time.sleep(1.5 if is_first() else 0.1)
+    os._exit(code)

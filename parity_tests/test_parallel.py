@@ -1,0 +1,191 @@
+"""The same numbers on a mesh as on one device, in float64, and one clear line for a mesh that cannot work."""
+
+import dataclasses
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from deepseek_jax.config import Config, ConfigError, ParallelConfig, Phase, load_config
+from deepseek_jax.parallel.mesh import resolve
+from deepseek_jax.parallel.pipeline import ABSENT, assign_layers, bubble
+from deepseek_jax.parallel.sharding import Division, bytes_per_device, place_batch
+from deepseek_jax.training.optimizer import make_optimizer
+from deepseek_jax.training.step import Scalars, TrainState, init_state, train_step
+from parity_tests.comparison import difference
+
+DEVICES, STEPS, TOLERANCE = 8, 5, 1e-10
+
+
+def config_with(**parallel: int) -> Config:
+    """MTP of depth 2, groups, accumulation, a clip that bites; nine layers of experts, which no number of stages divides."""
+    tiny = load_config("tiny")
+    model = dataclasses.replace(
+        tiny.model, precision="float64", num_hidden_layers=10, num_nextn_predict_layers=2, hidden_size=32,
+        grouped_matmul="reference",
+    )  # fmt: skip
+    train = dataclasses.replace(
+        tiny.train, sequence_length=6, batch_size=32, gradient_accumulation_steps=2, gradient_clip=0.5,
+        sequence_balance_weight=1e-2, bias_update_speed=[Phase(1e-2)], loss_chunk_tokens=10,
+    )  # fmt: skip
+    return dataclasses.replace(tiny, model=model, train=train, parallel=ParallelConfig(**{"data": 1} | parallel))
+
+
+@pytest.fixture(scope="module")
+def start() -> TrainState:
+    """Weights from the seed, and biases of either sign."""
+    with jax.enable_x64(True):
+        state = jax.device_get(jax.jit(partial(init_state, config_with()))())
+    rng = np.random.default_rng(0)
+    return state._replace(router_state=jax.tree.map(lambda b: rng.normal(-0.5, 0.1, b.shape), state.router_state))
+
+
+@pytest.fixture(scope="module")
+def favoured(start) -> TrainState:
+    """Biases so high that every token goes to the same three experts, all on the first of two shards."""
+    return start._replace(router_state=jax.tree.map(lambda b: b + 100 * (np.arange(b.shape[-1]) < 3), start.router_state))
+
+
+class Stepper:
+    """Training on a mesh, or on one device without one; it compiles once."""
+
+    def __init__(self, config: Config, start: TrainState):
+        self.config = config
+        self.division = None
+        if config.parallel != ParallelConfig(data=1):
+            self.division = Division(resolve(config, DEVICES), start.params)
+        self._step = jax.jit(partial(train_step, config=config, division=self.division))
+
+    def shardings(self, state: TrainState) -> TrainState:
+        return self.division.shardings(state, make_optimizer(self.config.train))
+
+    def run(self, state: TrainState) -> dict[str, np.ndarray]:
+        """All that five steps tell and leave, by name; Adam's moments carry each step's gradients."""
+        told = []
+        with jax.enable_x64(True):
+            if self.division is not None:
+                state = jax.device_put(state, self.shardings(state))
+            for number in range(STEPS):
+                tokens = batch(self.config, number)
+                tokens = place_batch(self.division, tokens.shape, 1, lambda start, end, t=tokens: t[:, start:end])
+                state, metrics = self._step(state, tokens, Scalars(*map(np.float64, (1e-2, 1e-2, 0.3))))
+                told.append(metrics)
+            found = jax.device_get((state, told))
+        return {jax.tree_util.keystr(path): leaf for path, leaf in jax.tree_util.tree_leaves_with_path(found)}
+
+
+def batch(config: Config, seed: int) -> np.ndarray:
+    shape = (2, config.train.batch_size // 2, config.train.sequence_length + 3)
+    return np.random.default_rng(seed).integers(0, config.model.vocab_size, shape, dtype=np.int32)
+
+
+@pytest.fixture(scope="module")
+def one_device(start, favoured) -> dict[str, dict[str, np.ndarray]]:
+    """What one device computes."""
+    stepper = Stepper(config_with(), start)
+    return {"start": stepper.run(start), "favoured": stepper.run(favoured)}
+
+
+def assert_same(actual: dict[str, np.ndarray], expected: dict[str, np.ndarray]) -> None:
+    assert actual.keys() == expected.keys()
+    apart = {name: difference(actual[name], expected[name]).relative for name in expected}
+    worst = max(apart, key=apart.get)
+    assert apart[worst] <= TOLERANCE, f"{worst}: {apart[worst]:.1e}"
+
+
+MESHES = [
+    dict(data=8),
+    dict(fsdp=8),
+    dict(expert=8),
+    dict(data=2, expert=4),
+    dict(fsdp=2, expert=4),
+    dict(pipe=4, fsdp=2),
+    dict(pipe=8),
+    dict(pipe=2, fsdp=2, data=2, pipe_interleave=3, microbatch_size=2),
+]
+
+
+@pytest.mark.parametrize("mesh", MESHES, ids=lambda mesh: "-".join(f"{axis}{size}" for axis, size in mesh.items()))
+def test_five_steps_are_those_of_one_device(mesh, start, one_device):
+    """Losses, gradient norms, counts, and in the end parameters, moments and biases."""
+    assert_same(Stepper(config_with(**mesh), start).run(start), one_device["start"])
+
+
+def test_all_axes_that_tokens_cross_and_the_worst_routing(start, favoured, one_device):
+    """Even routing, and then every token on one shard, so that the other gets none, with one program."""
+    stepper = Stepper(config_with(pipe=2, data=2, expert=2), start)
+    assert_same(stepper.run(start), one_device["start"])
+    assert_same(stepper.run(favoured), one_device["favoured"])
+    counts = one_device["favoured"]["[1][0].parts.counts['moe_layers']"]
+    assert (counts[:, :3] > 0).all() and (counts[:, 3:] == 0).all(), "the test is to be of the worst routing"
+
+
+def test_a_wrong_sum_would_be_found(start, one_device):
+    """A mesh that forgets one device's tokens: the comparison sees it."""
+    wrong = dict(one_device["start"])
+    name = next(name for name in wrong if "o_proj" in name)
+    wrong[name] = wrong[name] * (1 + 1e-9)
+    with pytest.raises(AssertionError, match="o_proj"):
+        assert_same(wrong, one_device["start"])
+
+
+@pytest.mark.parametrize("precision", ["bfloat16", pytest.param("fp8", marks=pytest.mark.slow)])
+def test_narrow_weights_are_gathered_and_gradients_summed_wide(precision, start):
+    """One step: weights travel in bfloat16, so that only the order of sums differs from one device."""
+    losses, norms = [], []
+    for mesh in ({}, dict(data=2, fsdp=2, expert=2)):
+        config = config_with(**mesh)
+        model = dataclasses.replace(config.model, precision=precision, num_hidden_layers=2, num_nextn_predict_layers=1)
+        config = dataclasses.replace(config, model=model)
+        state = jax.jit(partial(init_state, config))()
+        division = Division(resolve(config, DEVICES), state.params) if mesh else None
+        if division is not None:
+            state = jax.device_put(state, division.shardings(state, make_optimizer(config.train)))
+        tokens = batch(config, 0)[:, :, 1:]
+        tokens = place_batch(division, tokens.shape, 1, lambda start, end, t=tokens: t[:, start:end])
+        step = jax.jit(partial(train_step, config=config, division=division))
+        state, metrics = step(state, tokens, Scalars(*map(np.float32, (1e-2, 1e-2, 0.3))))
+        assert all(leaf.dtype == jnp.float32 for leaf in jax.tree.leaves(state.params))
+        losses.append(float(metrics.loss))
+        norms.append(float(metrics.grad_norm))
+    assert abs(losses[0] / losses[1] - 1) < 1e-4 and abs(norms[0] / norms[1] - 1) < 2e-2, (losses, norms)
+
+
+def test_every_device_holds_its_share_of_the_state(start):
+    """1/8 of master weights and moments, but for the few arrays that an axis does not divide."""
+    for mesh in (*MESHES, dict(pipe=2, data=2, expert=2)):
+        stepper = Stepper(config_with(**mesh), start)
+        whole = sum(leaf.nbytes for leaf in jax.tree.leaves(start.params))
+        own = bytes_per_device(start.params, stepper.shardings(start).params)
+        assert whole / 8 <= own < whole / 8 * 1.01, mesh
+
+
+def test_layers_of_stages():
+    """58 layers over 16 stages: each layer once, stages of 3 or 4; interleaved chunks follow each other over devices."""
+    places = assign_layers(58, ParallelConfig(pipe=16))
+    assert places.shape == (16, 1, 4) and sorted(places[places != ABSENT]) == list(range(58))
+    assert set((places != ABSENT).sum(axis=(1, 2))) == {3, 4}
+    assert assign_layers(8, ParallelConfig(pipe=2, pipe_interleave=2)).tolist() == [[[0, 1], [4, 5]], [[2, 3], [6, 7]]]
+    assert bubble(ParallelConfig(pipe=4), rounds=1) == 3 / 7
+    assert bubble(ParallelConfig(pipe=4, pipe_interleave=3), rounds=1) == 3 / 15
+
+
+@pytest.mark.parametrize("fields, complaint", [
+    (["parallel.data=3"], "pipe 1 x data 3 x fsdp 1 x expert 1 does not make the 8 devices .* parallel.data=4 .*"),
+    (["parallel.data=-1", "parallel.expert=3"], "expert 3 does not make the 8 devices that are here; nearest .*expert=4"),
+    (["parallel.data=-1", "parallel.fsdp=-1"], "parallel.data and parallel.fsdp=-1: only one axis may be -1"),
+    (["parallel.data=0"], "parallel.data=0: must be at least 1, or -1"),
+    (["parallel.data=1", "parallel.expert=8", "model.n_routed_experts=12"],
+     "parallel.expert=8: must divide model.n_routed_experts=12; nearest 6 or 4"),
+    (["parallel.data=2", "parallel.pipe=4"], "parallel.pipe=4 .* 4 parts for 3 mixture-of-experts layers; at most pipe=3"),
+    (["parallel.data=8", "train.batch_size=12"], "train.batch_size=12: must be a multiple of 8, .* nearest 16"),
+    (["parallel.data=1", "parallel.fsdp=8", "model.remat=none"], "model.remat=none: .* choose products or full"),
+    (["parallel.exchange=letters"], "parallel.exchange=letters: choose one of auto, rounds, ragged"),
+    (["parallel.experts=2"], "unknown field parallel.experts; did you mean expert?"),
+])  # fmt: skip
+def test_a_mesh_that_cannot_work_is_one_line(fields, complaint):
+    with pytest.raises(ConfigError, match=complaint) as caught:
+        resolve(load_config("tiny", fields), DEVICES)
+    assert "\n" not in str(caught.value)

@@ -1,0 +1,118 @@
+"""Several processes as one program: the same numbers as one, one checkpoint for any mesh, and an end when one dies."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+LAUNCH = Path(__file__).parents[1] / "scripts" / "launch_local"
+ENVIRONMENT = {**os.environ, "JAX_PLATFORMS": "cpu", "JAX_ENABLE_X64": "1", "XLA_FLAGS": "--xla_backend_optimization_level=0"}
+FIELDS = ["model.precision=float64", "model.num_hidden_layers=3", "model.hidden_size=32", "train.sequence_length=8",
+          "train.batch_size=8", "train.learning_rate_decay=1.0", "train.eval_every=2", "train.eval_sequences=3",
+          "train.checkpoint_every=100", "data.held_out_fraction=0.2"]  # fmt: skip
+
+
+def launch(processes: int, devices: int, *words) -> subprocess.Popen:
+    command = [sys.executable, LAUNCH, str(processes), "--devices", str(devices), "--", sys.executable, *map(str, words)]
+    return subprocess.Popen(command, env=ENVIRONMENT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+
+
+def train(tmp_path: Path, name: str, processes: int, devices: int, *words) -> tuple[str, str, int]:
+    text = tmp_path / "text.txt"
+    if not text.exists():
+        text.write_text("\n\n".join(f"The answer to question {n} is {n * n}." for n in range(400)))
+    running = launch(processes, devices, "-m", "deepseek_jax.train", "--config", "tiny", f"data.input={text}",
+                     f"run_dir={tmp_path / name}", *FIELDS, *words)  # fmt: skip
+    return *running.communicate(timeout=400), running.returncode
+
+
+def metrics(folder: Path) -> list[dict]:
+    return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+
+
+def assert_same_metrics(actual: list[dict], expected: list[dict]) -> None:
+    for one, other in zip(actual, expected, strict=True):
+        assert one.keys() == other.keys()
+        for name, value in one.items():
+            assert value == pytest.approx(other[name], rel=1e-10), (one["step"], name)
+
+
+@pytest.fixture(scope="module")
+def alone(tmp_path_factory) -> Path:
+    """The folder of a run of four steps on one device."""
+    folder = tmp_path_factory.mktemp("runs")
+    _, complaints, code = train(folder, "alone", 1, 1, "train.steps=4")
+    assert code == 0, complaints
+    return folder
+
+
+def test_two_processes_and_then_another_mesh(alone):
+    """Two processes take two steps in stages and with experts apart; one process goes on with other axes."""
+    told, complaints, code = train(alone, "two", 2, 2, "train.steps=2", "parallel.data=1", "parallel.pipe=2", "parallel.expert=2")
+    assert code == 0, complaints
+    assert "mesh: pipe 2 x data 1 x fsdp 1 x expert 2 = 4 devices in 2 processes" in told
+    assert "the bubble is 20.0% of the ticks" in told and "each device holds: parameters" in told
+    assert told.count("2 bits per byte") + told.count("step 2:") == 1, "one process talks"
+    told, complaints, code = train(alone, "two", 1, 4, "--resume", "train.steps=4", "parallel.data=2", "parallel.fsdp=2")
+    assert code == 0, complaints
+    assert "resuming after step 2" in told
+    assert_same_metrics(metrics(alone / "two"), metrics(alone / "alone"))
+
+
+@pytest.mark.slow
+def test_four_processes(alone):
+    _, complaints, code = train(alone, "four", 4, 1, "train.steps=4", "parallel.data=2", "parallel.expert=2")
+    assert code == 0, complaints
+    assert_same_metrics(metrics(alone / "four"), metrics(alone / "alone"))
+
+
+def test_a_mistake_is_told_once(tmp_path):
+    told, complaints, code = train(tmp_path, "run", 2, 1, "parallel.data=3")
+    assert code == 1
+    assert [line for line in complaints.splitlines() if line.startswith("error")] == [
+        "error: parallel: pipe 1 x data 3 x fsdp 1 x expert 1 does not make the 2 devices that are here; nearest "
+        "parallel.pipe=1 parallel.data=2 parallel.fsdp=1 parallel.expert=1"
+    ]
+    assert not (tmp_path / "run").exists()
+
+
+WAITING = """
+import os, sys, time
+from deepseek_jax.errors import UserError
+from deepseek_jax.parallel import processes
+processes.join(False)
+with processes.together():
+    own = os.path.join(sys.argv[2], os.environ["JAX_PROCESS_ID"])
+    with open(own + ".partial", "w") as file:
+        file.write(str(os.getpid()))
+    os.rename(own + ".partial", own)
+    if sys.argv[1] == os.environ["JAX_PROCESS_ID"]:
+        raise UserError("the disk of this process is full")
+    time.sleep(60)
+"""
+
+
+@pytest.mark.parametrize("victim", [0, 2])
+def test_when_one_dies_the_others_stop_and_say_which(victim, tmp_path):
+    running = launch(3, 1, "-c", WAITING, "none", tmp_path)
+    while len(list(tmp_path.glob("[0-9]"))) < 3:
+        time.sleep(0.1)
+        assert running.poll() is None
+    start = time.monotonic()
+    os.kill(int((tmp_path / str(victim)).read_text()), signal.SIGKILL)
+    _, complaints = running.communicate(timeout=60)
+    assert time.monotonic() - start < 30 and running.returncode != 0
+    said = [line for line in complaints.splitlines() if line.startswith("error: ")]
+    assert len(said) == 2 and all(f"process {victim}" in line and "has died" in line for line in said), complaints
+
+
+def test_a_failure_in_one_process_is_told_with_its_number(tmp_path):
+    running = launch(2, 1, "-c", WAITING, "1", tmp_path)
+    _, complaints = running.communicate(timeout=60)
+    said = [line for line in complaints.splitlines() if line.startswith("error: ")]
+    assert running.returncode == 1 and said == ["error: process 1: the disk of this process is full"], complaints
