@@ -182,6 +182,9 @@ class ParallelConfig:
     """Chunks of layers in each pipeline stage: more shrink the bubble and pass activations on oftener."""
     microbatch_size: int = 1
     """Sequences that a pipeline stage computes at once."""
+    exchange_parts: int = 1
+    """Parts of a device's tokens that travel to experts one after the other. There is room for all tokens of all devices
+    along `expert` to meet on one: that many times fewer, and messages that much smaller."""
     exchange: str = "auto"
     """How tokens travel to experts: `ragged` (TPU, GPU) or in `rounds` of equal parts (anywhere); `auto` chooses."""
 
@@ -448,7 +451,7 @@ def _validate_parallel(p: ParallelConfig) -> None:
         _require(size == -1 or size >= 1, f"parallel.{axis}", size, "must be at least 1, or -1 for what remains")
     open_axes = [f"parallel.{axis}" for axis, size in sizes.items() if size == -1]
     _require(len(open_axes) <= 1, " and ".join(open_axes), -1, "only one axis may be -1; give the other a size")
-    _at_least("parallel", p, 1, "pipe_interleave", "microbatch_size")
+    _at_least("parallel", p, 1, "pipe_interleave", "microbatch_size", "exchange_parts")
     _choice("parallel.exchange", p.exchange, EXCHANGES)
 
 

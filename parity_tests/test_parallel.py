@@ -99,7 +99,7 @@ MESHES = [
     dict(data=8),
     dict(fsdp=8),
     dict(expert=8),
-    dict(data=2, expert=4),
+    dict(data=2, expert=4, exchange_parts=3),
     dict(fsdp=2, expert=4),
     dict(pipe=4, fsdp=2),
     dict(pipe=8),

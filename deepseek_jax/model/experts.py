@@ -1,12 +1,13 @@
 """The routed experts: every token goes through exactly the experts chosen for it, none is dropped."""
 
+from collections.abc import Sequence
 from typing import Optional
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from deepseek_jax.config import ModelConfig
+from deepseek_jax.config import ModelConfig, ParallelConfig
 from deepseek_jax.model.layers import param_dtype
 from deepseek_jax.model.products import grouped_products, keep
 from deepseek_jax.parallel.exchange import plan_journey, send, send_back
@@ -34,31 +35,44 @@ class Experts(nn.Module):
         """
         c = self.config
         parallel = self.division.parallel if self.division else ALONE
-        travel = parallel.expert > 1
         experts, hidden, width = c.n_routed_experts // parallel.expert, c.hidden_size, c.moe_intermediate_size
         init = nn.initializers.normal(c.initializer_range)
         gate_proj = self.param("gate_proj", init, (experts, hidden, width), param_dtype(c))
         up_proj = self.param("up_proj", init, (experts, hidden, width), param_dtype(c))
         down_proj = self.param("down_proj", init, (experts, width, hidden), param_dtype(c))
+        projections = (gate_proj, up_proj, down_proj)
+        tokens = (x, indices, weights)
+        if parallel.expert == 1 or parallel.exchange_parts == 1:
+            return serve(c, parallel, tokens, projections)
+        # In the parameters' type, in which the parts' gradients are summed.
+        projections = [projection.astype(param_dtype(c)) for projection in projections]
+        parts = [each.reshape(parallel.exchange_parts, -1, each.shape[-1]) for each in tokens]
+        served = jax.lax.map(jax.checkpoint(lambda part: serve(c, parallel, part, projections)), parts)
+        return served.reshape(x.shape)
 
-        order = keep(jnp.argsort(indices.reshape(-1), stable=True))
-        places = jnp.arange(order.size, dtype=order.dtype)
-        inverse = keep(jnp.zeros_like(order).at[order].set(places, unique_indices=True))
-        group_sizes = jnp.bincount(indices.reshape(-1), length=c.n_routed_experts).astype(jnp.int32)
 
-        rows = dispatch(x, order, inverse)
-        factors = dispatch(weights.reshape(-1, 1), order, inverse)
-        if travel:
-            journey = plan_journey(group_sizes, rows.shape[0])
-            rows, factors = (send(each, journey, parallel.exchange) for each in (rows, factors))
-            group_sizes = journey.group_sizes
-        gate, up = grouped_products(c, rows, group_sizes, gate_proj, up_proj)
-        # The factor is applied before the down projection, which is linear: its rows are the narrower ones.
-        activated = nn.silu(gate) * up * factors.astype(x.dtype)
-        (outputs,) = grouped_products(c, activated, group_sizes, down_proj)
-        if travel:
-            outputs = send_back(outputs, journey, parallel.exchange)
-        return combine(outputs, order, inverse, x.shape[0])
+def serve(
+    config: ModelConfig, parallel: ParallelConfig, tokens: Sequence[jax.Array], projections: Sequence[jax.Array]
+) -> jax.Array:
+    """What `Experts` returns for tokens (x, indices, weights), with this device's experts (gate, up, down)."""
+    (x, indices, weights), (gate_proj, up_proj, down_proj) = tokens, projections
+    order = keep(jnp.argsort(indices.reshape(-1), stable=True))
+    places = jnp.arange(order.size, dtype=order.dtype)
+    inverse = keep(jnp.zeros_like(order).at[order].set(places, unique_indices=True))
+    group_sizes = jnp.bincount(indices.reshape(-1), length=config.n_routed_experts).astype(jnp.int32)
+
+    rows, factors = dispatch(x, order, inverse), dispatch(weights.reshape(-1, 1), order, inverse)
+    if parallel.expert > 1:
+        journey = plan_journey(group_sizes, rows.shape[0])
+        rows, factors = (send(each, journey, parallel.exchange) for each in (rows, factors))
+        group_sizes = journey.group_sizes
+    gate, up = grouped_products(config, rows, group_sizes, gate_proj, up_proj)
+    # The factor is applied before the down projection, which is linear: its rows are the narrower ones.
+    activated = nn.silu(gate) * up * factors.astype(x.dtype)
+    (outputs,) = grouped_products(config, activated, group_sizes, down_proj)
+    if parallel.expert > 1:
+        outputs = send_back(outputs, journey, parallel.exchange)
+    return combine(outputs, order, inverse, x.shape[0])
 
 
 @jax.custom_vjp
