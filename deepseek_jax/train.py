@@ -182,7 +182,8 @@ class _Loop:
         """What to pass in after the next step, and whether Ctrl-C ends the run now, on all processes after the same step."""
         if jax.process_count() == 1:
             return False, self._interrupted
-        flags = place_batch(self._division, (jax.device_count(),), 0, lambda start, end: np.full(end - start, self._interrupted))
+        own = self._interrupted
+        flags = place_batch(self._division, (jax.device_count(),), 0, lambda start, end: np.full(end - start, own))
         return self._any(flags), bool(asked)
 
     def _interrupt(self, signum: int, frame: object) -> None:

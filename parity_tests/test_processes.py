@@ -11,7 +11,8 @@ from pathlib import Path
 import pytest
 
 LAUNCH = Path(__file__).parents[1] / "scripts" / "launch_local"
-ENVIRONMENT = {**os.environ, "JAX_PLATFORMS": "cpu", "JAX_ENABLE_X64": "1", "XLA_FLAGS": "--xla_backend_optimization_level=0"}
+ENVIRONMENT = {**os.environ, "JAX_PLATFORMS": "cpu", "JAX_ENABLE_X64": "1",
+               "XLA_FLAGS": "--xla_backend_optimization_level=0"}  # fmt: skip
 FIELDS = ["model.precision=float64", "model.num_hidden_layers=3", "model.hidden_size=32", "train.sequence_length=8",
           "train.batch_size=8", "train.learning_rate_decay=1.0", "train.eval_every=2", "train.eval_sequences=3",
           "train.checkpoint_every=100", "data.held_out_fraction=0.2"]  # fmt: skip
@@ -53,7 +54,8 @@ def alone(tmp_path_factory) -> Path:
 
 def test_two_processes_and_then_another_mesh(alone):
     """Two processes take two steps in stages and with experts apart; one process goes on with other axes."""
-    told, complaints, code = train(alone, "two", 2, 2, "train.steps=2", "parallel.data=1", "parallel.pipe=2", "parallel.expert=2")
+    mesh = ("parallel.data=1", "parallel.pipe=2", "parallel.expert=2")
+    told, complaints, code = train(alone, "two", 2, 2, "train.steps=2", *mesh)
     assert code == 0, complaints
     assert "mesh: pipe 2 x data 1 x fsdp 1 x expert 2 = 4 devices in 2 processes" in told
     assert "the bubble is 20.0% of the ticks" in told and "each device holds: parameters" in told

@@ -108,8 +108,7 @@ class DeepseekV3(nn.Module):
         return x, outputs
 
     def _is_pipelined(self) -> bool:
-        c = self.config
-        return self.division is not None and self.division.parallel.pipe > 1 and c.num_hidden_layers > c.first_k_dense_replace
+        return self.division is not None and self.division.parallel.pipe > 1
 
     def _pipelined(
         self, x: jax.Array, rope: tuple[jax.Array, jax.Array], positions: jax.Array

@@ -31,10 +31,10 @@ class Row(NamedTuple):
 
 TABLE = {
     "batch": Row(MESH_AXES, "every device reads whole sequences of its own, so that attention needs no communication"),
-    "experts": Row(("expert",), "an expert's weights stay where they are and tokens travel to it: with many experts the tokens "
-                                "are the smaller load"),  # fmt: skip
-    "features": Row(("fsdp", "pipe", "data", "expert"), "inputs and outputs of weights are the only axes that exist in all "
-                    "of them; what a step gathers last is cut first"),  # fmt: skip
+    "experts": Row(("expert",), "an expert's weights stay where they are and tokens travel to it: of many experts' weights "
+                                "and their tokens, these are the smaller load"),
+    "features": Row(("fsdp", "pipe", "data", "expert"), "inputs and outputs are the only axes that all weights have; what a "
+                                                        "step gathers last is cut first"),
     "layers": Row((), "any number of layers must fit; a step deals them out to the pipeline's stages"),
 }  # fmt: skip
 """Logical axis -> mesh axes. A mesh axis cuts the first axis of an array that allows it and that it divides."""
@@ -52,7 +52,8 @@ class Place:
 
     def spec(self) -> PartitionSpec:
         """For JAX."""
-        dims = [tuple(axis for axis, cut in self.cuts if cut == dim) for dim in range(1 + max((d for _, d in self.cuts), default=-1))]
+        last = max((dim for _, dim in self.cuts), default=-1)
+        dims = (tuple(axis for axis, cut in self.cuts if cut == dim) for dim in range(last + 1))
         return PartitionSpec(*(axes or None for axes in dims))
 
 
@@ -92,7 +93,8 @@ class Division:
         moments = optax.tree.map_params(
             optimizer, lambda _, sharding: sharding, state.optimizer, of_params, transform_non_params=lambda _: whole
         )
-        return state._replace(params=of_params, router_state=jax.tree.map(lambda _: whole, state.router_state), optimizer=moments)
+        biases = jax.tree.map(lambda _: whole, state.router_state)
+        return state._replace(params=of_params, router_state=biases, optimizer=moments)
 
     def batch_spec(self, axis: int) -> PartitionSpec:
         """Of arrays whose `axis` holds sequences."""

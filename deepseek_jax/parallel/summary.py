@@ -21,8 +21,9 @@ DIVIDES = {
 def mesh_summary(config: Config, division: Division, state: Any, shardings: Any) -> str:
     """Lines for a person, from the state's shapes and shardings."""
     sizes = division.mesh.shape
+    count = jax.process_count()
     lines = [f"mesh: {' x '.join(f'{axis} {size}' for axis, size in sizes.items())} = {division.mesh.size} devices "
-             f"in {jax.process_count()} processes"]  # fmt: skip
+             f"in {count} process{'es' if count > 1 else ''}"]  # fmt: skip
     lines += [f"  {axis} {size} divides {DIVIDES[axis]}" for axis, size in sizes.items() if size > 1]
     if division.parallel.pipe > 1:
         lines.append(_pipeline(config, division))

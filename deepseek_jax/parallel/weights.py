@@ -105,8 +105,8 @@ def _product_type(config: ModelConfig, path: tuple[str, ...], dtype: jnp.dtype) 
     """
     if path[0] == "lm_head" and config.precision == "fp8":
         return jnp.dtype("bfloat16")
-    wide = config.precision != "bfloat16" or path[0] == "embed_tokens" or "gate" in path or any("norm" in name for name in path)
-    return dtype if wide else jnp.dtype("bfloat16")
+    is_product = not (path[0] == "embed_tokens" or "gate" in path or any("norm" in name for name in path))
+    return jnp.dtype("bfloat16") if is_product and config.precision == "bfloat16" else dtype
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(1, 2))

@@ -93,12 +93,12 @@ class Checkpoints:
             CheckpointError: if it is of another model or cannot be read.
         """
         fresh = jax.eval_shape(lambda: init_state(self._config))
-        variables = self.restore_variables(step)
+        variables, shardings = self.restore_variables(step), self._shardings and self._shardings.optimizer
         if (self._folder / str(step) / OPTIMIZER).is_dir():
-            optimizer = self._read(step, OPTIMIZER, fresh.optimizer, self._shardings and self._shardings.optimizer)
+            optimizer = self._read(step, OPTIMIZER, fresh.optimizer, shardings)
         else:
-            init = jax.jit(make_optimizer(self._config.train).init, out_shardings=self._shardings and self._shardings.optimizer)
-            optimizer = init(variables["params"])
+            init = make_optimizer(self._config.train).init
+            optimizer = jax.jit(init, out_shardings=shardings)(variables["params"])
         return TrainState(variables["params"], variables["router_state"], optimizer)
 
     def restore_variables(self, step: int) -> dict[str, Any]:

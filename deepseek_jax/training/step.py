@@ -74,7 +74,10 @@ def train_step(
         name: jax.tree.map(lambda bias, c=metrics.parts.counts[name]: updated_bias(bias, c, speed), biases)
         for name, biases in state.router_state.items()
     }
-    return TrainState(params, router_state, optimizer), metrics
+    state = TrainState(params, router_state, optimizer)
+    if division is not None:
+        state = jax.lax.with_sharding_constraint(state, division.shardings(state, make_optimizer(config.train)))
+    return state, metrics
 
 
 def _on_mesh(
