@@ -50,10 +50,11 @@ def write(args: argparse.Namespace) -> None:
     texts = args.prompt or [""]
     prompts = [tokenizer.encode(text, add_special_tokens=False).ids or [end] for text in texts]
     streams = [TextStream(tokenizer) for _ in texts]
-    print(texts[0], end="", flush=True)
     generator = Generator(config, variables)
     steps = generator.generate(prompts, args.max_new_tokens, end, args.temperature, args.top_p, args.seed)
-    for tokens in steps:
+    for number, tokens in enumerate(steps):
+        if number == 0:
+            print(texts[0], end="", flush=True)
         for row, (stream, token) in enumerate(zip(streams, tokens)):
             piece = stream.push(int(token)) if token != end else ""
             if row == 0:
