@@ -1,10 +1,10 @@
-"""What every test stands on: the CPU, and float64 where a test asks for it."""
+"""What every test stands on: the CPU as eight devices, and float64 where a test asks for it."""
 
 import os
 
 # Before anything imports jax. Compiling is most of a test's time, and what is compiled runs once or twice.
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
-os.environ["XLA_FLAGS"] = os.environ.get("XLA_FLAGS", "") + " --xla_backend_optimization_level=0"
+os.environ["XLA_FLAGS"] = os.environ.get("XLA_FLAGS", "") + " --xla_backend_optimization_level=0 --xla_force_host_platform_device_count=8"
 
 import pytest
 
