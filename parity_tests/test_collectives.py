@@ -13,12 +13,13 @@ from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 from deepseek_jax.config import load_config
 from deepseek_jax.parallel.collectives import collectives, table, total
 from deepseek_jax.parallel.compiled import visits
+from deepseek_jax.parallel.sharding import bytes_per_device
 from deepseek_jax.training.ahead import compile_step
 
 # Every array can be cut in eight, and no two axes that matter are equally long.
-SIZES = dict(vocab_size=1048, hidden_size=64, num_hidden_layers=3, intermediate_size=96, num_attention_heads=4, q_lora_rank=32,
-             kv_lora_rank=16, qk_nope_head_dim=16, v_head_dim=16, moe_intermediate_size=24, n_shared_experts=2)  # fmt: skip
-LAYERS, HIDDEN, VOCAB, EXPERTS, CHOICES, WIDTH = 2, 64, 1048, 8, 3, 24  # layers: those with experts
+SIZES = dict(vocab_size=1048, hidden_size=64, num_hidden_layers=3, intermediate_size=96, num_attention_heads=4,
+             q_lora_rank=32, kv_lora_rank=16, qk_nope_head_dim=16, v_head_dim=16, moe_intermediate_size=56, n_shared_experts=2)  # fmt: skip
+LAYERS, HIDDEN, VOCAB, EXPERTS, CHOICES, WIDTH = 2, 64, 1048, 8, 3, 56  # layers: those with experts
 SEQUENCES, LENGTH, DEVICES = 16, 40, 8
 TOKENS = SEQUENCES * LENGTH // DEVICES
 """On each device."""
@@ -67,8 +68,8 @@ def whole_bytes(tree):
 def test_a_device_holds_its_part_of_parameters_and_moments(name):
     """1/N to the byte, by the program's own arguments; only the routers' biases and the step counter are on all."""
     this = step(name)
-    state, tokens, scalars = this.shardings
-    held = jax.tree.map(lambda leaf, place: math.prod(place.shard_shape(leaf.shape)) * leaf.dtype.itemsize, this.state, state)
+    state, _, _ = this.shardings
+    held = jax.tree.map(lambda leaf, place: bytes_per_device([leaf], [place]), this.state, state)
     counter, words = FLOAT, SEQUENCES * (LENGTH + 1 + this.mtp) * 4
     assert sum(jax.tree.leaves(held.params)) == whole_bytes(this.state.params) // DEVICES
     assert sum(jax.tree.leaves(held.optimizer)) == 2 * whole_bytes(this.state.params) // DEVICES + counter
@@ -114,8 +115,8 @@ def test_expert_weights_stay(name):
 
 def expert_weights(found):
     """Collectives that make an expert's weight matrix, of so many experts as one device does not have."""
-    return [one for one in found for array in one.arrays
-            if len(array.shape) >= 3 and sorted(array.shape[-2:]) == [WIDTH, HIDDEN] and array.shape[-3] > EXPERTS // one.devices]  # fmt: skip
+    matrices = [(one, array.shape) for one in found for array in one.arrays if sorted(array.shape[-2:]) == [WIDTH, HIDDEN]]
+    return [one for one, shape in matrices if len(shape) >= 3 and shape[-3] > EXPERTS // one.devices]
 
 
 def test_gathered_expert_weights_would_be_found():
@@ -194,12 +195,14 @@ def test_full_logits_are_nowhere(name):
     """Neither sent nor on a device: the logits of a chunk are, 16 tokens at a time."""
     this = step(name)
     assert largest_of_vocabulary(this.text) == HIDDEN * VOCAB  # the head, smaller than logits would be
-    assert max(array.bytes for one in this.collectives for array in one.arrays) == HIDDEN * VOCAB * FLOAT < TOKENS * VOCAB * FLOAT
+    sent = max(array.bytes for one in this.collectives for array in one.arrays)
+    assert sent == HIDDEN * VOCAB * FLOAT < TOKENS * VOCAB * FLOAT
 
 
 def largest_of_vocabulary(text):
     """Elements of the largest array in a program of which an axis is the vocabulary."""
-    return max(math.prod(array.shape) for visit in visits(text) for array in visit.instruction.results if VOCAB in array.shape)
+    arrays = [array for visit in visits(text) for array in visit.instruction.results]
+    return max(math.prod(array.shape) for array in arrays if VOCAB in array.shape)
 
 
 def test_full_logits_would_be_found():

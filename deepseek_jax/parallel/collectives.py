@@ -45,8 +45,8 @@ class Collective(NamedTuple):
         """Bytes that leave a device in one execution, by the algorithm that sends the fewest.
 
         (n - 1) / n of `bytes` for an all-gather, a reduce-scatter and an all-to-all between n devices, twice as much
-        for an all-reduce, all of them for a collective-permute. For a ragged all-to-all, as if the rows that fill
-        `arrays` were spread evenly; it is no less than the mean over devices unless rows stay at home less than that.
+        for an all-reduce, all of them for a collective-permute. For a ragged all-to-all, as if rows filled `arrays` and
+        went to all devices alike: what it does under even routing, while `bytes` bounds the mean over devices under any.
         """
         if self.kind == "collective-permute":
             return self.bytes
@@ -73,8 +73,7 @@ def table(found: Iterable[Collective]) -> str:
     sums: dict[tuple[str, str, bool], list[int]] = {}
     for one in found:
         row = sums.setdefault((one.kind, " ".join(one.axes), one.open_loops > 0), [0, 0, 0])
-        for i, value in enumerate((one.times, one.times * one.sent, one.sent)):
-            row[i] = max(row[i], value) if i == 2 else row[i] + value
+        row[:] = row[0] + one.times, row[1] + one.times * one.sent, max(row[2], one.sent)
     lines = [f"{'collective':19}{'over':18}{'executions':>12}{'bytes sent by a device':>25}{'by the largest':>17}"]
     for (kind, axes, is_open), (times, sent, largest) in sorted(sums.items()):
         lines.append(f"{kind:19}{axes:18}{times:12,}{sent:25,}{largest:17,}{'  a pass' if is_open else ''}")
@@ -92,8 +91,8 @@ def _collective(visit: Visit, mesh: Mesh) -> Collective:
     instruction, operands = visit.instruction, visit.operands
     kind = _kind(instruction)
     if kind == "all-gather":
-        results = instruction.results
-        arrays = results[len(results) // 2 :] if instruction.opcode.endswith("-start") else results  # a start repeats operands
+        repeated = len(instruction.results) // 2 if instruction.opcode.endswith("-start") else 0  # the operands
+        arrays = instruction.results[repeated:]
     elif kind == "ragged-all-to-all":
         arrays = (min(operands[:2], key=lambda array: array.bytes),)
     else:
