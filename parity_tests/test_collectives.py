@@ -23,9 +23,7 @@ LAYERS, HIDDEN, VOCAB, EXPERTS, CHOICES, WIDTH = 2, 64, 1048, 8, 3, 56  # layers
 SEQUENCES, LENGTH, DEVICES = 16, 40, 8
 TOKENS = SEQUENCES * LENGTH // DEVICES
 """On each device."""
-MESHES = {
-    "data": dict(data=8), "fsdp": dict(fsdp=8), "expert": dict(expert=8), "mixed": dict(pipe=2, data=2, expert=2),
-}  # fmt: skip
+MESHES = {"data": dict(data=8), "fsdp": dict(fsdp=8), "expert": dict(expert=8), "mixed": dict(pipe=2, data=2, expert=2)}
 FLOAT = 4
 
 
