@@ -1,0 +1,50 @@
+"""The training step compiled from shapes alone, for devices that need not be there; nothing is allocated."""
+
+import dataclasses
+from collections.abc import Sequence
+from functools import partial
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax.sharding import NamedSharding, PartitionSpec
+
+from deepseek_jax.config import Config
+from deepseek_jax.model.layers import param_dtype
+from deepseek_jax.parallel.mesh import make_mesh, resolve
+from deepseek_jax.parallel.sharding import Division
+from deepseek_jax.training.optimizer import make_optimizer
+from deepseek_jax.training.step import Scalars, TrainState, init_state, train_step
+
+
+class CompiledStep(NamedTuple):
+    """A step that could run, and what it was compiled for."""
+
+    compiled: jax.stages.Compiled
+    division: Division
+    state: TrainState
+    """Its arrays' shapes and shardings."""
+
+
+def compile_step(config: Config, devices: Sequence[jax.Device]) -> CompiledStep:
+    """Compile `train_step` as a run has it, over a mesh of these devices.
+
+    Args:
+        devices: of this machine, or of `jax.experimental.topologies.get_topology_desc(...)`. For these `auto` means
+            nothing: name model.grouped_matmul and parallel.exchange.
+    """
+    parallel = resolve(config, len(devices))
+    config = dataclasses.replace(config, parallel=parallel)
+    shapes = jax.eval_shape(partial(init_state, config))
+    division = Division(parallel, shapes.params, make_mesh(parallel, devices))
+
+    def placed(leaf: jax.ShapeDtypeStruct, sharding: NamedSharding) -> jax.ShapeDtypeStruct:
+        return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding)
+
+    state = jax.tree.map(placed, shapes, division.shardings(shapes, make_optimizer(config.train)))
+    parts, length = config.train.gradient_accumulation_steps, config.train.sequence_length
+    batch = (parts, config.train.batch_size // parts, length + 1 + config.model.num_nextn_predict_layers)
+    tokens = jax.ShapeDtypeStruct(batch, jnp.int32, sharding=NamedSharding(division.mesh, division.batch_spec(axis=1)))
+    scalar = jax.ShapeDtypeStruct((), param_dtype(config.model), sharding=NamedSharding(division.mesh, PartitionSpec()))
+    step = jax.jit(partial(train_step, config=config, division=division), donate_argnums=0)
+    return CompiledStep(step.lower(state, tokens, Scalars(scalar, scalar, scalar)).compile(), division, state)

@@ -1,0 +1,69 @@
+"""The step and the exchange of tokens, compiled for TPUs that are not there: by libtpu, on any host."""
+
+import jax
+import jax.numpy as jnp
+import pytest
+from jax.sharding import AxisType, NamedSharding, PartitionSpec
+
+from deepseek_jax.config import load_config
+from deepseek_jax.parallel.collectives import collectives
+from deepseek_jax.parallel.exchange import AXIS, plan_journey, send, send_back
+from deepseek_jax.training.ahead import compile_step
+
+pytest.importorskip("libtpu", reason="libtpu, the TPU's compiler, is not installed")
+
+SIZES = dict(precision="bfloat16", grouped_matmul="megablox", vocab_size=512, hidden_size=256, num_hidden_layers=3,
+             intermediate_size=256, num_attention_heads=2, q_lora_rank=128, kv_lora_rank=128, qk_nope_head_dim=128,
+             qk_rope_head_dim=64, v_head_dim=128, moe_intermediate_size=128, max_position_embeddings=128)  # fmt: skip
+TRAINED = dict(batch_size=16, sequence_length=128, loss_chunk_tokens=128)
+
+
+def chips(topology):
+    from jax.experimental import topologies
+
+    return topologies.get_topology_desc(platform="tpu", topology_name=topology).devices
+
+
+@pytest.mark.parametrize("topology", ["v5e:2x4", "v5p:2x2x2"])
+def test_ragged_exchange_compiles(topology):
+    """There and back, and both gradients: four collectives."""
+    devices, rows, width, experts = chips(topology), 1024, 512, 16
+    mesh = jax.make_mesh((len(devices),), (AXIS,), axis_types=(AxisType.Auto,), devices=devices)
+    cut = PartitionSpec(AXIS)
+
+    def gradient(rows, group_sizes):
+        def loss(rows):
+            journey = plan_journey(group_sizes, rows.shape[0])
+            return jnp.sum(jnp.sin(send_back(jnp.sin(send(rows, journey, "ragged")), journey, "ragged")))
+
+        return jax.grad(loss)(rows)
+
+    def argument(shape, dtype):
+        return jax.ShapeDtypeStruct(shape, dtype, sharding=NamedSharding(mesh, cut))
+
+    sharded = jax.jit(jax.shard_map(gradient, mesh=mesh, in_specs=cut, out_specs=cut, check_vma=False))
+    program = sharded.lower(argument((len(devices) * rows, width), "bfloat16"), argument((len(devices) * experts,), "int32"))
+    found = collectives(program.compile().as_text(), mesh)
+    exchanges = [one for one in found if one.kind == "ragged-all-to-all"]
+    assert [(one.axes, one.bytes, one.times) for one in exchanges] == [((AXIS,), rows * width * 2, 1)] * 4
+
+
+@pytest.mark.parametrize(
+    "topology, axes, mtp, exchanges",
+    [
+        # 5 ticks, then MTP's module: see test_collectives.py for what a layer exchanges.
+        ("v5p:2x2x2", dict(pipe=2, data=2, expert=2), 1, 5 * 8 + 9),
+        ("v5e:2x4", dict(fsdp=2, expert=4), 0, 2 * 8),
+    ],
+)
+def test_step_compiles(topology, axes, mtp, exchanges):
+    fields = {"model": SIZES | {"num_nextn_predict_layers": mtp}, "train": TRAINED,
+              "parallel": {"data": 1, "exchange": "ragged"} | axes}  # fmt: skip
+    overrides = [f"{section}.{key}={value}" for section, values in fields.items() for key, value in values.items()]
+    step = compile_step(load_config("tiny", overrides), chips(topology))
+    text = step.compiled.as_text()
+    assert "tpu_custom_call" in text  # megablox
+    found = collectives(text, step.division.mesh)
+    assert sum(one.times for one in found if one.kind == "ragged-all-to-all") == exchanges
+    assert all(one.open_loops == 0 for one in found)
+    assert not [one for one in found if one.kind == "all-to-all" and "expert" in one.axes]
