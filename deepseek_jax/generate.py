@@ -19,6 +19,7 @@ from deepseek_jax.config import ModelConfig, load_config
 from deepseek_jax.data.tokenizer import end_of_document_id, load_tokenizer
 from deepseek_jax.errors import UserError, run_command
 from deepseek_jax.model.decoding import Cache, decode, prefill, split_layers
+from deepseek_jax.precision.fp8 import require_fp8
 from deepseek_jax.training.checkpoint import Checkpoints
 
 LENGTH_MULTIPLE = 32
@@ -76,6 +77,8 @@ def load_run(run_dir: Path, step: int | None = None) -> tuple[ModelConfig, Token
     if not path.is_file():
         raise UserError(f"{run_dir}: no run here: {path} is missing")
     config = load_config(path)
+    if config.model.precision == "fp8":
+        require_fp8()
     tokenizer = load_tokenizer(run_dir / "tokenizer.json")
     checkpoints = Checkpoints(run_dir, config)
     step = checkpoints.latest() if step is None else step

@@ -1,6 +1,7 @@
 """FP8 (report 3.3): the quantisers bit for bit in both siblings, the products against float64, and what is kept."""
 
 import functools
+import itertools
 import re
 
 import jax
@@ -9,7 +10,7 @@ import ml_dtypes
 import numpy as np
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from deepseek_jax.config import ConfigError
@@ -44,6 +45,14 @@ def awkward(draw) -> np.ndarray:
     return x
 
 
+def one_of_everything() -> np.ndarray:
+    """A ragged matrix whose tiles are in turn zero, ordinary, beyond 448, subnormal, NaN, infinite and mixed."""
+    x = np.random.default_rng(0).standard_normal((7, 300)).astype(np.float32)
+    x *= np.array([0, 1, 1e6, 1e-40, 1, 1, 1e-7], np.float32)[:, None]
+    x[4, 130], x[5, 140], x[5, 299], x[6, 1::7] = np.nan, np.inf, -np.inf, 448
+    return x
+
+
 def bits(array) -> np.ndarray:
     """Raw bits of a JAX or torch array of codes or scales."""
     if isinstance(array, torch.Tensor):
@@ -59,6 +68,8 @@ def assert_same_bits(ours, theirs) -> None:
 
 @settings(max_examples=100, deadline=None)
 @given(awkward(), st.booleans(), st.booleans())
+@example(one_of_everything(), False, False)
+@example(one_of_everything(), True, True)
 @pytest.mark.filterwarnings("ignore::RuntimeWarning")
 def test_quantisers_agree_bit_for_bit(x, power_of_two, is_gradient):
     axis, smallest = (-2, fp8.SMALLEST_GRADIENT_AMAX) if is_gradient else (-1, fp8.SMALLEST_AMAX)
@@ -72,6 +83,8 @@ def test_quantisers_agree_bit_for_bit(x, power_of_two, is_gradient):
 
 @settings(max_examples=60, deadline=None)
 @given(awkward(), st.booleans())
+@example(one_of_everything(), False)
+@example(one_of_everything(), True)
 @pytest.mark.filterwarnings("ignore::RuntimeWarning")
 def test_codes_are_those_of_the_formula(x, power_of_two):
     """Against numpy and ml_dtypes, tile by tile; also that NaN and infinity stay visible."""
@@ -160,11 +173,12 @@ def torch_vjp(product, x, w, dy):
 
 @pytest.mark.parametrize("rows, k, m", [(300, 515, 130), (1, 7, 5)])
 def test_matmul_and_gradients(rows, k, m):
+    """Both forms and the sibling within 1e-6 of the truth, and of one another."""
     x, w, dy = problem(rows, k, m)
-    expected = truth(x, w, dy)
-    assert_close(torch_vjp(torch_matmul, x, w, dy), expected)
-    for product in DENSE.values():
-        assert_close(jax_vjp(product, x, w, dy), expected)
+    results = [truth(x, w, dy), torch_vjp(torch_matmul, x, w, dy)]
+    results += [jax_vjp(product, x, w, dy) for product in DENSE.values()]
+    for one, other in itertools.combinations(results, 2):
+        assert_close(one, other)
 
 
 @pytest.mark.parametrize("sizes", [(0, 130, 0, 90), (0, 0, 257, 0), (128, 1, 127, 1)])
@@ -286,6 +300,9 @@ def test_partial_products_never_exist_together():
     assert largest_float32(batched.as_text()) == partial_products
     assert largest_float32(looped.as_text()) < partial_products
     step = compiled_vjp(DENSE["dot_general"]).lower(x, w, dy).compile()
+    assert largest_float32(step.as_text()) < partial_products
+    sizes = np.array([rows], np.int32)
+    step = compiled_vjp(GROUPED["dot_general"]).lower(x, w[None], dy, sizes).compile()
     assert largest_float32(step.as_text()) < partial_products
 
 

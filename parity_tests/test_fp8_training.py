@@ -2,6 +2,7 @@
 
 import dataclasses
 from functools import partial
+from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -10,18 +11,24 @@ import pytest
 import torch
 
 import deepseek_torch.model.layers as torch_layers
-from deepseek_jax.config import Config, ConfigError, ModelConfig, TrainConfig, load_config
+from deepseek_jax.checkpoint.safetensors_reader import SafetensorsDirectory
+from deepseek_jax.config import Config, ConfigError, ModelConfig, TrainConfig, load_config, to_yaml
+from deepseek_jax.convert import convert
+from deepseek_jax.generate import load_run
 from deepseek_jax.model import layers, rope, transformer
 from deepseek_jax.model.block import Block
 from deepseek_jax.model.rope import rope_angles
-from deepseek_jax.precision import fp8
+from deepseek_jax.model.transformer import DeepseekV3
+from deepseek_jax.precision import fp8, fp8_grouped_matmul, fp8_matmul
 from deepseek_jax.train import train
+from deepseek_jax.training.checkpoint import Checkpoints
 from deepseek_jax.training.optimizer import make_optimizer
 from deepseek_jax.training.schedules import plan_steps
 from deepseek_jax.training.step import Scalars, TrainState, train_step
 from deepseek_torch.training.optimizer import make_optimizer as make_torch_optimizer
 from deepseek_torch.training.step import TrainState as TorchTrainState
 from deepseek_torch.training.step import train_step as torch_train_step
+from parity_tests.checkpoints import random_variables
 from parity_tests.modules import COMPILE_QUICKLY
 from parity_tests.siblings import Siblings
 
@@ -94,6 +101,58 @@ def test_the_same_products_are_in_float8(monkeypatch):
         assert apart < 2e-3
 
 
+def codes_used(config: ModelConfig, variables: dict, monkeypatch) -> set[tuple]:
+    """Every matrix as the model's products use it: its shape, codes and scales, [in, out]."""
+    used = set()
+
+    def record(codes: np.ndarray, scales: np.ndarray) -> None:
+        for matrix, its_scales in zip(codes, scales):
+            used.add((matrix.shape, matrix.tobytes(), its_scales.tobytes()))
+
+    def recording(w: jax.Array) -> tuple[jax.Array, jax.Array]:
+        codes, scales = fp8.quantize_blocks(w)
+        matrices = jax.lax.bitcast_convert_type(codes, jnp.uint8).reshape(-1, *codes.shape[-2:])
+        jax.debug.callback(record, matrices, scales.reshape(-1, *scales.shape[-2:]))
+        return codes, scales
+
+    for module in (fp8_matmul, fp8_grouped_matmul):
+        monkeypatch.setattr(module, "quantize_blocks", recording)
+    tokens = batch(fp8_config(), seed=0)[0, :1, :20]
+    jax.block_until_ready(jax.jit(DeepseekV3(config).apply, compiler_options=COMPILE_QUICKLY)(variables, tokens))
+    jax.effects_barrier()
+    return used
+
+
+def codes_written(directory: Path) -> set[tuple]:
+    """The same of a Hugging Face directory, whose matrices are [out, in]."""
+    tensors = SafetensorsDirectory(directory)
+    suffix = "_scale_inv"
+    pairs = [(tensors.read(n.removesuffix(suffix)), tensors.read(n)) for n in tensors.names if n.endswith(suffix)]
+    return {(codes.T.shape, codes.T.tobytes(), scales.T.tobytes()) for codes, scales in pairs}
+
+
+def test_convert_writes_the_codes_and_scales_that_training_uses(tmp_path, monkeypatch):
+    """To the byte, and of the same matrices: only MTP's projection, which DeepSeek's form leaves alone, is not there."""
+    config = dataclasses.replace(fp8_config(), run_dir=str(tmp_path / "run"))
+    variables = random_variables(config.model)
+    # Off what bfloat16 holds; and some matrices under the floor of the scales.
+    params = jax.tree.map(lambda w: w * np.float32(1.001), variables["params"])
+    params["moe_layers"]["mlp"]["experts"]["up_proj"] *= np.float32(1e-6)
+    state = TrainState(params, variables["router_state"], make_optimizer(config.train).init(params))
+    checkpoints = Checkpoints(tmp_path / "run", config)
+    checkpoints.save(1, state)
+    checkpoints.wait()
+    (tmp_path / "run" / "config.yaml").write_text(to_yaml(config))
+    convert(tmp_path / "run", tmp_path / "out", dtype="fp8", verify=True)
+
+    used = codes_used(config.model, {"params": params, "router_state": variables["router_state"]}, monkeypatch)
+    written = codes_written(tmp_path / "out")
+    (eh_proj,) = params["mtp_layers"]["eh_proj"]["weight"]
+    alone = tuple(np.asarray(part) for part in jax.jit(fp8.quantize_blocks)(eh_proj))
+    assert used - written == {(eh_proj.shape, *(part.tobytes() for part in alone))}
+    assert written < used and len(written) == 5 * 3 + 3 + 2 * (3 * config.model.n_routed_experts + 3)
+
+
 def kept_bytes(config: ModelConfig, sequences: int) -> tuple[float, float]:
     """What a dense layer keeps for its backward pass: bytes a token, and bytes whatever the tokens."""
     block = Block(config, moe=False)
@@ -157,7 +216,7 @@ def test_moments_in_bfloat16_are_kept_in_two_bytes():
 
 
 def test_a_machine_without_float8_is_told_what_to_use(monkeypatch, tmp_path):
-    """One line, before anything is written; also where the product runs and comes out wrong."""
+    """One line, before anything is written or read; also where the product runs and comes out wrong."""
     text = tmp_path / "text.txt"
     text.write_text("some text " * 1000)
     config = load_config("tiny", ["model.precision=fp8", f"data.input={text}", f"run_dir={tmp_path / 'run'}"])
@@ -170,4 +229,7 @@ def test_a_machine_without_float8_is_told_what_to_use(monkeypatch, tmp_path):
         pattern = rf"^model\.precision=fp8: no float8 products on cpu [^\n]*{fault}[^\n]*use model\.precision=bfloat16$"
         with pytest.raises(ConfigError, match=pattern):
             train(config)
-    assert not (tmp_path / "run").exists()
+        assert not (tmp_path / "run").exists()
+        (tmp_path / "config.yaml").write_text(to_yaml(config))
+        with pytest.raises(ConfigError, match=pattern):
+            load_run(tmp_path)
