@@ -21,7 +21,7 @@ import numpy as np
 
 from deepseek_jax.config import Config, ConfigError, load_config, presets, to_yaml
 from deepseek_jax.data.loader import Windows
-from deepseek_jax.data.packing import PreparedData, is_prepared, prepare
+from deepseek_jax.data.packing import PreparedData, is_prepared, open_prepared, prepare
 from deepseek_jax.errors import UserError, run_command, write_atomically
 from deepseek_jax.model.transformer import count_parameters
 from deepseek_jax.parallel import processes
@@ -88,7 +88,7 @@ def train(config: Config, resume: bool = False) -> None:
         require_fp8()
     # The default would cut float32 products down to bfloat16 or TF32 on a TPU or GPU.
     jax.config.update("jax_default_matmul_precision", "highest")
-    config = dataclasses.replace(config, parallel=resolve(config, jax.device_count()))
+    asked, config = config, dataclasses.replace(config, parallel=resolve(config, jax.device_count()))
     fresh = jax.eval_shape(partial(init_state, config))
     division = Division(config.parallel, fresh.params) if jax.device_count() > 1 else None
     shardings = division and division.shardings(fresh, make_optimizer(config.train))
@@ -101,7 +101,7 @@ def train(config: Config, resume: bool = False) -> None:
             f"keep its tokenizer, data.tokenizer={run_dir}/tokenizer.json, or else start a new run_dir"
         )
     processes.first_alone(lambda: prepare(config, run_dir))
-    data = prepare(config, run_dir)
+    data = open_prepared(config, run_dir)
     checkpoints = Checkpoints(run_dir, config, shardings)
     last_step = checkpoints.latest() if resume else None
     if last_step is None:
@@ -111,7 +111,7 @@ def train(config: Config, resume: bool = False) -> None:
     _describe(config, data, last_step)
     if division is not None:
         print(mesh_summary(config, division, fresh, shardings), flush=True)
-    processes.first_alone(lambda: write_atomically(run_dir / CONFIG_FILE, to_yaml(config)))
+    processes.first_alone(lambda: write_atomically(run_dir / CONFIG_FILE, to_yaml(asked)))
     loop = _Loop(config, run_dir, data, checkpoints, last_step or 0, division)
     loop.run(state)
 
@@ -146,7 +146,7 @@ class _Loop:
     def run(self, state: TrainState) -> None:
         """Take every remaining step."""
         train, saved = self._config.train, self._last_step
-        previous = signal.signal(signal.SIGINT, self._interrupt)
+        previous = {number: signal.signal(number, self._interrupt) for number in (signal.SIGINT, signal.SIGTERM)}
         try:
             told: tuple[StepPlan, StepMetrics] | None = None
             asked = False
@@ -171,7 +171,8 @@ class _Loop:
                 if end:
                     break
         finally:
-            signal.signal(signal.SIGINT, previous)
+            for number, handler in previous.items():
+                signal.signal(number, handler)
             self._checkpoints.wait()
         if saved < train.steps:
             raise Interrupted(f"interrupted; step {saved} is saved: --resume run_dir={self._run_dir} goes on from it")

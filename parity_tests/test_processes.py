@@ -18,9 +18,9 @@ FIELDS = ["model.precision=float64", "model.num_hidden_layers=3", "model.hidden_
           "train.checkpoint_every=100", "data.held_out_fraction=0.2"]  # fmt: skip
 
 
-def launch(processes: int, devices: int, *words) -> subprocess.Popen:
+def launch(processes: int, devices: int, *words, **options) -> subprocess.Popen:
     command = [sys.executable, LAUNCH, str(processes), "--devices", str(devices), "--", sys.executable, *map(str, words)]
-    return subprocess.Popen(command, env=ENVIRONMENT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    return subprocess.Popen(command, env=ENVIRONMENT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, **options)
 
 
 def train(tmp_path: Path, name: str, processes: int, devices: int, *words) -> tuple[str, str, int]:
@@ -58,12 +58,35 @@ def test_two_processes_and_then_another_mesh(alone):
     told, complaints, code = train(alone, "two", 2, 2, "train.steps=2", *mesh)
     assert code == 0, complaints
     assert "mesh: pipe 2 x data 1 x fsdp 1 x expert 2 = 4 devices in 2 processes" in told
-    assert "the bubble is 20.0% of the ticks" in told and "each device holds: parameters" in told
+    assert "the bubble is 20.0% of the time" in told and "each device holds: parameters" in told
     assert told.count("2 bits per byte") + told.count("step 2:") == 1, "one process talks"
     told, complaints, code = train(alone, "two", 1, 4, "--resume", "train.steps=4", "parallel.data=2", "parallel.fsdp=2")
     assert code == 0, complaints
     assert "resuming after step 2" in told
     assert_same_metrics(metrics(alone / "two"), metrics(alone / "alone"))
+
+
+def test_ctrl_c_saves_on_all_and_two_processes_go_on(tmp_path):
+    """Both stop after the same step, one says so; a second start, of two processes again, goes on from there."""
+    (tmp_path / "text.txt").write_text("The answer. " * 2000)
+    words = ["-m", "deepseek_jax.train", "--config", "tiny", f"data.input={tmp_path}/text.txt", f"run_dir={tmp_path}/run",
+             "model.num_hidden_layers=1", "model.num_nextn_predict_layers=0", "train.eval_every=100000",
+             "train.checkpoint_every=100000", "parallel.data=2"]  # fmt: skip
+    running = launch(2, 1, *words, "train.steps=100000", start_new_session=True)
+    written = tmp_path / "run" / "metrics.jsonl"
+    while not (written.exists() and written.read_text().count("\n") > 2):
+        time.sleep(0.1)
+        assert running.poll() is None, running.communicate()
+    os.killpg(running.pid, signal.SIGINT)
+    _, complaints = running.communicate(timeout=100)
+    said = [line for line in complaints.splitlines() if line.startswith("error: ")]
+    (step,) = os.listdir(tmp_path / "run" / "checkpoints")
+    assert said == [f"error: interrupted; step {step} is saved: --resume run_dir={tmp_path}/run goes on from it"], complaints
+    assert running.returncode == 130 and len(metrics(tmp_path / "run")) == int(step)
+    running = launch(2, 1, *words, "--resume", f"train.steps={int(step) + 1}")
+    told, complaints = running.communicate(timeout=200)
+    assert running.returncode == 0 and f"resuming after step {step}" in told, complaints
+    assert [line["step"] for line in metrics(tmp_path / "run") if "loss" in line] == list(range(1, int(step) + 2))
 
 
 @pytest.mark.slow
@@ -85,7 +108,6 @@ def test_a_mistake_is_told_once(tmp_path):
 
 WAITING = """
 import os, sys, time
-from deepseek_jax.errors import UserError
 from deepseek_jax.parallel import processes
 processes.join(False)
 with processes.together():
@@ -94,7 +116,7 @@ with processes.together():
         file.write(str(os.getpid()))
     os.rename(own + ".partial", own)
     if sys.argv[1] == os.environ["JAX_PROCESS_ID"]:
-        raise UserError("the disk of this process is full")
+        raise OSError("the disk of this process is full")
     time.sleep(60)
 """
 
@@ -113,8 +135,9 @@ def test_when_one_dies_the_others_stop_and_say_which(victim, tmp_path):
     assert len(said) == 2 and all(f"process {victim}" in line and "has died" in line for line in said), complaints
 
 
-def test_a_failure_in_one_process_is_told_with_its_number(tmp_path):
-    running = launch(2, 1, "-c", WAITING, "1", tmp_path)
+@pytest.mark.parametrize("failing, complaint", [(0, "error: "), (1, "error: process 1: ")])
+def test_a_failure_in_one_process_is_told_once(failing, complaint, tmp_path):
+    running = launch(2, 1, "-c", WAITING, failing, tmp_path)
     _, complaints = running.communicate(timeout=60)
     said = [line for line in complaints.splitlines() if line.startswith("error: ")]
-    assert running.returncode == 1 and said == ["error: process 1: the disk of this process is full"], complaints
+    assert running.returncode == 1 and said == [complaint + "the disk of this process is full"], complaints

@@ -64,6 +64,11 @@ def prepare(config: Config, directory: Path) -> PreparedData:
     fingerprint = _fingerprint(config)
     if not _agrees(directory, fingerprint):
         _make(config, directory, fingerprint)
+    return open_prepared(config, directory)
+
+
+def open_prepared(config: Config, directory: Path) -> PreparedData:
+    """What `prepare` has left in `directory`; raises as it does."""
     tokenizer = load_tokenizer(directory / TOKENIZER)
     train, held_out = (_open_tokens(directory / name) for name in (TRAIN, HELD_OUT))
     _check_lengths(config, len(train), len(held_out))

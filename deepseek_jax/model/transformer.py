@@ -122,7 +122,9 @@ class DeepseekV3(nn.Module):
         layers = assign_layers(c.num_hidden_layers - c.first_k_dense_replace, parallel)
         present = (jnp.asarray(layers) != ABSENT)[jax.lax.axis_index("pipe")]
         stack = self._stacked(PIPELINED, Block, layers.shape[-1])(c, moe=True, division=self.division, parent=None)
-        variables = {kind: jax.tree.map(lambda leaf: leaf.reshape(*layers.shape[1:], *leaf.shape[1:]), tree[PIPELINED])
+        # In the parameters' type, in which the ticks' gradients are summed.
+        variables = {kind: jax.tree.map(lambda leaf: leaf.astype(param_dtype(c)).reshape(*layers.shape[1:], *leaf.shape[1:]),
+                                        tree[PIPELINED])
                      for kind, tree in self.variables.items() if PIPELINED in tree}  # fmt: skip
         of_microbatch = jax.tree.map(lambda leaf: leaf[:size], (rope, positions))
 

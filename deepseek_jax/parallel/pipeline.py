@@ -16,8 +16,7 @@ import numpy as np
 from deepseek_jax.config import ParallelConfig
 
 ABSENT = -1
-"""In place of a layer, where a chunk has one fewer than others. Zero weights stand for it: residual layers without
-weights leave the state as it is."""
+"""In place of a layer, where a chunk has one fewer than others."""
 
 AXIS = "pipe"
 
@@ -32,10 +31,12 @@ def assign_layers(layers: int, parallel: ParallelConfig) -> np.ndarray:
     return places.reshape(parallel.pipe_interleave, parallel.pipe, -1).swapaxes(0, 1)
 
 
-def bubble(parallel: ParallelConfig, rounds: int) -> float:
-    """Share of the ticks in which a stage computes nothing; `rounds` is the micro-batches that each device reads."""
-    work = rounds * parallel.pipe * parallel.pipe_interleave
-    return (parallel.pipe - 1) / (work + parallel.pipe - 1)
+def bubble(layers: int, parallel: ParallelConfig, rounds: int) -> float:
+    """Share of the stages' time in which they compute no layer for a micro-batch; `rounds` is the micro-batches that each
+    device reads. Absent layers take their time, too."""
+    microbatches = rounds * parallel.pipe
+    ticks = microbatches * parallel.pipe_interleave + parallel.pipe - 1
+    return 1 - microbatches * layers / (ticks * assign_layers(layers, parallel)[:, 0].size)
 
 
 def run_pipeline(
@@ -76,7 +77,8 @@ def run_pipeline(
     nothing = jnp.zeros_like(inputs[0])
     told = jax.eval_shape(lambda state: chunk(jnp.int32(0), state)[1], nothing)
     totals = jax.tree.map(lambda leaf: jnp.zeros((chunks, *leaf.shape), leaf.dtype), told)
-    start = (nothing, nothing, nothing, jnp.zeros_like(inputs), totals)
+    # Until work comes a stage computes on what is like it: zeros would all go to the same experts.
+    start = (inputs[0], nothing, nothing, jnp.zeros_like(inputs), totals)
     times = jnp.arange(rounds * period + stages - 1)
     # The last micro-batch is home stages - 1 ticks after it left the last stage.
     (_, _, _, outputs, totals), _ = jax.lax.scan(tick, start, times)

@@ -9,8 +9,10 @@ import socket
 import sys
 import threading
 import time
+import traceback
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
+from typing import TextIO
 
 import jax
 import numpy as np
@@ -23,9 +25,9 @@ ADDRESS, COUNT, INDEX = "JAX_COORDINATOR_ADDRESS", "JAX_NUM_PROCESSES", "JAX_PRO
 SILENCE = 40
 """Seconds without a sign of life after which a process counts as dead, if its connection did not tell before."""
 STOPPED = 75
-"""Exit code of a process that stops because another has died or failed."""
-DONE, FAILED = "done", "failed:"
-"""What a process says when it leaves; beyond that it only says that it is alive. The first passes on deaths."""
+"""Exit code of a process that stops because another has died."""
+ALIVE, DONE, FAILED = "alive", "done", "failed:"
+"""What processes say. The last comes with an exit code and the reason; beyond them the first passes on who has died."""
 
 
 def join(on_cluster: bool) -> None:
@@ -41,14 +43,15 @@ def join(on_cluster: bool) -> None:
     if not on_cluster and ADDRESS not in os.environ:
         return
     jax.config.update("jax_cpu_collectives_implementation", "gloo")
-    numbers = {argument: int(os.environ[name]) for argument, name in (("num_processes", COUNT), ("process_id", INDEX))
-               if name in os.environ}  # fmt: skip
     try:
+        numbers = {argument: int(os.environ[name]) for argument, name in (("num_processes", COUNT), ("process_id", INDEX))
+                   if name in os.environ}  # fmt: skip
         jax.distributed.initialize(**numbers, heartbeat_timeout_seconds=2 * SILENCE)
     except Exception as error:  # of many kinds, by cluster
+        reason = next(iter(str(error).splitlines()), type(error).__name__)
         raise UserError(
-            f"the other processes were not found: {str(error).splitlines()[0]}; start them by scripts/launch_local or "
-            f"with {ADDRESS}=HOST:PORT, {COUNT} and {INDEX} set, or add --distributed on a cluster"
+            f"the other processes were not found: {reason}; start them by scripts/launch_local or with "
+            f"{ADDRESS}=HOST:PORT, {COUNT} and {INDEX} set, or add --distributed on a cluster"
         ) from None
     if jax.process_count() > 1:
         _watch()
@@ -76,16 +79,21 @@ def together() -> Iterator[None]:
     try:
         yield
         multihost_utils.sync_global_devices("the end")
-    except (UserError, KeyboardInterrupt) as error:
-        reason = str(error) or "interrupted"
-        _leave(f"{FAILED} {reason}")
-        if is_first():
-            report(reason)
-        _exit(getattr(error, "exit_code", 130))
-    except Exception:
-        time.sleep(SILENCE)  # most likely another process has died, which `_stop` is about to tell
-        raise
+    except (UserError, OSError, KeyboardInterrupt) as error:
+        _fail(str(error) or "interrupted", getattr(error, "exit_code", 130 if isinstance(error, KeyboardInterrupt) else 1))
+    except Exception as error:
+        time.sleep(SILENCE / 2)  # most likely another process has died, which `_stop` is about to tell
+        traceback.print_exc()
+        _fail(f"{type(error).__name__}, told above", 1)
     _leave(DONE)
+
+
+def _fail(reason: str, code: int) -> None:
+    """Tell why, once for all processes, and end all of them with this exit code."""
+    _leave(f"{FAILED} {code} {reason}")
+    if is_first():
+        report(reason)
+    _exit(code)
 
 
 _leaving, _stopping = threading.Event(), threading.Lock()
@@ -95,19 +103,25 @@ _connections: list[socket.socket] = []
 
 def _watch() -> None:
     """Connect all processes to the first, which passes on who has died."""
-    listener = socket.create_server(("", 0)) if is_first() else None
+    host = os.environ.get(ADDRESS, "").rpartition(":")[0].strip("[]")
+    listener = socket.create_server((host if host == "127.0.0.1" else "", 0)) if is_first() else None
     port = listener.getsockname()[1] if listener else 0
     token = int.from_bytes(os.urandom(4), "big") >> 1
     port, token = (int(x) for x in multihost_utils.broadcast_one_to_all(np.array([port, token], np.int32)))
-    host = os.environ.get(ADDRESS, "").rpartition(":")[0] or _name_of_first()
+    host = host or _name_of_first()
     if listener:
         threading.Thread(target=_accept, args=(listener, token), daemon=True).start()
     else:
-        connection = socket.create_connection((host, port), timeout=SILENCE)
-        _connections.append(connection)
-        _tell(f"{token} {jax.process_index()} {socket.gethostname()}")
-        threading.Thread(target=_listen, args=(connection,), daemon=True).start()
-        threading.Thread(target=_beat, daemon=True).start()
+        try:
+            connection = socket.create_connection((host, port), timeout=SILENCE)
+        except OSError as error:
+            print(f"process {jax.process_index()}: no connection to {host}:{port} ({error}); should a process die, this one "
+                  f"learns it from jax.distributed alone", file=sys.stderr, flush=True)  # fmt: skip
+        else:
+            _connections.append(connection)
+            _tell(f"{token} {jax.process_index()} {socket.gethostname()}")
+            threading.Thread(target=_listen, args=(connection,), daemon=True).start()
+    threading.Thread(target=_beat, daemon=True).start()
     multihost_utils.sync_global_devices("watch")
 
 
@@ -143,46 +157,49 @@ def _follow(connection: socket.socket, token: int) -> None:
     connection.settimeout(SILENCE)
     lines = connection.makefile("r")
     try:
-        given, index, host = lines.readline().split()
+        given, index, host = lines.readline(1000).split()
         if int(given) != token:
             return
     except (OSError, ValueError):  # someone else's connection
         return
     _connections.append(connection)
-    last = ""
-    with suppress(OSError):
-        for line in iter(lambda: lines.readline(1000), ""):
-            last = line.strip()
-            if last != "alive":
-                break
+    last = _last_words(lines)
     if last.startswith(FAILED):
         time.sleep(1)  # what failed there most likely fails here too, and is then told by the main thread
-        _stop(f"process {index}: {last.removeprefix(FAILED).strip()}", FAILED)
+        code, _, reason = last.removeprefix(FAILED).strip().partition(" ")
+        _stop(f"process {index}: {reason}", f"{FAILED} {code}", int(code))
     elif last != DONE:
         died = f"process {index} on {host} has died; --resume goes on from the last checkpoint"
         _stop(died, died)
 
 
-def _beat() -> None:
-    """Tell the first process every few seconds that this one is alive."""
-    while not _leaving.wait(SILENCE / 8):
-        _tell("alive")
-
-
 def _listen(connection: socket.socket) -> None:
-    """Stop when the first process says that another has died, or is gone itself."""
-    connection.settimeout(None)
-    message = ""
-    with suppress(OSError):
-        message = connection.makefile("r").readline().strip()
+    """Stop when the first process says that another has died or failed, or is gone itself."""
+    connection.settimeout(SILENCE)
+    message = _last_words(connection.makefile("r"))
     if message.startswith(FAILED):
-        _stop()
+        _stop(code=int(message.removeprefix(FAILED).split()[0]))
     elif message != DONE:
         died = message or "process 0, the first, has died; --resume goes on from the last checkpoint"
         _stop(f"process {jax.process_index()} stops: {died}")
 
 
-def _stop(message: str = "", for_others: str = DONE) -> None:
+def _last_words(lines: TextIO) -> str:
+    """What the other side says besides that it is alive; nothing if it falls silent."""
+    with suppress(OSError):
+        for line in iter(lambda: lines.readline(1000), ""):
+            if line.strip() != ALIVE:
+                return line.strip()
+    return ""
+
+
+def _beat() -> None:
+    """Tell the other side every few seconds that this process is alive."""
+    while not _leaving.wait(SILENCE / 8):
+        _tell(ALIVE)
+
+
+def _stop(message: str = "", for_others: str = DONE, code: int = STOPPED) -> None:
     """End this process from whatever thread: the main one may be waiting for the dead process."""
     with _stopping:
         if _leaving.is_set():
@@ -190,7 +207,7 @@ def _stop(message: str = "", for_others: str = DONE) -> None:
         _leave(for_others)
         if message:
             report(message)
-        _exit(STOPPED)
+        _exit(code)
 
 
 def _exit(code: int) -> None:

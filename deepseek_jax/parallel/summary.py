@@ -4,11 +4,12 @@ import math
 from typing import Any
 
 import jax
+import numpy as np
 
-from deepseek_jax.config import Config
+from deepseek_jax.config import Config, ModelConfig
 from deepseek_jax.parallel.pipeline import assign_layers, bubble
 from deepseek_jax.parallel.sharding import PIPELINED, Division, Place, bytes_per_device
-from deepseek_jax.parallel.weights import layer_axes
+from deepseek_jax.parallel.weights import layer_axes, step_type
 
 DIVIDES = {
     "pipe": "the mixture-of-experts layers, in stages",
@@ -28,11 +29,11 @@ def mesh_summary(config: Config, division: Division, state: Any, shardings: Any)
     if division.parallel.pipe > 1:
         lines.append(_pipeline(config, division))
     masters, moments = (bytes_per_device(getattr(state, name), getattr(shardings, name)) for name in ("params", "optimizer"))
-    gradients = _bytes_in_step(division, state.params)
+    weights, gradients = _bytes_in_step(division, config.model, state.params)
     total = sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(state))
     lines.append(
-        f"each device holds: parameters {_size(masters)}, optimizer {_size(moments)}, gradients in a step "
-        f"{_size(gradients)}; the whole state is {_size(total)}"
+        f"each device holds: parameters {_size(masters)}, optimizer {_size(moments)}; in a step also gathered weights "
+        f"{_size(weights)}, gradients {_size(gradients)}; the whole state is {_size(total)}"
     )
     return "\n".join(lines)
 
@@ -46,24 +47,25 @@ def _pipeline(config: Config, division: Division) -> str:
     count = f"{own.min()}" if own.min() == own.max() else f"{own.min()} to {own.max()}"
     return (
         f"  stages of {count} layers in {parallel.pipe_interleave} chunks; {rounds * parallel.pipe} micro-batches of "
-        f"{parallel.microbatch_size} sequences; the bubble is {bubble(parallel, rounds):.1%} of the ticks"
+        f"{parallel.microbatch_size} sequences; the bubble is {bubble(layers, parallel, rounds):.1%} of the time"
     )
 
 
-def _bytes_in_step(division: Division, params: Any) -> int:
-    """Of the gradients while they are summed on each device: cut where weights are gathered layer by layer, by expert
-    and by stage."""
+def _bytes_in_step(division: Division, config: ModelConfig, params: Any) -> tuple[int, int]:
+    """Of the weights as `collect` gathers them, and of the gradients while they are summed on each device: cut where
+    weights are gathered layer by layer, by expert and by stage."""
     sizes = division.mesh.shape
 
-    def one(path: tuple[str, ...], place: Place, leaf: jax.ShapeDtypeStruct) -> int:
+    def one(path: tuple[str, ...], place: Place, leaf: jax.ShapeDtypeStruct) -> np.ndarray:
         cut_by = {*layer_axes(division, path), *(("expert",) if "experts" in path else ())}
         cuts = math.prod(sizes[axis] for axis, _ in place.cuts if axis in cut_by)
         size = leaf.size
         if path[0] == PIPELINED and division.parallel.pipe > 1:
             size = size // leaf.shape[0] * assign_layers(leaf.shape[0], division.parallel)[0].size
-        return size * leaf.dtype.itemsize // cuts
+        itemsizes = (step_type(division, config, path, place, leaf.dtype).itemsize, leaf.dtype.itemsize)
+        return size // cuts * np.array(itemsizes)
 
-    return sum(jax.tree.leaves(division.map(one, params)))
+    return tuple(sum(jax.tree.leaves(division.map(one, params))))
 
 
 def _size(count: int) -> str:

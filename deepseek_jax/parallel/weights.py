@@ -24,16 +24,17 @@ def collect(division: Division, config: ModelConfig, params: Any, router_state: 
     """This device's copy of the variables for a step: parameters whole but for what `gather_layer` does, and dealt."""
 
     def one(path: tuple[str, ...], place: Place, leaf: jax.Array) -> jax.Array:
-        if not _cuts(place, layer_axes(division, path)):
-            leaf = leaf.astype(_product_type(config, path, leaf.dtype))
+        leaf = leaf.astype(step_type(division, config, path, place, leaf.dtype))
         for axis, dim in reversed(_cuts(place, _step_axes(division, path))):
             leaf = jax.lax.all_gather(leaf, axis, axis=dim, tiled=True)
-        return _deal(division, config, place, leaf) if _is_dealt(division, path) else leaf
+        if not _is_dealt(division, path):
+            return leaf
+        return _deal(division, config, place, leaf, absent=0 if {"o_proj", "down_proj"} & set(path) else 1)
 
     params = division.map(one, params)
     if division.parallel.pipe > 1:
         whole = Place(())
-        dealt = jax.tree.map(lambda leaf: _deal(division, config, whole, leaf), router_state[PIPELINED])
+        dealt = jax.tree.map(lambda leaf: _deal(division, config, whole, leaf, absent=1), router_state[PIPELINED])
         router_state = router_state | {PIPELINED: dealt}
     return params, router_state
 
@@ -78,6 +79,11 @@ def gather_unstacked(division: Division, config: ModelConfig, params: Any) -> An
 def layer_axes(division: Division, path: tuple[str, ...]) -> tuple[str, ...]:
     """Mesh axes over which a parameter is gathered where it is used."""
     return ("fsdp",) if _is_dealt(division, path) else ("fsdp", "pipe")
+
+
+def step_type(division: Division, config: ModelConfig, path: tuple[str, ...], place: Place, dtype: jnp.dtype) -> jnp.dtype:
+    """In which `collect` returns a parameter: as products take it, if it is whole then."""
+    return dtype if _cuts(place, layer_axes(division, path)) else _product_type(config, path, dtype)
 
 
 def sum_of_layers(division: Division, config: ModelConfig, dealt: jax.Array) -> jax.Array:
@@ -131,11 +137,16 @@ def _scatter(x: jax.Array, axis: str, dim: int) -> jax.Array:
     return jax.lax.psum_scatter(x, axis, scatter_dimension=dim, tiled=True)
 
 
-def _deal(division: Division, config: ModelConfig, place: Place, leaf: jax.Array) -> jax.Array:
-    """[all layers, ...], cut over `pipe` or whole, -> [own layers, ...], no longer cut over it."""
+def _deal(division: Division, config: ModelConfig, place: Place, leaf: jax.Array, absent: int) -> jax.Array:
+    """[all layers, ...], cut over `pipe` or whole, -> [own layers, ...], no longer cut over it.
+
+    An absent layer is the last one times `absent`: without what writes to the state it leaves it as it is, and routes
+    tokens no less evenly than a real one.
+    """
     layers = _layers(division, config)
     places = layers.reshape(-1)
-    padded = jnp.where((places != ABSENT).reshape(-1, *(1,) * (leaf.ndim - 1)), leaf[places], 0)
+    is_real = (places != ABSENT).reshape(-1, *(1,) * (leaf.ndim - 1))
+    padded = jnp.where(is_real, leaf[places], absent * leaf[-1])
     dim = place.dim("pipe")
     if dim is not None:
         return jax.lax.all_to_all(padded, "pipe", split_axis=0, concat_axis=dim, tiled=True)
