@@ -95,6 +95,6 @@ def _seen(start: int, end: int) -> jax.Array:
 
 
 def _scores(rows: jax.Array, columns: jax.Array, seen: jax.Array, scale: float) -> jax.Array:
-    """Scaled products of queries and keys, whichever are the rows: [B, H, R, C], minus infinity where not `seen` [R, C]."""
+    """Scaled products of queries and keys, either as the rows: [B, H, R, C], minus infinity where not `seen` [R, C]."""
     scores = jnp.einsum("bhrd,bhcd->bhrc", rows, columns, preferred_element_type=widen(rows.dtype))
     return jnp.where(seen, scores * scale, -jnp.inf)
