@@ -19,6 +19,25 @@ from deepseek_jax.model.rope import apply_rope, softmax_scale
 
 LATENT_NORM_EPS = 1e-6
 
+ABSORBED = "absorbed"
+"""Collection of what decoding may prepare once: each layer's `AbsorbedWeights`."""
+
+
+class AbsorbedWeights(NamedTuple):
+    """The weight of kv_b_proj taken apart by head and purpose, each part in the order in which decoding reads it."""
+
+    w_uk: jax.Array
+    """From latents to keys, [H, kv_lora_rank, qk_nope_head_dim]."""
+    w_uv: jax.Array
+    """From latents to values, [H, v_head_dim, kv_lora_rank]."""
+
+
+def absorbed_weights(config: ModelConfig, weight: jax.Array) -> AbsorbedWeights:
+    """Take kv_b_proj's weight, [kv_lora_rank, H * (nope + v)], apart."""
+    by_head = weight.reshape(config.kv_lora_rank, config.num_attention_heads, -1)
+    w_uk, w_uv = jnp.split(by_head, [config.qk_nope_head_dim], axis=-1)
+    return AbsorbedWeights(w_uk.transpose(1, 0, 2), w_uv.transpose(1, 2, 0))
+
 
 class Latents(NamedTuple):
     """What attention remembers of each token; also the cache, whose rows are positions."""
@@ -99,16 +118,16 @@ class MultiHeadLatentAttention(nn.Module):
     def _absorbed(self, q_nope: jax.Array, q_rope: jax.Array, cache: Latents, positions: jax.Array) -> jax.Array:
         """Attention in the latent space: W_uk goes into the query, W_uv into the output."""
         c = self.config
-        weight = self.kv_b_proj.weight.astype(q_nope.dtype)
-        w_uk, w_uv = jnp.split(weight.reshape(c.kv_lora_rank, c.num_attention_heads, -1), [c.qk_nope_head_dim], axis=-1)
-        q_latent = jnp.einsum("bthn,rhn->bthr", q_nope, w_uk)
+        prepared = self.get_variable(ABSORBED, "weights") or absorbed_weights(c, self.kv_b_proj.weight)
+        w_uk, w_uv = (weight.astype(q_nope.dtype) for weight in prepared)
+        q_latent = jnp.einsum("bthn,hrn->bthr", q_nope, w_uk)
         dtype = widen(q_nope.dtype)
         scores = jnp.einsum("bthr,bsr->bhts", q_latent, cache.c_kv, preferred_element_type=dtype)
         scores += jnp.einsum("bthr,bsr->bhts", q_rope, cache.k_rope, preferred_element_type=dtype)
         seen = jnp.arange(cache.c_kv.shape[1]) <= positions[:, None, :, None]
         weights = masked_softmax(scores * softmax_scale(c), seen).astype(q_nope.dtype)
         attended = jnp.einsum("bhts,bsr->bhtr", weights, cache.c_kv)
-        return jnp.einsum("bhtr,rhv->bthv", attended, w_uv)
+        return jnp.einsum("bhtr,hvr->bthv", attended, w_uv)
 
 
 def masked_softmax(scores: jax.Array, mask: jax.Array) -> jax.Array:

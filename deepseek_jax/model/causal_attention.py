@@ -43,7 +43,7 @@ def _forward(q: jax.Array, k: jax.Array, v: jax.Array, scale: float) -> tuple[ja
     """Output [B, H, T, V], and what the backward pass needs."""
     outputs, normalizers = [], []
     for start, end in _blocks(q.shape[2]):
-        scores = _scores(q, k, start, end, scale)
+        scores = _scores(q[:, :, start:end], k[:, :, :end], _seen(start, end), scale)
         largest = jnp.max(scores, axis=-1, keepdims=True)
         weights = jnp.exp(scores - largest)
         total = jnp.sum(weights, axis=-1, keepdims=True)
@@ -62,17 +62,20 @@ def _backward(scale: float, kept: Residuals, gradient: jax.Array) -> tuple[jax.A
     mean = jnp.sum(gradient.astype(wide) * out.astype(wide), axis=-1, keepdims=True)
     q_gradients, k_gradient, v_gradient = [], jnp.zeros(k.shape, wide), jnp.zeros(v.shape, wide)
     for start, end in _blocks(q.shape[2]):
-        of_block = gradient[:, :, start:end]
-        weights = jnp.exp(_scores(q, k, start, end, scale) - normalizer[:, :, start:end])
-        of_weights = jnp.einsum("bhtv,bhsv->bhts", of_block, v[:, :, :end], preferred_element_type=wide)
-        of_scores = (weights * (of_weights - mean[:, :, start:end]) * scale).astype(q.dtype)
+        block = slice(start, end)
+        queries, keys, values, of_block = q[:, :, block], k[:, :, :end], v[:, :, :end], gradient[:, :, block]
+        # Keys before queries: then one of the three last products, not two, contracts its operands' rows, slow on CPU.
+        scores = _scores(keys, queries, _seen(start, end).T, scale)
+        weights = jnp.exp(scores - normalizer[:, :, block].swapaxes(2, 3))
+        of_weights = jnp.einsum("bhsv,bhtv->bhst", values, of_block, preferred_element_type=wide)
+        of_scores = (weights * (of_weights - mean[:, :, block].swapaxes(2, 3)) * scale).astype(q.dtype)
         weights = weights.astype(v.dtype)
-        q_gradients.append(jnp.einsum("bhts,bhsd->bhtd", of_scores, k[:, :, :end]))
+        q_gradients.append(jnp.einsum("bhst,bhsd->bhtd", of_scores, keys))
         k_gradient = k_gradient.at[:, :, :end].add(
-            jnp.einsum("bhts,bhtd->bhsd", of_scores, q[:, :, start:end], preferred_element_type=wide)
+            jnp.einsum("bhst,bhtd->bhsd", of_scores, queries, preferred_element_type=wide)
         )
         v_gradient = v_gradient.at[:, :, :end].add(
-            jnp.einsum("bhts,bhtv->bhsv", weights, of_block, preferred_element_type=wide)
+            jnp.einsum("bhst,bhtv->bhsv", weights, of_block, preferred_element_type=wide)
         )
     return jnp.concatenate(q_gradients, axis=2), k_gradient.astype(k.dtype), v_gradient.astype(v.dtype)
 
@@ -86,8 +89,12 @@ def _blocks(length: int) -> list[tuple[int, int]]:
     return [(start, min(start + size, length)) for start in range(0, length, size)]
 
 
-def _scores(q: jax.Array, k: jax.Array, start: int, end: int, scale: float) -> jax.Array:
-    """Scaled scores of a block's queries, [B, H, end - start, end], minus infinity for what comes later."""
-    scores = jnp.einsum("bhtd,bhsd->bhts", q[:, :, start:end], k[:, :, :end], preferred_element_type=widen(q.dtype))
-    seen = jnp.arange(end) <= jnp.arange(start, end)[:, None]
+def _seen(start: int, end: int) -> jax.Array:
+    """Whether a block's queries see the keys up to its end, [end - start, end]."""
+    return jnp.arange(end) <= jnp.arange(start, end)[:, None]
+
+
+def _scores(rows: jax.Array, columns: jax.Array, seen: jax.Array, scale: float) -> jax.Array:
+    """Scaled products of queries and keys, either as the rows: [B, H, R, C], minus infinity where not `seen` [R, C]."""
+    scores = jnp.einsum("bhrd,bhcd->bhrc", rows, columns, preferred_element_type=widen(rows.dtype))
     return jnp.where(seen, scores * scale, -jnp.inf)

@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 
 from deepseek_jax.config import ModelConfig
-from deepseek_jax.model.attention import Latents
+from deepseek_jax.model.attention import ABSORBED, Latents, absorbed_weights
 from deepseek_jax.model.block import Block
 from deepseek_jax.model.layers import RMSNorm, compute_dtype, widen
 from deepseek_jax.model.rope import rope_angles
@@ -21,7 +21,7 @@ Cache = list[Latents]
 
 
 class Weights(NamedTuple):
-    """The main model's variables with every layer on its own, in the compute type where products use them."""
+    """The main model's variables with every layer on its own, and what attention to a cache prepares of them."""
 
     embedding: jax.Array
     layers: list[dict[str, Any]]
@@ -37,6 +37,9 @@ def split_layers(config: ModelConfig, variables: dict[str, Any]) -> Weights:
         for stack, count in _stacks(config)
         for i in range(count)
     ]
+    for layer in layers:
+        weight = layer["params"]["self_attn"]["kv_b_proj"]["weight"]
+        layer[ABSORBED] = {"self_attn": {"weights": absorbed_weights(config, weight)}}
     embedding = params["embed_tokens"]["weight"]
     head = embedding.T if config.tie_word_embeddings else params["lm_head"]["weight"]
     return Weights(embedding, layers, {"params": params["norm"]}, head)
