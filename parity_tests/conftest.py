@@ -10,6 +10,15 @@ os.environ.setdefault("ALLOW_MULTIPLE_LIBTPU_LOAD", "1")  # it only compiles her
 import pytest
 
 
+@pytest.fixture(autouse=True, scope="module")
+def forget_programs():
+    """What one module compiled the next does not need; thousands of programs slow all that comes after them."""
+    yield
+    import jax
+
+    jax.clear_caches()
+
+
 @pytest.fixture
 def x64():
     """float64 in JAX for the length of a test; without it JAX cuts every array down to float32."""
