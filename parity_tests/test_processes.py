@@ -13,7 +13,8 @@ import pytest
 LAUNCH = Path(__file__).parents[1] / "scripts" / "launch_local"
 ENVIRONMENT = {**os.environ, "JAX_PLATFORMS": "cpu", "JAX_ENABLE_X64": "1",
                "XLA_FLAGS": "--xla_backend_optimization_level=0"}  # fmt: skip
-FIELDS = ["model.precision=float64", "model.num_hidden_layers=3", "model.hidden_size=32", "train.sequence_length=8",
+FIELDS = ["model.precision=float64", "model.num_hidden_layers=3", "model.hidden_size=32", "model.num_nextn_predict_layers=0",
+          "train.sequence_length=8",
           "train.batch_size=8", "train.learning_rate_decay=1.0", "train.eval_every=2", "train.eval_sequences=3",
           "train.checkpoint_every=100", "data.held_out_fraction=0.2"]  # fmt: skip
 
