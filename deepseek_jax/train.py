@@ -35,7 +35,7 @@ from deepseek_jax.training.metrics import METRICS_FILE, MetricsFile, Progress
 from deepseek_jax.training.optimizer import make_optimizer
 from deepseek_jax.training.plot import PLOT_FILE, plot_run
 from deepseek_jax.training.schedules import StepPlan, plan_steps
-from deepseek_jax.training.step import Scalars, StepMetrics, TrainState, init_state, train_step
+from deepseek_jax.training.step import Scalars, StepMetrics, TrainState, init_state, make_step
 
 CONFIG_FILE = "config.yaml"
 
@@ -139,7 +139,7 @@ class _Loop:
         self._evaluation = Evaluation(config, data, division)
         self._metrics = MetricsFile(run_dir, last_step, is_writer=processes.is_first())
         self._progress = Progress(last_step, train.steps, train.batch_size * train.sequence_length)
-        self._step = jax.jit(partial(train_step, config=config, division=division), donate_argnums=0)
+        self._step = make_step(config, division)
         self._interrupted = False
         self._any = jax.jit(jnp.any)
 

@@ -98,6 +98,22 @@ def test_product_and_gradients(implementation, dtype):
                 raise AssertionError(f"{name}: {error}") from error
 
 
+@pytest.mark.parametrize("implementation, dtype", [("reference", "float64"), ("blocked", "float64"), ("megablox", "float32")])
+def test_two_weights(implementation, dtype):
+    """Two weights read the same rows: two products, two gradients, and the sum of what either gives x."""
+    with settings(implementation, dtype):
+        group_sizes = [513, 0, 130, 40]
+        x, *first = arrays(ROWS, group_sizes, dtype)
+        _, *second = arrays(ROWS, group_sizes, dtype, seed=1)
+        sizes = jnp.array(group_sizes, jnp.int32)
+        (y1, dx1, dw1), (y2, dx2, dw2) = (product_and_gradients(x, *each, sizes, implementation) for each in (first, second))
+        y, pull_back = jax.vjp(lambda x, *weights: grouped_matmul(x, weights, sizes, implementation), x, first[0], second[0])
+        actual = *y, *pull_back((first[1], second[1]))
+        for a, b in zip(actual, (y1, y2, dx1 + dx2, dw1, dw2), strict=True):
+            assert a.dtype == dtype
+            np.testing.assert_allclose(a, b, rtol=0, atol=(1e-14 if dtype == "float64" else 1e-6) * np.abs(b).max())
+
+
 @pytest.mark.parametrize("rows, group_sizes", [(1, [0, 1, 0]), (1, [0, 0]), (7, [3, 4]), (32, [2] * 16)])
 @pytest.mark.parametrize("implementation, dtype", [("reference", "float64"), ("blocked", "float64")])
 def test_few_rows(implementation, dtype, rows, group_sizes):

@@ -6,7 +6,7 @@ only the work that is there, with loops whose length depends on the groups; mega
 
 from collections.abc import Callable
 from functools import partial
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -14,28 +14,33 @@ from jax import lax
 
 from deepseek_jax.config import GROUPED_MATMULS
 from deepseek_jax.errors import UserError
+from deepseek_jax.model.matmul import Arrays, columns
 
-BLOCKS = (512, 128, 32, 4)
-"""Rows multiplied at once by the blocked form: as many blocks of each size in turn as a group fills or almost fills."""
+LEAST_ROWS = {512: 385, 128: 65, 32: 9, 4: 1}
+"""Rows multiplied at once by the blocked form, and for how many that is worth it: a block that is partly another
+group's costs less than the several smaller ones that would fit exactly."""
 
 TILE = 128
 """Side of megablox' tiles; a width that is smaller is one tile."""
 
 
-def grouped_matmul(x: jax.Array, weight: jax.Array, group_sizes: jax.Array, implementation: str = "auto") -> jax.Array:
+Weights = jax.Array | tuple[jax.Array, ...]
+
+
+def grouped_matmul(x: jax.Array, weight: Weights, group_sizes: jax.Array, implementation: str = "auto") -> Weights:
     """Multiply each group of rows by its own matrix.
 
     Args:
         x: [N, K] rows, those of group 0 first, then those of group 1, and so on.
-        weight: [E, K, M] in x's dtype, a matrix per group.
+        weight: [E, K, M] in x's dtype, a matrix per group; or a tuple of such, which then share the reading of x.
         group_sizes: [E] int32, how many rows each group has; their sum is at most N.
         implementation: one of `GROUPED_MATMULS`. `auto` is megablox where TPUs are the default backend, and
             blocked elsewhere; on GPU that is right but not measured. Inside `shard_map` megablox needs
             `check_vma=False`, the others nothing.
 
     Returns:
-        [N, M] in x's dtype, summed in at least float32. Rows that belong to no group give zeros and
-        get a gradient of zero, whatever they hold.
+        [N, M] in x's dtype, summed in at least float32; or a tuple of such. Rows that belong to no group give
+        zeros and get a gradient of zero, whatever they hold.
 
     Raises:
         UserError: the implementation is unknown or cannot compute in x's dtype.
@@ -46,10 +51,13 @@ def grouped_matmul(x: jax.Array, weight: jax.Array, group_sizes: jax.Array, impl
         raise UserError("model.grouped_matmul=megablox: has no float64; choose blocked or model.precision=float32")
     if implementation == "auto":
         implementation = "megablox" if jax.default_backend() == "tpu" and x.dtype != jnp.float64 else "blocked"
-    x, weight, group_sizes = _vary_alike(x, weight, group_sizes)
+    weights, structure = jax.tree.flatten(weight)
+    x, group_sizes, *weights = _vary_alike(x, group_sizes, *weights)
     if implementation == "reference":
-        return _reference(x, weight, group_sizes)
-    return _fast(x, weight, group_sizes, implementation)
+        results = [_reference(x, each, group_sizes) for each in weights]
+    else:
+        results = _fast(x, weights, group_sizes, implementation)
+    return jax.tree.unflatten(structure, results)
 
 
 def _reference(x: jax.Array, weight: jax.Array, group_sizes: jax.Array) -> jax.Array:
@@ -68,94 +76,129 @@ def _reference(x: jax.Array, weight: jax.Array, group_sizes: jax.Array) -> jax.A
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(3,))
-def _fast(x: jax.Array, weight: jax.Array, group_sizes: jax.Array, implementation: str) -> jax.Array:
-    rows_by_weight, _ = _IMPLEMENTATIONS[implementation]
-    return rows_by_weight(x, weight, group_sizes, False)
+def _fast(x: jax.Array, weights: Arrays, group_sizes: jax.Array, implementation: str) -> Arrays:
+    return _IMPLEMENTATIONS[implementation][0](x, weights, group_sizes)
 
 
-def _fast_forward(x: jax.Array, weight: jax.Array, group_sizes: jax.Array, implementation: str) -> tuple[Any, Any]:
-    return _fast(x, weight, group_sizes, implementation), (x, weight, group_sizes)
+def _fast_forward(x: jax.Array, weights: Arrays, group_sizes: jax.Array, implementation: str) -> tuple[Arrays, Any]:
+    return _fast(x, weights, group_sizes, implementation), (x, weights, group_sizes)
 
 
-def _fast_backward(implementation: str, kept: Any, gradient: jax.Array) -> tuple[jax.Array, jax.Array, None]:
-    x, weight, group_sizes = kept
-    rows_by_weight, rows_by_rows = _IMPLEMENTATIONS[implementation]
-    return rows_by_weight(gradient, weight, group_sizes, True), rows_by_rows(x, gradient, group_sizes), None
+def _fast_backward(implementation: str, kept: Any, gradients: Arrays) -> tuple[jax.Array, Arrays, None]:
+    return *_IMPLEMENTATIONS[implementation][1](*kept, gradients), None
 
 
 _fast.defvjp(_fast_forward, _fast_backward)
 
 
-def _blocked_rows_by_weight(x: jax.Array, weight: jax.Array, group_sizes: jax.Array, transpose: bool) -> jax.Array:
-    """[N, K] by [E, K, M], or with `transpose` by [E, M, K] -> [N, M]."""
-    dimensions = (((1,), (1 if transpose else 0,)), ((), ()))
+def _blocked(x: jax.Array, weights: Arrays, group_sizes: jax.Array) -> Arrays:
+    """The products, a block of one group's rows at a time."""
 
-    def multiply_group(y: jax.Array, group: jax.Array, start: jax.Array, end: jax.Array) -> jax.Array:
-        matrix = lax.dynamic_index_in_dim(weight, group, keepdims=False)
+    def multiply_group(results: Arrays, group: jax.Array, start: jax.Array, end: jax.Array) -> Arrays:
+        matrices = _of_group(weights, group)
 
-        def multiply_block(y: jax.Array, read: Callable, member: jax.Array, at: jax.Array) -> jax.Array:
-            product = lax.dot_general(read(x), matrix, dimensions, preferred_element_type=_wide(x.dtype))
-            return lax.dynamic_update_slice_in_dim(y, jnp.where(member, product.astype(x.dtype), read(y)), at, 0)
+        def multiply_block(results: Arrays, block: Block) -> Arrays:
+            rows = block.read(x)
+            return [block.write(y, _product(rows, matrix, (1, 0))) for y, matrix in zip(results, matrices)]
 
-        return _over_blocks(x.shape[0], start, end, y, multiply_block)
+        return _over_blocks(x.shape[0], start, end, results, multiply_block)
 
-    zero = jnp.zeros_like(x, shape=(x.shape[0], weight.shape[1 if transpose else 2]))
-    return _over_groups(group_sizes, zero, multiply_group)
+    return _over_groups(group_sizes, [jnp.zeros_like(x, shape=(x.shape[0], w.shape[2])) for w in weights], multiply_group)
 
 
-def _blocked_rows_by_rows(x: jax.Array, gradient: jax.Array, group_sizes: jax.Array) -> jax.Array:
-    """For every group the product of its columns of xᵀ and its rows of the gradient, [E, K, M]."""
-    dtype = _wide(x.dtype)
-    shape = (x.shape[1], gradient.shape[1])
+def _blocked_gradients(
+    x: jax.Array, weights: Arrays, group_sizes: jax.Array, gradients: Arrays
+) -> tuple[jax.Array, Arrays]:
+    """Gradients of x and of the weights, in one pass over the blocks, which reads each operand once."""
 
-    def multiply_group(y: jax.Array, group: jax.Array, start: jax.Array, end: jax.Array) -> jax.Array:
-        def add_block(total: jax.Array, read: Callable, member: jax.Array, at: jax.Array) -> jax.Array:
-            left, right = jnp.where(member, read(x), 0), jnp.where(member, read(gradient), 0)
-            return total + lax.dot_general(left, right, (((0,), (0,)), ((), ())), preferred_element_type=dtype)
+    def visit_group(totals: Any, group: jax.Array, start: jax.Array, end: jax.Array) -> Any:
+        dx, dw = totals
+        matrices = _of_group(weights, group)
 
-        total = _over_blocks(x.shape[0], start, end, jnp.zeros_like(x, dtype, shape), add_block)
-        return lax.dynamic_update_index_in_dim(y, total.astype(y.dtype), group, 0)
+        def visit_block(totals: Any, block: Block) -> Any:
+            dx, of_group = totals
+            x_columns = columns(jnp.where(block.member, block.read(x), 0))
+            rows = [jnp.where(block.member, block.read(gradient), 0) for gradient in gradients]
+            dx = block.write(dx, sum(_product(dy, matrix, (1, 1)) for dy, matrix in zip(rows, matrices)))
+            return dx, [total + _product(x_columns, dy, (1, 0)) for total, dy in zip(of_group, rows)]
 
-    return _over_groups(group_sizes, jnp.zeros_like(x, shape=(group_sizes.shape[0], *shape)), multiply_group)
+        zeros = [jnp.zeros_like(x, _wide(x.dtype), matrix.shape) for matrix in matrices]
+        dx, of_group = _over_blocks(x.shape[0], start, end, (dx, zeros), visit_block)
+        return dx, [lax.dynamic_update_index_in_dim(y, of.astype(y.dtype), group, 0) for y, of in zip(dw, of_group)]
+
+    return _over_groups(group_sizes, (jnp.zeros_like(x), [jnp.zeros_like(w) for w in weights]), visit_group)
 
 
-def _over_groups(group_sizes: jax.Array, carry: jax.Array, visit: Callable) -> jax.Array:
+def _of_group(weights: Arrays, group: jax.Array) -> Arrays:
+    return [lax.dynamic_index_in_dim(weight, group, keepdims=False) for weight in weights]
+
+
+def _product(left: jax.Array, right: jax.Array, contracted: tuple[int, int]) -> jax.Array:
+    """Of two matrices over one dimension of each, in at least float32."""
+    left_dimension, right_dimension = contracted
+    dimensions = (((left_dimension,), (right_dimension,)), ((), ()))
+    return lax.dot_general(left, right, dimensions, preferred_element_type=_wide(left.dtype))
+
+
+def _over_groups(group_sizes: jax.Array, carry: Any, visit: Callable) -> Any:
     """Fold `visit(carry, group, start, end)` over the groups that have rows, so that others cost nothing."""
     starts = jnp.cumsum(group_sizes) - group_sizes
     order = jnp.argsort(group_sizes == 0, stable=True)
 
-    def step(i: jax.Array, carry: jax.Array) -> jax.Array:
+    def step(i: jax.Array, carry: Any) -> Any:
         group = order[i]
         return visit(carry, group, starts[group], starts[group] + group_sizes[group])
 
     return lax.fori_loop(0, jnp.sum(group_sizes > 0), step, carry)
 
 
-def _over_blocks(rows: int, start: jax.Array, end: jax.Array, carry: jax.Array, visit: Callable) -> jax.Array:
-    """Fold `visit(carry, read, member, at)` over blocks that together cover the rows from start to end.
+class Block(NamedTuple):
+    """Rows of which some are a group's own."""
 
-    `read` takes a block's rows out of an array of all `rows`, of which `at` is the first. A block may
-    reach beyond the group on either side: `member` [size, 1] marks the rows that are its own.
-    """
+    first: jax.Array
+    member: jax.Array
+    """[size, 1] whether a row is the group's own; the block may reach beyond the group on either side."""
+
+    def read(self, x: jax.Array) -> jax.Array:
+        """These rows of all."""
+        return lax.dynamic_slice_in_dim(x, self.first, self.member.shape[0], 0)
+
+    def write(self, x: jax.Array, rows: jax.Array) -> jax.Array:
+        """All rows, with the group's own among these in their place."""
+        own = jnp.where(self.member, rows.astype(x.dtype), self.read(x))
+        return lax.dynamic_update_slice_in_dim(x, own, self.first, 0)
+
+
+def _over_blocks(rows: int, start: jax.Array, end: jax.Array, carry: Any, visit: Callable[[Any, Block], Any]) -> Any:
+    """Fold `visit(carry, block)` over blocks of all `rows` that together cover those from start to end."""
     # Not size == rows: XLA would hoist the product of a block that is always the same out of its loop.
-    sizes = [size for size in BLOCKS if size < rows] or [rows]
+    sizes = [size for size in LEAST_ROWS if size < rows] or [rows]
     for size in sizes:
-        # A block that is almost full costs less than the several smaller ones that would fit exactly.
-        least = 1 if size == sizes[-1] else size - size // 8
+        least = 1 if size == sizes[-1] else LEAST_ROWS[size]
 
-        def step(state: tuple[jax.Array, jax.Array], size: int = size) -> tuple[jax.Array, jax.Array]:
+        def step(state: tuple[jax.Array, Any], size: int = size) -> tuple[jax.Array, Any]:
             here, carry = state
-            at = jnp.minimum(here, rows - size)
-            index = at + jnp.arange(size, dtype=at.dtype)[:, None]
-            read = partial(lax.dynamic_slice_in_dim, start_index=at, slice_size=size)
-            return here + size, visit(carry, read, (here <= index) & (index < end), at)
+            first = jnp.minimum(here, rows - size)
+            index = first + jnp.arange(size, dtype=first.dtype)[:, None]
+            return here + size, visit(carry, Block(first, (here <= index) & (index < end)))
 
         start, carry = lax.while_loop(lambda state, least=least: state[0] + least <= end, step, (start, carry))
     return carry
 
 
+def _megablox(x: jax.Array, weights: Arrays, group_sizes: jax.Array) -> Arrays:
+    return [_megablox_rows_by_weight(x, weight, group_sizes, False) for weight in weights]
+
+
+def _megablox_gradients(
+    x: jax.Array, weights: Arrays, group_sizes: jax.Array, gradients: Arrays
+) -> tuple[jax.Array, Arrays]:
+    dx = sum(_megablox_rows_by_weight(dy, weight, group_sizes, True) for dy, weight in zip(gradients, weights))
+    return dx, [_megablox_rows_by_rows(x, dy, group_sizes) for dy in gradients]
+
+
 def _megablox_rows_by_weight(x: jax.Array, weight: jax.Array, group_sizes: jax.Array, transpose: bool) -> jax.Array:
-    """As `_blocked_rows_by_weight`, by the TPU kernel (imported late: only TPUs should pay for loading Pallas)."""
+    """[N, K] by [E, K, M], or with `transpose` by [E, M, K] -> [N, M] (imported late: only TPUs should load Pallas)."""
     from jax.experimental.pallas.ops.tpu.megablox.gmm import gmm
 
     rows, width = x.shape[0], weight.shape[1 if transpose else 2]
@@ -167,7 +210,7 @@ def _megablox_rows_by_weight(x: jax.Array, weight: jax.Array, group_sizes: jax.A
 
 
 def _megablox_rows_by_rows(x: jax.Array, gradient: jax.Array, group_sizes: jax.Array) -> jax.Array:
-    """As `_blocked_rows_by_rows`, by the TPU kernel."""
+    """For every group the product of its columns of xᵀ and its rows of the gradient, [E, K, M]."""
     from jax.experimental.pallas.ops.tpu.megablox.gmm import tgmm
 
     left, right = _whole_tiles(x), _whole_tiles(gradient)
@@ -181,8 +224,8 @@ def _whole_tiles(x: jax.Array) -> jax.Array:
 
 
 _IMPLEMENTATIONS = {
-    "blocked": (_blocked_rows_by_weight, _blocked_rows_by_rows),
-    "megablox": (_megablox_rows_by_weight, _megablox_rows_by_rows),
+    "blocked": (_blocked, _blocked_gradients),
+    "megablox": (_megablox, _megablox_gradients),
 }
 
 

@@ -9,6 +9,7 @@ from jax.ad_checkpoint import checkpoint_name
 
 from deepseek_jax.config import ModelConfig
 from deepseek_jax.model.grouped_matmul import grouped_matmul
+from deepseek_jax.model.matmul import matmul
 from deepseek_jax.precision.fp8_grouped_matmul import fp8_grouped_matmul
 from deepseek_jax.precision.fp8_matmul import fp8_matmul
 
@@ -27,7 +28,7 @@ def products(config: ModelConfig, x: jax.Array, *weights: jax.Array) -> list[jax
     if config.precision == "fp8":
         results = fp8_matmul(x, weights)
     else:
-        results = [x @ weight.astype(x.dtype) for weight in weights]
+        results = matmul(x, [weight.astype(x.dtype) for weight in weights])
     return [keep(result) for result in results]
 
 
@@ -38,5 +39,6 @@ def grouped_products(
     if config.precision == "fp8":
         results = fp8_grouped_matmul(x, weights, group_sizes)
     else:
-        results = [grouped_matmul(x, weight.astype(x.dtype), group_sizes, config.grouped_matmul) for weight in weights]
+        weights = tuple(weight.astype(x.dtype) for weight in weights)
+        results = grouped_matmul(x, weights, group_sizes, config.grouped_matmul)
     return [keep(result, KEPT_ROWS) for result in results]

@@ -14,7 +14,7 @@ from deepseek_jax.model.layers import param_dtype
 from deepseek_jax.parallel.mesh import make_mesh, resolve
 from deepseek_jax.parallel.sharding import Division
 from deepseek_jax.training.optimizer import make_optimizer
-from deepseek_jax.training.step import Scalars, TrainState, init_state, train_step
+from deepseek_jax.training.step import Scalars, TrainState, init_state, make_step
 
 
 class CompiledStep(NamedTuple):
@@ -46,5 +46,5 @@ def compile_step(config: Config, devices: Sequence[jax.Device]) -> CompiledStep:
     batch = (parts, config.train.batch_size // parts, length + 1 + config.model.num_nextn_predict_layers)
     tokens = jax.ShapeDtypeStruct(batch, jnp.int32, sharding=NamedSharding(division.mesh, division.batch_spec(axis=1)))
     scalar = jax.ShapeDtypeStruct((), param_dtype(config.model), sharding=NamedSharding(division.mesh, PartitionSpec()))
-    step = jax.jit(partial(train_step, config=config, division=division), donate_argnums=0)
+    step = make_step(config, division)
     return CompiledStep(step.lower(state, tokens, Scalars(scalar, scalar, scalar)).compile(), division, state)

@@ -11,6 +11,7 @@ import jax.numpy as jnp
 
 from deepseek_jax.config import Config
 from deepseek_jax.model.layers import widen
+from deepseek_jax.model.matmul import columns
 from deepseek_jax.model.transformer import DeepseekV3
 from deepseek_jax.parallel.sharding import Division
 from deepseek_jax.parallel.weights import gather_unstacked
@@ -104,7 +105,7 @@ def _chunked_forward(hidden: jax.Array, head: jax.Array, targets: jax.Array, wei
         logits, normalizer, nats = _logits_and_nats(h, head, target)
         hit = jnp.arange(logits.shape[-1]) == target[:, None]
         gradient = ((jnp.exp(logits - normalizer[:, None]) - hit.astype(wide)) * weight[:, None]).astype(h.dtype)
-        head_gradient += jnp.matmul(h.T, gradient, preferred_element_type=wide)
+        head_gradient += jnp.matmul(columns(h), gradient, preferred_element_type=wide)
         return head_gradient, (nats, gradient @ head.T)
 
     head_gradient, (nats, hidden_gradient) = jax.lax.scan(

@@ -1,5 +1,6 @@
 """One optimizer step as a pure function: gradients, AdamW, and the routers' biases."""
 
+from collections.abc import Callable
 from functools import partial
 from typing import Any, NamedTuple, Optional
 
@@ -50,6 +51,15 @@ def init_state(config: Config) -> TrainState:
     variables = DeepseekV3(config.model).init(jax.random.key(config.train.seed), tokens)
     params = variables["params"]
     return TrainState(params, variables.get("router_state", {}), make_optimizer(config.train).init(params))
+
+
+def make_step(config: Config, division: Optional[Division] = None) -> Callable[..., tuple[TrainState, StepMetrics]]:
+    """`train_step` of state, tokens and scalars, as a program of its own that takes the state over."""
+    platform = jax.default_backend() if division is None else division.mesh.devices.flat[0].platform
+    # Other orders of a CPU's work save no time and touch more memory.
+    options = {"xla_cpu_scheduler_type": "CPU_SCHEDULER_TYPE_MEMORY_OPTIMIZED"} if platform == "cpu" else None
+    step = partial(train_step, config=config, division=division)
+    return jax.jit(step, donate_argnums=0, compiler_options=options)
 
 
 def train_step(
