@@ -156,6 +156,7 @@ class Block(NamedTuple):
     """Rows of which some are a group's own."""
 
     first: jax.Array
+    """Index of the first of them."""
     member: jax.Array
     """[size, 1] whether a row is the group's own; the block may reach beyond the group on either side."""
 
