@@ -42,7 +42,7 @@ def settings(implementation, dtype):
 
 @partial(jax.jit, static_argnums=4)
 def product_and_gradients(x, weight, gradient, group_sizes, implementation):
-    y, pull_back = jax.vjp(lambda x, weight: grouped_matmul(x, weight, group_sizes, implementation), x, weight)
+    y, pull_back = jax.vjp(lambda x, weight: grouped_matmul(x, [weight], group_sizes, implementation)[0], x, weight)
     return y, *pull_back(gradient)
 
 
@@ -107,8 +107,8 @@ def test_two_weights(implementation, dtype):
         _, *second = arrays(ROWS, group_sizes, dtype, seed=1)
         sizes = jnp.array(group_sizes, jnp.int32)
         (y1, dx1, dw1), (y2, dx2, dw2) = (product_and_gradients(x, *each, sizes, implementation) for each in (first, second))
-        y, pull_back = jax.vjp(lambda x, *weights: grouped_matmul(x, weights, sizes, implementation), x, first[0], second[0])
-        actual = *y, *pull_back((first[1], second[1]))
+        y, pull_back = jax.vjp(lambda x, *weights: grouped_matmul(x, [*weights], sizes, implementation), x, first[0], second[0])
+        actual = *y, *pull_back([first[1], second[1]])
         for a, b in zip(actual, (y1, y2, dx1 + dx2, dw1, dw2), strict=True):
             assert a.dtype == dtype
             np.testing.assert_allclose(a, b, rtol=0, atol=(1e-14 if dtype == "float64" else 1e-6) * np.abs(b).max())
@@ -168,7 +168,7 @@ def test_inside_scan_and_checkpoint(implementation):
             return x.at[:5].set(x[:5] @ weight[0]).at[5:19].set(x[5:19] @ weight[2]).at[19:].set(0)
 
         gradient = jax.jit(jax.value_and_grad(loss, argnums=(0, 1)), static_argnums=2)
-        actual = gradient(x, weights, partial(grouped_matmul, group_sizes=group_sizes, implementation=implementation))
+        actual = gradient(x, weights, lambda x, weight: grouped_matmul(x, [weight], group_sizes, implementation)[0])
         for a, b in zip(jax.tree.leaves(actual), jax.tree.leaves(gradient(x, weights, plain)), strict=True):
             np.testing.assert_allclose(a, b, rtol=1e-12, atol=1e-12 * np.abs(b).max())
 
@@ -184,7 +184,7 @@ def test_inside_shard_map(implementation):
         weight = weight[:3]
         rows, alike = PartitionSpec("data"), PartitionSpec()
         sharded = jax.shard_map(
-            lambda x, weight: grouped_matmul(x, weight, jnp.array(group_sizes, jnp.int32), implementation),
+            lambda x, weight: grouped_matmul(x, [weight], jnp.array(group_sizes, jnp.int32), implementation)[0],
             mesh=mesh, in_specs=(rows, alike), out_specs=rows,
         )  # fmt: skip
         y, pull_back = jax.vjp(jax.jit(sharded), x, weight)
@@ -216,6 +216,6 @@ def test_megablox_compiles_for_tpu(topology, dtype):
 def test_unusable_choices_are_named():
     x, weight, group_sizes = jnp.ones((2, 3)), jnp.ones((1, 3, 4)), jnp.array([2], jnp.int32)
     with pytest.raises(UserError, match="grouped_matmul=dense: choose one of auto, reference, blocked, megablox"):
-        grouped_matmul(x, weight, group_sizes, "dense")
+        grouped_matmul(x, [weight], group_sizes, "dense")
     with jax.enable_x64(True), pytest.raises(UserError, match="megablox: has no float64"):
-        grouped_matmul(x.astype("float64"), weight.astype("float64"), group_sizes, "megablox")
+        grouped_matmul(x.astype("float64"), [weight.astype("float64")], group_sizes, "megablox")

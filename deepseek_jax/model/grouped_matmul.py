@@ -24,23 +24,20 @@ TILE = 128
 """Side of megablox' tiles; a width that is smaller is one tile."""
 
 
-Weights = jax.Array | tuple[jax.Array, ...]
-
-
-def grouped_matmul(x: jax.Array, weight: Weights, group_sizes: jax.Array, implementation: str = "auto") -> Weights:
-    """Multiply each group of rows by its own matrix.
+def grouped_matmul(x: jax.Array, weights: Arrays, group_sizes: jax.Array, implementation: str = "auto") -> Arrays:
+    """Multiply each group of rows by its own matrix, for one or more such sets of matrices.
 
     Args:
         x: [N, K] rows, those of group 0 first, then those of group 1, and so on.
-        weight: [E, K, M] in x's dtype, a matrix per group; or a tuple of such, which then share the reading of x.
+        weights: each [E, K, M] in x's dtype, a matrix per group; they share the reading of x.
         group_sizes: [E] int32, how many rows each group has; their sum is at most N.
         implementation: one of `GROUPED_MATMULS`. `auto` is megablox where TPUs are the default backend, and
             blocked elsewhere; on GPU that is right but not measured. Inside `shard_map` megablox needs
             `check_vma=False`, the others nothing.
 
     Returns:
-        [N, M] in x's dtype, summed in at least float32; or a tuple of such. Rows that belong to no group give
-        zeros and get a gradient of zero, whatever they hold.
+        For each of the weights [N, M] in x's dtype, summed in at least float32. Rows that belong to no group
+        give zeros and get a gradient of zero, whatever they hold.
 
     Raises:
         UserError: the implementation is unknown or cannot compute in x's dtype.
@@ -51,13 +48,10 @@ def grouped_matmul(x: jax.Array, weight: Weights, group_sizes: jax.Array, implem
         raise UserError("model.grouped_matmul=megablox: has no float64; choose blocked or model.precision=float32")
     if implementation == "auto":
         implementation = "megablox" if jax.default_backend() == "tpu" and x.dtype != jnp.float64 else "blocked"
-    weights, structure = jax.tree.flatten(weight)
     x, group_sizes, *weights = _vary_alike(x, group_sizes, *weights)
     if implementation == "reference":
-        results = [_reference(x, each, group_sizes) for each in weights]
-    else:
-        results = _fast(x, weights, group_sizes, implementation)
-    return jax.tree.unflatten(structure, results)
+        return [_reference(x, weight, group_sizes) for weight in weights]
+    return _fast(x, weights, group_sizes, implementation)
 
 
 def _reference(x: jax.Array, weight: jax.Array, group_sizes: jax.Array) -> jax.Array:
@@ -175,7 +169,7 @@ def _over_blocks(rows: int, start: jax.Array, end: jax.Array, carry: Any, visit:
     # Not size == rows: XLA would hoist the product of a block that is always the same out of its loop.
     sizes = [size for size in LEAST_ROWS if size < rows] or [rows]
     for size in sizes:
-        least = 1 if size == sizes[-1] else LEAST_ROWS[size]
+        least = LEAST_ROWS.get(size, 1)
 
         def step(state: tuple[jax.Array, Any], size: int = size) -> tuple[jax.Array, Any]:
             here, carry = state

@@ -39,6 +39,6 @@ def grouped_products(
     if config.precision == "fp8":
         results = fp8_grouped_matmul(x, weights, group_sizes)
     else:
-        weights = tuple(weight.astype(x.dtype) for weight in weights)
+        weights = [weight.astype(x.dtype) for weight in weights]
         results = grouped_matmul(x, weights, group_sizes, config.grouped_matmul)
     return [keep(result, KEPT_ROWS) for result in results]
