@@ -32,9 +32,10 @@ def _fail(message: str, code: int) -> None:
 
 
 def report(message: str) -> None:
-    """Tell the user of an error in one line."""
+    """Tell the user of an error in one line, written at once: unbuffered, several processes may share the terminal."""
     sys.stdout.flush()
-    print(f"error: {' '.join(message.split())}", file=sys.stderr, flush=True)
+    sys.stderr.write(f"error: {' '.join(message.split())}\n")
+    sys.stderr.flush()
 
 
 def write_atomically(path: Path, text: str) -> None:
