@@ -15,10 +15,11 @@ import jax.numpy as jnp
 import numpy as np
 from tokenizers import Tokenizer
 
+from deepseek_jax.compilation import compiler_options
 from deepseek_jax.config import ModelConfig, load_config
 from deepseek_jax.data.tokenizer import end_of_document_id, load_tokenizer
 from deepseek_jax.errors import UserError, run_command
-from deepseek_jax.model.decoding import Cache, decode, prefill, split_layers
+from deepseek_jax.model.decoding import Cache, decode, prefill, prepare
 from deepseek_jax.precision.fp8 import require_fp8
 from deepseek_jax.training.checkpoint import Checkpoints
 
@@ -51,7 +52,7 @@ def write(args: argparse.Namespace) -> None:
     texts = args.prompt or [""]
     prompts = [tokenizer.encode(text, add_special_tokens=False).ids or [end] for text in texts]
     streams = [TextStream(tokenizer) for _ in texts]
-    generator = Generator(config, variables)
+    generator = Generator(config, variables, len(prompts))
     steps = generator.generate(prompts, args.max_new_tokens, end, args.temperature, args.top_p, args.seed)
     for number, tokens in enumerate(steps):
         if number == 0:
@@ -88,12 +89,20 @@ def load_run(run_dir: Path, step: int | None = None) -> tuple[ModelConfig, Token
 
 
 class Generator:
-    """A model ready to write; what it compiles for one prompt length serves the next call too."""
+    """A model ready to write; what it compiles for one prompt length serves the next call too.
 
-    def __init__(self, config: ModelConfig, variables: dict[str, Any]):
+    Args:
+        variables: of a `DeepseekV3`.
+        sequences: prompts to be continued at once; more or fewer are right too, but slower.
+    """
+
+    def __init__(self, config: ModelConfig, variables: dict[str, Any], sequences: int = 1):
         self._config = config
-        self._weights = split_layers(config, variables)
-        self._first = jax.jit(partial(_first, config), static_argnames=("cache_length", "greedy"))
+        self._weights = prepare(config, variables, sequences)
+        self._first = jax.jit(
+            partial(_first, config), static_argnames=("cache_length", "greedy"),
+            compiler_options=compiler_options(jax.default_backend()),
+        )  # fmt: skip
         self._following = jax.jit(partial(_following, config), static_argnames="greedy", donate_argnums=1)
 
     def generate(

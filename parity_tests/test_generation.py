@@ -8,6 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import torch
+from flax.traverse_util import flatten_dict
 
 from deepseek_jax.config import RopeScaling, load_config
 from deepseek_jax.errors import UserError
@@ -17,27 +18,29 @@ from deepseek_torch.generate import generate, sample_token
 from parity_tests.siblings import Siblings
 
 PROMPTS = [[5, 9, 2, 77, 31], [8], [100, 101, 102]]
+CUTTABLE = dict(hidden_size=64, q_lora_rank=32, kv_lora_rank=24, qk_nope_head_dim=24, v_head_dim=32, moe_intermediate_size=32)
+"""Sizes whose weights decoding cuts into panels; those of `tiny` stay whole, but for the head."""
 
 
 @cache
-def siblings() -> Siblings:
+def siblings(**sizes: int) -> Siblings:
     """Groups, YaRN, an MTP module that generation has no use for, and a context of 40 tokens."""
     config = dataclasses.replace(
         load_config("tiny").model, precision="float64", num_hidden_layers=2, max_position_embeddings=40,
-        rope_scaling=RopeScaling(factor=8.0, original_max_position_embeddings=16, beta_fast=4.0),
+        rope_scaling=RopeScaling(factor=8.0, original_max_position_embeddings=16, beta_fast=4.0), **sizes,
     )  # fmt: skip
     return Siblings(config)
 
 
 @cache
-def generator() -> Generator:
+def generator(sequences: int = 1, **sizes: int) -> Generator:
     with jax.enable_x64(True):
-        return Generator(siblings().config, siblings().variables)
+        return Generator(siblings(**sizes).config, siblings(**sizes).variables, sequences)
 
 
-def from_jax(prompts, max_new_tokens, end=None):
+def from_jax(prompts, max_new_tokens, end=None, **arrangement):
     with jax.enable_x64(True):
-        return [step.tolist() for step in generator().generate(prompts, max_new_tokens, end)]
+        return [step.tolist() for step in generator(**arrangement).generate(prompts, max_new_tokens, end)]
 
 
 def from_torch(prompts, max_new_tokens, end=None):
@@ -59,6 +62,18 @@ def test_greedy_tokens_are_equal_and_those_of_no_cache():
     assert len({token for step in expected for token in step}) > 10, "a model that repeats itself proves little"
     assert from_torch(PROMPTS, 12) == expected
     assert from_jax(PROMPTS, 12) == expected
+
+
+@pytest.mark.parametrize("sequences", [1, 3])
+def test_greedy_tokens_from_cut_weights(sequences):
+    """Three sequences choose more experts than there are: then those are cut as well."""
+    layer = generator(sequences, **CUTTABLE)._weights.layers[1]
+    kept = sorted("/".join(path) for path, weight in flatten_dict(layer["params"]).items() if weight.ndim > 1)
+    experts = [f"mlp/experts/{name}_proj" for name in ("down", "gate", "up")] if sequences == 1 else []
+    assert kept == [*experts, "mlp/gate/weight", "self_attn/kv_b_proj/weight"]
+    expected = list(generate(siblings(**CUTTABLE).torch, PROMPTS, 12, None))
+    assert len({token for step in expected for token in step}) > 10
+    assert from_jax(PROMPTS, 12, sequences=sequences, **CUTTABLE) == expected
 
 
 def test_a_sequence_that_has_ended_stays_ended():

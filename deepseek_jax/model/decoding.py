@@ -9,40 +9,76 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+from flax.traverse_util import flatten_dict, unflatten_dict
 
 from deepseek_jax.config import ModelConfig
 from deepseek_jax.model.attention import ABSORBED, Latents, absorbed_weights
 from deepseek_jax.model.block import Block
 from deepseek_jax.model.layers import RMSNorm, compute_dtype, widen
+from deepseek_jax.model.panels import COLUMNS, PANELS, Panels, cut, times, whole
 from deepseek_jax.model.rope import rope_angles
+
+LINEAR = ("q_proj", "q_a_proj", "q_b_proj", "kv_a_proj_with_mqa", "o_proj", "gate_proj", "up_proj", "down_proj")
+"""Linear maps by whose weights decoding multiplies."""
+EXPERTS_DOWN = ("experts", "down_proj")
+"""Side by side, the experts are one wide feed-forward: their hidden units are the rows of its last weight."""
 
 Cache = list[Latents]
 """Each layer's latents, [B, S, ...]."""
 
 
 class Weights(NamedTuple):
-    """The main model's variables with every layer on its own, and what attention to a cache prepares of them."""
+    """The main model's variables with every layer on its own, arranged for decoding."""
 
     embedding: jax.Array
     layers: list[dict[str, Any]]
+    """Besides the variables of a `Block`, what attention to a cache prepares of them; see `cut_layer`, too."""
     norm: dict[str, Any]
-    head: jax.Array
+    head: jax.Array | Panels
 
 
-def split_layers(config: ModelConfig, variables: dict[str, Any]) -> Weights:
-    """Unstack the variables of a `DeepseekV3`."""
+def prepare(config: ModelConfig, variables: dict[str, Any], sequences: int) -> Weights:
+    """Unstack the variables of a `DeepseekV3` and arrange them for so many sequences at once."""
     params = variables["params"]
-    layers = [
-        {kind: jax.tree.map(lambda x, i=i: x[i], tree[stack]) for kind, tree in variables.items() if stack in tree}
-        for stack, count in _stacks(config)
-        for i in range(count)
-    ]
-    for layer in layers:
-        weight = layer["params"]["self_attn"]["kv_b_proj"]["weight"]
-        layer[ABSORBED] = {"self_attn": {"weights": absorbed_weights(config, weight)}}
+    cuts = jax.default_backend() == "cpu" and config.precision != "fp8"
+    layers = []
+    for stack, count in _stacks(config):
+        trees = {kind: tree[stack] for kind, tree in variables.items() if stack in tree}
+        for i in range(count):
+            layer = jax.tree.map(lambda x, i=i: x[i], trees)
+            weight = layer["params"]["self_attn"]["kv_b_proj"]["weight"]
+            layer[ABSORBED] = {"self_attn": {"weights": absorbed_weights(config, weight)}}
+            layers.append(cut_layer(config, layer, sequences) if cuts else layer)
     embedding = params["embed_tokens"]["weight"]
     head = embedding.T if config.tie_word_embeddings else params["lm_head"]["weight"]
+    head = cut(head) if cuts and head.shape[1] % COLUMNS == 0 else head
     return Weights(embedding, layers, {"params": params["norm"]}, head)
+
+
+def cut_layer(config: ModelConfig, layer: dict[str, Any], sequences: int) -> dict[str, Any]:
+    """Move the weights by which decoding multiplies from the parameters to the collection PANELS.
+
+    Those of the experts too, if so many sequences choose as many experts as there are, so that most are read anyway.
+    """
+    c, params, panels = config, flatten_dict(layer["params"]), {}
+    even = c.moe_intermediate_size % COLUMNS == 0 == c.hidden_size % COLUMNS
+    experts = even and sequences * c.num_experts_per_tok >= c.n_routed_experts
+    for path, weight in flatten_dict(layer["params"]).items():
+        if path[-2] == "experts" and experts or path[-2] in LINEAR and weight.shape[1] % COLUMNS == 0:
+            del params[path]
+            panels[path] = cut(weight.reshape(-1, c.hidden_size) if path[-2:] == EXPERTS_DOWN else weight)
+    return layer | {"params": unflatten_dict(params), PANELS: unflatten_dict(panels)}
+
+
+def whole_layer(config: ModelConfig, layer: dict[str, Any]) -> dict[str, Any]:
+    """Undo `cut_layer`, for products of many rows."""
+    params = flatten_dict(layer["params"])
+    for path, panels in flatten_dict(layer.get(PANELS, {})).items():
+        if path[-2:] == EXPERTS_DOWN:
+            params[path] = whole(panels).reshape(config.n_routed_experts, -1, config.hidden_size)
+        else:
+            params[path] = whole(panels, config.n_routed_experts if path[-2] == "experts" else None)
+    return {kind: tree for kind, tree in layer.items() if kind != PANELS} | {"params": unflatten_dict(params)}
 
 
 def _stacks(config: ModelConfig) -> list[tuple[str, int]]:
@@ -64,7 +100,8 @@ def prefill(
         Logits [B, V] after each prompt's last token, in at least float32, and the cache.
     """
     positions = jnp.broadcast_to(jnp.arange(tokens.shape[1]), tokens.shape)
-    hidden, cache = _run(config, weights, tokens, positions, [None] * config.num_hidden_layers)
+    layers = [whole_layer(config, layer) for layer in weights.layers]
+    hidden, cache = _run(config, weights._replace(layers=layers), tokens, positions, [None] * config.num_hidden_layers)
     last = jnp.take_along_axis(hidden, (lengths - 1)[:, None, None], axis=1)
     room = ((0, 0), (0, cache_length - tokens.shape[1]), (0, 0))
     return _logits(config, weights, last), jax.tree.map(lambda latents: jnp.pad(latents, room), cache)
@@ -102,4 +139,4 @@ def _run(
 def _logits(config: ModelConfig, weights: Weights, hidden: jax.Array) -> jax.Array:
     """[B, 1, d] -> [B, V]."""
     normed = RMSNorm(config, config.rms_norm_eps).apply(weights.norm, hidden[:, 0])
-    return jnp.matmul(normed, weights.head.astype(normed.dtype), preferred_element_type=widen(normed.dtype))
+    return times(normed, weights.head, widen(normed.dtype))

@@ -5,6 +5,7 @@ import jax
 import jax.numpy as jnp
 
 from deepseek_jax.config import ModelConfig
+from deepseek_jax.model.panels import PANELS
 from deepseek_jax.model.products import products
 
 
@@ -24,15 +25,16 @@ def widen(dtype: jnp.dtype) -> jnp.dtype:
 
 
 class Linear(nn.Module):
-    """`x W` without a bias; `weight` is [in_features, features]."""
+    """`x W` without a bias; `weight` is [in_features, features], or in decoding the same in `Panels`."""
 
     config: ModelConfig
     in_features: int
     features: int
 
     def setup(self):
-        init = nn.initializers.normal(self.config.initializer_range)
-        self.weight = self.param("weight", init, (self.in_features, self.features), param_dtype(self.config))
+        init, shape = nn.initializers.normal(self.config.initializer_range), (self.in_features, self.features)
+        cut = self.get_variable(PANELS, "weight")
+        self.weight = self.param("weight", init, shape, param_dtype(self.config)) if cut is None else cut
 
     def __call__(self, x: jax.Array) -> jax.Array:
         """[..., in_features] -> [..., features]."""

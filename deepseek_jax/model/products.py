@@ -10,6 +10,7 @@ from jax.ad_checkpoint import checkpoint_name
 from deepseek_jax.config import ModelConfig
 from deepseek_jax.model.grouped_matmul import grouped_matmul
 from deepseek_jax.model.matmul import matmul
+from deepseek_jax.model.panels import Panels, times
 from deepseek_jax.precision.fp8_grouped_matmul import fp8_grouped_matmul
 from deepseek_jax.precision.fp8_matmul import fp8_matmul
 
@@ -23,8 +24,10 @@ def keep(x: jax.Array, name: str = KEPT) -> jax.Array:
     return checkpoint_name(x, name)
 
 
-def products(config: ModelConfig, x: jax.Array, *weights: jax.Array) -> list[jax.Array]:
-    """x [..., K] times each of the weights [K, M]: a list of [..., M] in x's type."""
+def products(config: ModelConfig, x: jax.Array, *weights: jax.Array | Panels) -> list[jax.Array]:
+    """x [..., K] times each of the weights [K, M], whole or cut: a list of [..., M] in x's type."""
+    if any(isinstance(weight, Panels) for weight in weights):
+        return [times(x, weight) for weight in weights]
     if config.precision == "fp8":
         results = fp8_matmul(x, weights)
     else:

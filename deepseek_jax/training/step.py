@@ -9,6 +9,7 @@ import jax.numpy as jnp
 import optax
 from jax.sharding import PartitionSpec
 
+from deepseek_jax.compilation import compiler_options
 from deepseek_jax.config import MESH_AXES, Config
 from deepseek_jax.model.layers import param_dtype
 from deepseek_jax.model.router import updated_bias
@@ -56,10 +57,8 @@ def init_state(config: Config) -> TrainState:
 def make_step(config: Config, division: Optional[Division] = None) -> Callable[..., tuple[TrainState, StepMetrics]]:
     """`train_step` of state, tokens and scalars, as a program of its own that takes the state over."""
     platform = jax.default_backend() if division is None else division.mesh.devices.flat[0].platform
-    # Other orders of a CPU's work save no time and touch more memory.
-    options = {"xla_cpu_scheduler_type": "CPU_SCHEDULER_TYPE_MEMORY_OPTIMIZED"} if platform == "cpu" else None
     step = partial(train_step, config=config, division=division)
-    return jax.jit(step, donate_argnums=0, compiler_options=options)
+    return jax.jit(step, donate_argnums=0, compiler_options=compiler_options(platform))
 
 
 def train_step(
