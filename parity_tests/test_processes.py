@@ -7,8 +7,11 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
+
+from deepseek_jax.errors import report
 
 LAUNCH = Path(__file__).parents[1] / "scripts" / "launch_local"
 ENVIRONMENT = {**os.environ, "JAX_PLATFORMS": "cpu", "JAX_ENABLE_X64": "1",
@@ -105,6 +108,14 @@ def test_a_mistake_is_told_once(tmp_path):
         "parallel.pipe=1 parallel.data=2 parallel.fsdp=1 parallel.expert=1"
     ]
     assert not (tmp_path / "run").exists()
+
+
+def test_an_error_is_written_at_once(monkeypatch):
+    """Else those of several unbuffered processes run together."""
+    writes = []
+    monkeypatch.setattr(sys, "stderr", SimpleNamespace(write=writes.append, flush=lambda: None))
+    report("the disk\nis full")
+    assert writes == ["error: the disk is full\n"]
 
 
 WAITING = """

@@ -20,6 +20,8 @@ from deepseek_jax.model.rope import rope_angles
 
 LINEAR = ("q_proj", "q_a_proj", "q_b_proj", "kv_a_proj_with_mqa", "o_proj", "gate_proj", "up_proj", "down_proj")
 """Linear maps by whose weights decoding multiplies."""
+FEW = 16
+"""Rows that take hardly longer to multiply than their weight to read."""
 EXPERTS_DOWN = ("experts", "down_proj")
 """Side by side, the experts are one wide feed-forward: their hidden units are the rows of its last weight."""
 
@@ -58,11 +60,12 @@ def prepare(config: ModelConfig, variables: dict[str, Any], sequences: int) -> W
 def cut_layer(config: ModelConfig, layer: dict[str, Any], sequences: int) -> dict[str, Any]:
     """Move the weights by which decoding multiplies from the parameters to the collection PANELS.
 
-    Those of the experts too, if so many sequences choose as many experts as there are, so that most are read anyway.
+    Those of the experts too, if so many sequences choose as many experts as there are, so that most are read anyway,
+    and are few enough for multiplying them by every expert to cost little.
     """
     c, params, panels = config, flatten_dict(layer["params"]), {}
     even = c.moe_intermediate_size % COLUMNS == 0 == c.hidden_size % COLUMNS
-    experts = even and sequences * c.num_experts_per_tok >= c.n_routed_experts
+    experts = even and c.n_routed_experts / c.num_experts_per_tok <= sequences <= FEW
     for path, weight in flatten_dict(layer["params"]).items():
         if path[-2] == "experts" and experts or path[-2] in LINEAR and weight.shape[1] % COLUMNS == 0:
             del params[path]
