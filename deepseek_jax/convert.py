@@ -91,8 +91,7 @@ def _is_huggingface(path: Path) -> bool:
         CheckpointError: if it is none of these, or more than one.
     """
     kinds = {
-        "a Hugging Face directory": _holds(path, "config.json")
-        and (_holds(path, SINGLE_FILE) or _holds(path, INDEX_FILE)),
+        "a Hugging Face directory": _holds(path, "config.json") and (_holds(path, SINGLE_FILE) or _holds(path, INDEX_FILE)),
         "a run directory": _holds(path, "config.yaml") and _holds(path, "checkpoints"),
         "a step of a run's checkpoints": _holds(path, VARIABLES) and _holds(path, META),
     }

@@ -172,9 +172,7 @@ def _following(config, weights, cache, token, positions, settings, key, greedy) 
     return sample_token(logits, *settings, key, greedy), cache
 
 
-def sample_token(
-    logits: jax.Array, temperature: jax.Array, top_p: jax.Array, key: jax.Array, greedy: bool
-) -> jax.Array:
+def sample_token(logits: jax.Array, temperature: jax.Array, top_p: jax.Array, key: jax.Array, greedy: bool) -> jax.Array:
     """Choose a token per row of logits [B, V] among the likeliest that together reach `top_p`."""
     if greedy:
         return jnp.argmax(logits, axis=-1).astype(jnp.int32)

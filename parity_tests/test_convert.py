@@ -545,7 +545,12 @@ def test_a_config_that_asks_for_other_mathematics(changes, words, exported, tmp_
 
 
 VALUES = st.recursive(
-    st.none() | st.booleans() | st.integers(0, 300) | st.floats(allow_nan=False) | st.text(max_size=8) | st.sampled_from(["${x:y}", "${", "???", "1e12", 10**12]),
+    st.none()
+    | st.booleans()
+    | st.integers(0, 300)
+    | st.floats(allow_nan=False)
+    | st.text(max_size=8)
+    | st.sampled_from(["${x:y}", "${", "???", "1e12", 10**12]),
     lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=8), inner, max_size=3),
     max_leaves=6,
 )

@@ -346,9 +346,7 @@ def test_blocks_for_gradients_lose_what_tiles_keep():
 
     x, w = x.astype(np.float64), w.astype(np.float64)
     dx_tiles, dx_blocks = (median_error(each @ w.T, tokens @ w.T) for each in (in_tiles(tokens, 1), in_blocks(tokens)))
-    dw_tiles, dw_blocks = (
-        median_error(each.T @ x, channels.T @ x) for each in (in_tiles(channels, 0), in_blocks(channels))
-    )
+    dw_tiles, dw_blocks = (median_error(each.T @ x, channels.T @ x) for each in (in_tiles(channels, 0), in_blocks(channels)))
     assert dx_tiles < 0.03 and dw_tiles < 0.03
     assert dx_blocks > 5 * dx_tiles and dw_blocks > 5 * dw_tiles
 

@@ -107,7 +107,9 @@ def test_two_weights(implementation, dtype):
         _, *second = arrays(ROWS, group_sizes, dtype, seed=1)
         sizes = jnp.array(group_sizes, jnp.int32)
         (y1, dx1, dw1), (y2, dx2, dw2) = (product_and_gradients(x, *each, sizes, implementation) for each in (first, second))
-        y, pull_back = jax.vjp(lambda x, *weights: grouped_matmul(x, [*weights], sizes, implementation), x, first[0], second[0])
+        y, pull_back = jax.vjp(
+            lambda x, *weights: grouped_matmul(x, [*weights], sizes, implementation), x, first[0], second[0]
+        )
         actual = *y, *pull_back([first[1], second[1]])
         for a, b in zip(actual, (y1, y2, dx1 + dx2, dw1, dw2), strict=True):
             assert a.dtype == dtype

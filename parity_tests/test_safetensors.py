@@ -570,9 +570,10 @@ def reference_quantize(w: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
 def awkward_weights(shape: tuple[int, int], seed: int) -> np.ndarray:
     """Blocks of many magnitudes with zeros of both signs, tiny blocks and outliers."""
     rng = np.random.default_rng(seed)
-    w = rng.standard_normal(shape) * 10.0 ** rng.integers(-12, 8, scale_shape(shape)).repeat(128, 0).repeat(128, 1)[
-        : shape[0], : shape[1]
-    ]
+    w = (
+        rng.standard_normal(shape)
+        * 10.0 ** rng.integers(-12, 8, scale_shape(shape)).repeat(128, 0).repeat(128, 1)[: shape[0], : shape[1]]
+    )
     w[rng.random(shape) < 0.02] *= 300
     w[rng.random(shape) < 0.02] = 0.0
     w[rng.random(shape) < 0.02] = -0.0

@@ -59,9 +59,7 @@ def module_variables(variables: Mapping[str, Any], stack: str, layer: int, *modu
     return found
 
 
-def module_tensors(
-    params: Any, config: ModelConfig, stack: str, layer: int, *module: str
-) -> dict[str, torch.Tensor]:
+def module_tensors(params: Any, config: ModelConfig, stack: str, layer: int, *module: str) -> dict[str, torch.Tensor]:
     """Tensors by their names in the state dict, from the "params" of `module_variables` or their gradients."""
     params, prefix = jax.device_get(params), ("params", stack, *module)
     return {

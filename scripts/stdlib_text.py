@@ -1,6 +1,6 @@
 """Real text that every Python has at hand: the standard library's documentation and source, as one .jsonl file.
 
-    python scripts/stdlib_text.py runs/text/python.jsonl
+python scripts/stdlib_text.py runs/text/python.jsonl
 """
 
 import json

@@ -97,9 +97,7 @@ def write_tensors(
         _write_index(directory / INDEX_FILE, shards, total)
 
 
-def _write_shard(
-    path: Path, shard: list[TensorSpec], supply: Iterator[np.ndarray], progress: Callable[[int], None]
-) -> None:
+def _write_shard(path: Path, shard: list[TensorSpec], supply: Iterator[np.ndarray], progress: Callable[[int], None]) -> None:
     header, offsets = _header(path, shard)
     with disk_errors(path):
         file = open(path, "xb", buffering=0)

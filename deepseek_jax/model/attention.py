@@ -91,9 +91,7 @@ class MultiHeadLatentAttention(nn.Module):
             out = self._absorbed(q_nope, q_rope, latents, positions)
         return self.o_proj(out.reshape(*x.shape[:2], -1)), latents
 
-    def _project(
-        self, x: jax.Array, rope: tuple[jax.Array, jax.Array]
-    ) -> tuple[jax.Array, jax.Array, Latents]:
+    def _project(self, x: jax.Array, rope: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array, Latents]:
         """Queries without and with position, [B, T, H, nope] and [B, T, H, rope], and the tokens' latents."""
         c = self.config
         first = self.q_proj if c.q_lora_rank is None else self.q_a_proj

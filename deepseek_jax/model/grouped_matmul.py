@@ -100,9 +100,7 @@ def _blocked(x: jax.Array, weights: Arrays, group_sizes: jax.Array) -> Arrays:
     return _over_groups(group_sizes, [jnp.zeros_like(x, shape=(x.shape[0], w.shape[2])) for w in weights], multiply_group)
 
 
-def _blocked_gradients(
-    x: jax.Array, weights: Arrays, group_sizes: jax.Array, gradients: Arrays
-) -> tuple[jax.Array, Arrays]:
+def _blocked_gradients(x: jax.Array, weights: Arrays, group_sizes: jax.Array, gradients: Arrays) -> tuple[jax.Array, Arrays]:
     """Gradients of x and of the weights, in one pass over the blocks, which reads each operand once."""
 
     def visit_group(totals: Any, group: jax.Array, start: jax.Array, end: jax.Array) -> Any:
@@ -185,9 +183,7 @@ def _megablox(x: jax.Array, weights: Arrays, group_sizes: jax.Array) -> Arrays:
     return [_megablox_rows_by_weight(x, weight, group_sizes, False) for weight in weights]
 
 
-def _megablox_gradients(
-    x: jax.Array, weights: Arrays, group_sizes: jax.Array, gradients: Arrays
-) -> tuple[jax.Array, Arrays]:
+def _megablox_gradients(x: jax.Array, weights: Arrays, group_sizes: jax.Array, gradients: Arrays) -> tuple[jax.Array, Arrays]:
     dx = sum(_megablox_rows_by_weight(dy, weight, group_sizes, True) for dy, weight in zip(gradients, weights))
     return dx, [_megablox_rows_by_rows(x, dy, group_sizes) for dy in gradients]
 

@@ -35,9 +35,7 @@ def products(config: ModelConfig, x: jax.Array, *weights: jax.Array | Panels) ->
     return [keep(result) for result in results]
 
 
-def grouped_products(
-    config: ModelConfig, x: jax.Array, group_sizes: jax.Array, *weights: jax.Array
-) -> list[jax.Array]:
+def grouped_products(config: ModelConfig, x: jax.Array, group_sizes: jax.Array, *weights: jax.Array) -> list[jax.Array]:
     """Rows x [N, K], sorted by group, times each of the weights [E, K, M]: a list of [N, M] in x's type."""
     if config.precision == "fp8":
         results = fp8_grouped_matmul(x, weights, group_sizes)

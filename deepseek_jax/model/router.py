@@ -47,9 +47,7 @@ class Router(nn.Module):
         if c.norm_topk_prob:
             weights /= jnp.sum(weights, axis=-1, keepdims=True) + 1e-20
         counts = jnp.sum(jax.nn.one_hot(indices, c.n_routed_experts, dtype=jnp.int32), axis=(1, 2))
-        return Routing(
-            indices, weights * c.routed_scaling_factor, jnp.sum(counts, axis=0), balance_loss(c, scores, counts)
-        )
+        return Routing(indices, weights * c.routed_scaling_factor, jnp.sum(counts, axis=0), balance_loss(c, scores, counts))
 
 
 def select_experts(config: ModelConfig, biased_scores: jax.Array) -> jax.Array:

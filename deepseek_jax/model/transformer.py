@@ -159,9 +159,7 @@ class DeepseekV3(nn.Module):
             kept = (KEPT,) if division is not None and division.parallel.expert > 1 else (KEPT, KEPT_ROWS)
             policy = jax.checkpoint_policies.save_only_these_names(*kept) if c.remat == "products" else None
             layer = nn.remat(layer, prevent_cse=False, policy=policy)
-        return nn.scan(
-            layer, variable_axes=per_layer, split_rngs={"params": True}, in_axes=in_axes, out_axes=0, length=length
-        )
+        return nn.scan(layer, variable_axes=per_layer, split_rngs={"params": True}, in_axes=in_axes, out_axes=0, length=length)
 
 
 def _balance(outputs: dict[str, BlockOutput], dtype: jnp.dtype) -> tuple[dict[str, jax.Array], jax.Array]:

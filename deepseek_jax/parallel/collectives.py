@@ -1,7 +1,7 @@
 """What the devices of a mesh send each other, read from the compiled program.
 
-    compiled = jax.jit(step).lower(...).compile()
-    print(table(collectives(compiled.as_text(), mesh)))
+compiled = jax.jit(step).lower(...).compile()
+print(table(collectives(compiled.as_text(), mesh)))
 """
 
 import math

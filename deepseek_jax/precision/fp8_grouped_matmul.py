@@ -17,9 +17,7 @@ from deepseek_jax.precision.fp8_matmul import IMPLEMENTATIONS, Kept, Quantized, 
 Block = Callable[[jax.Array, jax.Array, jax.Array, jax.Array], jax.Array]
 
 
-def fp8_grouped_matmul(
-    x: jax.Array, w: Weights, group_sizes: jax.Array, implementation: str = "dot_general"
-) -> Weights:
+def fp8_grouped_matmul(x: jax.Array, w: Weights, group_sizes: jax.Array, implementation: str = "dot_general") -> Weights:
     """Each group of rows times its own weight, all three products in float8 as in `fp8_matmul`.
 
     Args:
@@ -37,9 +35,7 @@ def fp8_grouped_matmul(
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(3,))
-def _grouped_matmul(
-    x: jax.Array, weights: list[jax.Array], group_sizes: jax.Array, implementation: str
-) -> list[jax.Array]:
+def _grouped_matmul(x: jax.Array, weights: list[jax.Array], group_sizes: jax.Array, implementation: str) -> list[jax.Array]:
     return _forward(x, weights, group_sizes, implementation)[0]
 
 

@@ -29,7 +29,11 @@ class LossParts(NamedTuple):
 
 
 def training_loss(
-    params: Any, router_state: Any, tokens: jax.Array, config: Config, mtp_weight: jax.Array,
+    params: Any,
+    router_state: Any,
+    tokens: jax.Array,
+    config: Config,
+    mtp_weight: jax.Array,
     division: Optional[Division] = None,
 ) -> tuple[jax.Array, LossParts]:
     """CE_0 + lambda/D sum_k CE_k + alpha * balance.

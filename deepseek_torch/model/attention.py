@@ -81,9 +81,7 @@ class MultiHeadLatentAttention(nn.Module):
         out = attention(q, k, v, softmax_scale(self.config), seen)
         return self.o_proj(out.flatten(-2)), latents
 
-    def _project(
-        self, x: torch.Tensor, rope: tuple[torch.Tensor, torch.Tensor]
-    ) -> tuple[torch.Tensor, torch.Tensor, Latents]:
+    def _project(self, x: torch.Tensor, rope: tuple[torch.Tensor, torch.Tensor]) -> tuple[torch.Tensor, torch.Tensor, Latents]:
         """Queries without and with position, [B, T, H, nope] and [B, T, H, rope], and the tokens' latents."""
         c = self.config
         first = self.q_proj if c.q_lora_rank is None else self.q_a_proj

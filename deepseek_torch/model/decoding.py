@@ -12,9 +12,7 @@ Cache = list[Latents]
 """Each layer's latents, [B, S, ...]."""
 
 
-def prefill(
-    model: DeepseekV3, tokens: torch.Tensor, lengths: torch.Tensor, cache_length: int
-) -> tuple[torch.Tensor, Cache]:
+def prefill(model: DeepseekV3, tokens: torch.Tensor, lengths: torch.Tensor, cache_length: int) -> tuple[torch.Tensor, Cache]:
     """Read prompts.
 
     Args:
@@ -34,9 +32,7 @@ def prefill(
     return _logits(model, last), cache
 
 
-def decode(
-    model: DeepseekV3, cache: Cache, tokens: torch.Tensor, positions: torch.Tensor
-) -> tuple[torch.Tensor, Cache]:
+def decode(model: DeepseekV3, cache: Cache, tokens: torch.Tensor, positions: torch.Tensor) -> tuple[torch.Tensor, Cache]:
     """Take in one token per sequence.
 
     Args:

@@ -113,9 +113,7 @@ def _positions(tokens: torch.Tensor) -> torch.Tensor:
     return torch.arange(tokens.shape[1], device=tokens.device).expand_as(tokens)
 
 
-def _balance(
-    outputs: dict[str, list[BlockOutput]], nothing: torch.Tensor
-) -> tuple[dict[str, torch.Tensor], torch.Tensor]:
+def _balance(outputs: dict[str, list[BlockOutput]], nothing: torch.Tensor) -> tuple[dict[str, torch.Tensor], torch.Tensor]:
     """Expert counts of the stacks that have experts, and the sum of their layers' balance losses from `nothing` on."""
     counts = {name: torch.stack([o.counts for o in stack]) for name, stack in outputs.items() if stack}
     losses = [output.balance_loss for stack in outputs.values() for output in stack]

@@ -55,9 +55,7 @@ def train_step(state: TrainState, tokens: torch.Tensor, plan: StepPlan, config: 
     return StepMetrics(loss, parts, grad_norm)
 
 
-def _accumulated(
-    state: TrainState, tokens: torch.Tensor, mtp_weight: float, config: Config
-) -> tuple[torch.Tensor, LossParts]:
+def _accumulated(state: TrainState, tokens: torch.Tensor, mtp_weight: float, config: Config) -> tuple[torch.Tensor, LossParts]:
     """Leave the whole batch's gradients in the parameters: means over its parts, but sums of the expert counts."""
     state.optimizer.zero_grad()
     losses, parts = [], []

@@ -1,0 +1,46 @@
+"""The one schema of a run, read by both siblings; imports neither JAX nor PyTorch.
+
+A config is a YAML file (a path, or the name of a preset in `configs/`) plus overrides of the form
+`train.steps=200`. Whatever is wrong raises `ConfigError`, whose text is one line: the field, what it
+holds and what would be right.
+"""
+
+from deepseek_jax.config.reading import find_config, from_mapping, load_config, presets, to_yaml
+from deepseek_jax.config.schema import (
+    EXCHANGES,
+    GROUPED_MATMULS,
+    MESH_AXES,
+    PRECISIONS,
+    REMAT_CHOICES,
+    Config,
+    ConfigError,
+    DataConfig,
+    ModelConfig,
+    ParallelConfig,
+    Phase,
+    RopeScaling,
+    TrainConfig,
+)
+from deepseek_jax.config.validation import validate
+
+__all__ = [
+    "EXCHANGES",
+    "GROUPED_MATMULS",
+    "MESH_AXES",
+    "PRECISIONS",
+    "REMAT_CHOICES",
+    "Config",
+    "ConfigError",
+    "DataConfig",
+    "ModelConfig",
+    "ParallelConfig",
+    "Phase",
+    "RopeScaling",
+    "TrainConfig",
+    "find_config",
+    "from_mapping",
+    "load_config",
+    "presets",
+    "to_yaml",
+    "validate",
+]

@@ -1,0 +1,187 @@
+"""The fields of a run and what each one means; no logic, no JAX, no PyTorch.
+
+Fields of `ModelConfig` have the names that Hugging Face's `deepseek_v3` gives them. Quantities derived from them
+(YaRN's scale, head sizes) are computed in each sibling, so that neither inherits the other's mistake.
+"""
+
+from dataclasses import dataclass, field
+from typing import Optional
+
+from deepseek_jax.errors import UserError
+
+PRECISIONS = ("float64", "float32", "bfloat16", "fp8")
+REMAT_CHOICES = ("none", "products", "full")
+GROUPED_MATMULS = ("auto", "reference", "blocked", "megablox")
+MOMENT_DTYPES = ("float32", "bfloat16")
+EXCHANGES = ("auto", "rounds", "ragged")
+MESH_AXES = ("pipe", "data", "fsdp", "expert")
+"""Axes of the device mesh, slowest links first: neighbours along `expert` are the nearest devices."""
+PHASE_SHAPES = ("constant", "linear", "cosine")
+
+
+class ConfigError(UserError):
+    """A config that cannot work; the message is one line that names the field and the remedy."""
+
+
+@dataclass(frozen=True)
+class RopeScaling:
+    """YaRN (report 4.3): how rotary frequencies stretch beyond the length first trained on."""
+
+    factor: float = 40.0
+    original_max_position_embeddings: int = 4096
+    beta_fast: float = 32.0
+    beta_slow: float = 1.0
+    mscale: float = 1.0
+    mscale_all_dim: float = 1.0
+
+
+@dataclass(frozen=True)
+class ModelConfig:
+    """The architecture, in Hugging Face's field names, and how it is computed (the last group)."""
+
+    vocab_size: int = 129280
+    hidden_size: int = 7168
+    num_hidden_layers: int = 61
+    first_k_dense_replace: int = 3
+    """How many of the first layers have a dense feed-forward instead of experts."""
+    intermediate_size: int = 18432
+    """Width of the dense feed-forward."""
+
+    num_attention_heads: int = 128
+    q_lora_rank: Optional[int] = 1536
+    """Rank of the compressed query; null projects queries directly."""
+    kv_lora_rank: int = 512
+    qk_nope_head_dim: int = 128
+    qk_rope_head_dim: int = 64
+    v_head_dim: int = 128
+
+    n_routed_experts: int = 256
+    n_shared_experts: int = 1
+    num_experts_per_tok: int = 8
+    moe_intermediate_size: int = 2048
+    """Width of one expert; the shared experts act as one of n_shared_experts times this width."""
+    n_group: int = 8
+    topk_group: int = 4
+    norm_topk_prob: bool = True
+    routed_scaling_factor: float = 2.5
+
+    num_nextn_predict_layers: int = 1
+    """Depth of multi-token prediction: how many tokens beyond the next are predicted, >= 0."""
+    mtp_hidden_after_norm: bool = True
+    """Whether an MTP module reads the state before it after that state's final norm (report: open)."""
+
+    rms_norm_eps: float = 1e-6
+    rope_theta: float = 10000.0
+    rope_scaling: Optional[RopeScaling] = None
+    max_position_embeddings: int = 4096
+    initializer_range: float = 0.006
+    tie_word_embeddings: bool = False
+
+    precision: str = "float32"
+    """Arithmetic of the products with weights; parameters stay float32 (float64 if so chosen). `fp8` (report 3.3)
+    leaves embedding, head, routers and the attention core in bfloat16."""
+    remat: str = "products"
+    """What the backward pass recomputes: nothing (`none`), all but products with weights and attention (`products`),
+    or every layer (`full`)."""
+    grouped_matmul: str = "auto"
+    """Implementation of the routed experts' product; `auto` takes the platform's best."""
+
+
+@dataclass(frozen=True)
+class DataConfig:
+    """Which text, and how it becomes tokens."""
+
+    input: list[str] = field(default_factory=list)
+    """Text, .jsonl or .parquet files (the latter with a `text` column), directories or globs."""
+    tokenizer: Optional[str] = None
+    """A tokenizer.json; null trains a byte-level BPE of model.vocab_size on the training text."""
+    held_out_fraction: float = 0.02
+    seed: int = 0
+    """Order of the documents and of the training sequences."""
+
+
+@dataclass(frozen=True)
+class Phase:
+    """One stretch of a schedule: reach `to` by `until` tokens, along `shape` from the value before."""
+
+    to: float = 0.0
+    until: Optional[int] = None
+    """Tokens since the start of the run; null means its end."""
+    shape: str = "constant"
+
+
+@dataclass(frozen=True)
+class TrainConfig:
+    """Optimization (report 4.2). Schedules run on tokens, so a growing batch does not distort them."""
+
+    steps: int = 1000
+    sequence_length: int = 4096
+    batch_size: int = 16
+    """Sequences per optimizer step, over all devices and accumulation steps."""
+    batch_size_start: Optional[int] = None
+    """Where the batch starts, growing by multiples of itself over batch_size_ramp_tokens."""
+    batch_size_ramp_tokens: int = 0
+    gradient_accumulation_steps: int = 1
+
+    learning_rate: float = 2.2e-4
+    warmup_steps: int = 0
+    learning_rate_decay: list[Phase] = field(default_factory=lambda: [Phase(0.1, shape="cosine")])
+    """After the warm-up; `to` is a multiple of learning_rate."""
+    beta1: float = 0.9
+    beta2: float = 0.95
+    adam_eps: float = 1e-8
+    adam_moment_dtype: str = "float32"
+    """How both of Adam's moments are kept between steps: float32 (or wider, as the parameters), or bfloat16 (report
+    3.3.3), which halves their memory. bfloat16 rounds to 1/256, so that beta1 and beta2 should stay below 0.99."""
+    weight_decay: float = 0.1
+    gradient_clip: float = 1.0
+
+    bias_update_speed: list[Phase] = field(default_factory=lambda: [Phase(1e-3)])
+    """Gamma of the auxiliary-loss-free balancing (report 2.1.2)."""
+    sequence_balance_weight: float = 1e-4
+    """Alpha of the sequence-wise balance loss (report 2.1.2)."""
+    mtp_loss_weight: list[Phase] = field(default_factory=lambda: [Phase(0.3)])
+    """Lambda of the multi-token-prediction loss (report 2.2)."""
+    loss_chunk_tokens: int = 1024
+    """Tokens whose logits exist at one time."""
+
+    seed: int = 0
+    eval_every: int = 100
+    eval_sequences: int = 64
+    checkpoint_every: int = 200
+    keep_checkpoints: int = 2
+
+
+@dataclass(frozen=True)
+class ParallelConfig:
+    """How a run is divided over devices, whose number is the product of the four axes; one axis may be -1, the rest."""
+
+    pipe: int = 1
+    """Stages of the stack of mixture-of-experts layers."""
+    data: int = -1
+    """Replicas that divide the batch, the master weights and Adam's moments (ZeRO-1)."""
+    fsdp: int = 1
+    """Replicas that also divide the weights themselves, gathered layer by layer (ZeRO-3)."""
+    expert: int = 1
+    """Replicas that divide the routed experts; tokens travel to them."""
+
+    pipe_interleave: int = 1
+    """Chunks of layers in each pipeline stage: more shrink the bubble and pass activations on oftener."""
+    microbatch_size: int = 1
+    """Sequences that a pipeline stage computes at once."""
+    exchange_parts: int = 1
+    """Parts of a device's tokens that travel to experts one after the other. There is room for all tokens of all devices
+    along `expert` to meet on one: that many times fewer, and messages that much smaller."""
+    exchange: str = "auto"
+    """How tokens travel to experts: `ragged` (TPU, GPU) or in `rounds` of equal parts (anywhere); `auto` chooses."""
+
+
+@dataclass(frozen=True)
+class Config:
+    """A whole run."""
+
+    model: ModelConfig = field(default_factory=ModelConfig)
+    data: DataConfig = field(default_factory=DataConfig)
+    train: TrainConfig = field(default_factory=TrainConfig)
+    parallel: ParallelConfig = field(default_factory=ParallelConfig)
+    run_dir: str = "runs/default"

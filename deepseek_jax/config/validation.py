@@ -1,0 +1,138 @@
+"""Whether a config's values can work, and work together: what can be said without a device."""
+
+from collections.abc import Sequence
+from typing import Any
+
+from deepseek_jax.config.schema import (
+    EXCHANGES,
+    GROUPED_MATMULS,
+    MESH_AXES,
+    MOMENT_DTYPES,
+    PHASE_SHAPES,
+    PRECISIONS,
+    REMAT_CHOICES,
+    Config,
+    ConfigError,
+    DataConfig,
+    ModelConfig,
+    ParallelConfig,
+    Phase,
+    TrainConfig,
+)
+
+
+def validate(config: Config) -> None:
+    """Check values and that sizes can work together.
+
+    Raises:
+        ConfigError: at the first field that cannot work.
+    """
+    _validate_model(config.model)
+    _validate_data(config.data)
+    _validate_train(config.train, config.model)
+    _validate_parallel(config.parallel)
+
+
+def _require(condition: bool, name: str, value: Any, remedy: str) -> None:
+    if not condition:
+        raise ConfigError(f"{name}={value}: {remedy}")
+
+
+def _choice(name: str, value: str, choices: Sequence[str]) -> None:
+    _require(value in choices, name, value, f"choose one of {', '.join(choices)}")
+
+
+def _at_least(section: str, config: Any, minimum: float, *names: str) -> None:
+    for name in names:
+        value = getattr(config, name)
+        _require(value is None or value >= minimum, f"{section}.{name}", value, f"must be at least {minimum}")
+
+
+def _above_zero(section: str, config: Any, *names: str) -> None:
+    for name in names:
+        value = getattr(config, name)
+        _require(value > 0, f"{section}.{name}", value, "must be greater than 0")
+
+
+def _validate_model(m: ModelConfig) -> None:
+    _at_least(
+        "model", m, 1, "vocab_size", "hidden_size", "num_hidden_layers", "intermediate_size", "num_attention_heads",
+        "q_lora_rank", "kv_lora_rank", "qk_nope_head_dim", "v_head_dim", "n_routed_experts", "n_shared_experts",
+        "num_experts_per_tok", "moe_intermediate_size", "n_group", "topk_group", "max_position_embeddings",
+    )  # fmt: skip
+    _at_least("model", m, 2, "qk_rope_head_dim")
+    _at_least("model", m, 0, "num_nextn_predict_layers", "first_k_dense_replace")
+    _above_zero("model", m, "rms_norm_eps", "rope_theta", "initializer_range", "routed_scaling_factor")
+    _require(m.qk_rope_head_dim % 2 == 0, "model.qk_rope_head_dim", m.qk_rope_head_dim,
+             "must be even, for RoPE turns pairs")  # fmt: skip
+    _require(m.first_k_dense_replace <= m.num_hidden_layers, "model.first_k_dense_replace", m.first_k_dense_replace,
+             f"must be at most num_hidden_layers={m.num_hidden_layers}")  # fmt: skip
+    experts, groups = m.n_routed_experts, m.n_group
+    divisors = [n for n in range(1, experts + 1) if experts % n == 0]
+    _require(experts % groups == 0, "model.n_group", groups,
+             f"must divide n_routed_experts={experts}; nearest {min(divisors, key=lambda n: abs(n - groups))}")  # fmt: skip
+    _require(m.topk_group <= groups, "model.topk_group", m.topk_group, f"must be at most n_group={groups}")
+    _require(m.topk_group == groups or experts // groups >= 2, "model.n_group", groups,
+             f"a group is scored by its two best experts: at most {experts // 2} groups of {experts} experts")  # fmt: skip
+    reachable = experts // groups * m.topk_group
+    _require(m.num_experts_per_tok <= reachable, "model.num_experts_per_tok", m.num_experts_per_tok,
+             f"must be at most {reachable}, the experts in topk_group={m.topk_group} of {groups} groups")  # fmt: skip
+    if m.rope_scaling is not None:
+        _at_least("model.rope_scaling", m.rope_scaling, 1, "factor", "original_max_position_embeddings")
+        _above_zero("model.rope_scaling", m.rope_scaling, "beta_fast", "beta_slow")
+        _at_least("model.rope_scaling", m.rope_scaling, 0, "mscale", "mscale_all_dim")
+    _choice("model.precision", m.precision, PRECISIONS)
+    _choice("model.remat", m.remat, REMAT_CHOICES)
+    _choice("model.grouped_matmul", m.grouped_matmul, GROUPED_MATMULS)
+
+
+def _validate_data(d: DataConfig) -> None:
+    _require(0 < d.held_out_fraction < 1, "data.held_out_fraction", d.held_out_fraction, "must be between 0 and 1")
+    _at_least("data", d, 0, "seed")
+
+
+def _validate_train(t: TrainConfig, m: ModelConfig) -> None:
+    _at_least("train", t, 1, "steps", "sequence_length", "batch_size", "batch_size_start",
+              "gradient_accumulation_steps", "loss_chunk_tokens", "eval_every", "eval_sequences",
+              "checkpoint_every", "keep_checkpoints")  # fmt: skip
+    _at_least("train", t, 0, "warmup_steps", "weight_decay", "sequence_balance_weight", "batch_size_ramp_tokens", "seed")
+    _above_zero("train", t, "learning_rate", "adam_eps", "gradient_clip")
+    _choice("train.adam_moment_dtype", t.adam_moment_dtype, MOMENT_DTYPES)
+    for name in ("beta1", "beta2"):
+        _require(0 <= getattr(t, name) < 1, f"train.{name}", getattr(t, name), "must be in [0, 1)")
+    _require(t.sequence_length <= m.max_position_embeddings, "train.sequence_length", t.sequence_length,
+             f"must be at most model.max_position_embeddings={m.max_position_embeddings}")  # fmt: skip
+    accumulation = t.gradient_accumulation_steps
+    for name in ("batch_size", "batch_size_start"):
+        size = getattr(t, name)
+        _require(size is None or size % accumulation == 0, f"train.{name}", size,
+                 f"must be a multiple of gradient_accumulation_steps={accumulation}")  # fmt: skip
+    start = t.batch_size_start
+    _require(start is None or t.batch_size % start == 0, "train.batch_size_start", start,
+             f"must divide batch_size={t.batch_size}")  # fmt: skip
+    for name in ("learning_rate_decay", "bias_update_speed", "mtp_loss_weight"):
+        _validate_phases(f"train.{name}", getattr(t, name))
+
+
+def _validate_parallel(p: ParallelConfig) -> None:
+    """What can be said without the devices; `parallel.mesh.resolve` says the rest."""
+    sizes = {axis: getattr(p, axis) for axis in MESH_AXES}
+    for axis, size in sizes.items():
+        _require(size == -1 or size >= 1, f"parallel.{axis}", size, "must be at least 1, or -1 for what remains")
+    open_axes = [f"parallel.{axis}" for axis, size in sizes.items() if size == -1]
+    _require(len(open_axes) <= 1, " and ".join(open_axes), -1, "only one axis may be -1; give the other a size")
+    _at_least("parallel", p, 1, "pipe_interleave", "microbatch_size", "exchange_parts")
+    _choice("parallel.exchange", p.exchange, EXCHANGES)
+
+
+def _validate_phases(name: str, phases: Sequence[Phase]) -> None:
+    _require(len(phases) > 0, name, "[]", "give at least one phase, such as [{to: 0.1}]")
+    before = 0
+    for i, phase in enumerate(phases):
+        _choice(f"{name}.{i}.shape", phase.shape, PHASE_SHAPES)
+        _require(phase.to >= 0, f"{name}.{i}.to", phase.to, "must be at least 0")
+        if phase.until is None:
+            _require(i == len(phases) - 1, f"{name}.{i}.until", "null", "only the last phase may be open")
+        else:
+            _require(phase.until > before, f"{name}.{i}.until", phase.until, f"must be greater than {before} tokens")
+            before = phase.until
