@@ -14,6 +14,7 @@ from jax import lax
 
 from deepseek_jax.config import GROUPED_MATMULS
 from deepseek_jax.errors import UserError
+from deepseek_jax.implementations import best
 from deepseek_jax.model.matmul import Arrays, columns
 
 LEAST_ROWS = {512: 385, 128: 65, 32: 9, 4: 1}
@@ -31,9 +32,8 @@ def grouped_matmul(x: jax.Array, weights: Arrays, group_sizes: jax.Array, implem
         x: [N, K] rows, those of group 0 first, then those of group 1, and so on.
         weights: each [E, K, M] in x's dtype, a matrix per group; they share the reading of x.
         group_sizes: [E] int32, how many rows each group has; their sum is at most N.
-        implementation: one of `GROUPED_MATMULS`. `auto` is megablox where TPUs are the default backend, and
-            blocked elsewhere; on GPU that is right but not measured. Inside `shard_map` megablox needs
-            `check_vma=False`, the others nothing.
+        implementation: one of `GROUPED_MATMULS`, of which `auto` is the best for the devices at hand. Inside
+            `shard_map` megablox needs `check_vma=False`, the others nothing.
 
     Returns:
         For each of the weights [N, M] in x's dtype, summed in at least float32. Rows that belong to no group
@@ -47,7 +47,7 @@ def grouped_matmul(x: jax.Array, weights: Arrays, group_sizes: jax.Array, implem
     if implementation == "megablox" and x.dtype == jnp.float64:
         raise UserError("model.grouped_matmul=megablox: has no float64; choose blocked or model.precision=float32")
     if implementation == "auto":
-        implementation = "megablox" if jax.default_backend() == "tpu" and x.dtype != jnp.float64 else "blocked"
+        implementation = best("grouped_matmul", is_float64=x.dtype == jnp.float64)
     x, group_sizes, *weights = _vary_alike(x, group_sizes, *weights)
     if implementation == "reference":
         return [_reference(x, weight, group_sizes) for weight in weights]

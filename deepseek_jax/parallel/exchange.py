@@ -11,6 +11,8 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
+from deepseek_jax.implementations import best
+
 AXIS = "expert"
 
 
@@ -72,7 +74,7 @@ _permuted.defvjp(
 def _move(rows: jax.Array, sizes: jax.Array, room: int, implementation: str) -> jax.Array:
     """Rows sorted by receiver -> rows sorted by sender, [room, d], then zeros."""
     if implementation == "auto":
-        implementation = "rounds" if jax.default_backend() == "cpu" else "ragged"
+        implementation = best("exchange")
     return _IMPLEMENTATIONS[implementation](rows, sizes, room)
 
 

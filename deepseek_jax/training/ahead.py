@@ -10,6 +10,7 @@ import jax.numpy as jnp
 from jax.sharding import NamedSharding, PartitionSpec
 
 from deepseek_jax.config import Config
+from deepseek_jax.implementations import choose
 from deepseek_jax.model.layers import param_dtype
 from deepseek_jax.parallel.mesh import make_mesh, resolve
 from deepseek_jax.parallel.sharding import Division
@@ -30,11 +31,11 @@ def compile_step(config: Config, devices: Sequence[jax.Device]) -> CompiledStep:
     """Compile `train_step` as a run has it, over a mesh of these devices.
 
     Args:
-        devices: of this machine, or of `jax.experimental.topologies.get_topology_desc(...)`. For these `auto` means
-            nothing: name model.grouped_matmul and parallel.exchange.
+        devices: of this machine, or of `jax.experimental.topologies.get_topology_desc(...)`; every `auto` is chosen
+            for their platform.
     """
     parallel = resolve(config, len(devices))
-    config = dataclasses.replace(config, parallel=parallel)
+    config = choose(dataclasses.replace(config, parallel=parallel), devices[0].platform)
     shapes = jax.eval_shape(partial(init_state, config))
     division = Division(parallel, shapes.params, make_mesh(parallel, devices))
 
