@@ -23,6 +23,7 @@ from deepseek_jax.config import Config, ConfigError, load_config, presets, to_ya
 from deepseek_jax.data.loader import Windows
 from deepseek_jax.data.packing import PreparedData, is_prepared, open_prepared, prepare
 from deepseek_jax.errors import UserError, run_command, write_atomically
+from deepseek_jax.implementations import choose
 from deepseek_jax.model.transformer import count_parameters
 from deepseek_jax.parallel import processes
 from deepseek_jax.parallel.mesh import resolve
@@ -89,6 +90,7 @@ def train(config: Config, resume: bool = False) -> None:
     # The default would cut float32 products down to bfloat16 or TF32 on a TPU or GPU.
     jax.config.update("jax_default_matmul_precision", "highest")
     asked, config = config, dataclasses.replace(config, parallel=resolve(config, jax.device_count()))
+    config = choose(config, jax.default_backend())
     fresh = jax.eval_shape(partial(init_state, config))
     division = Division(config.parallel, fresh.params) if jax.device_count() > 1 else None
     shardings = division and division.shardings(fresh, make_optimizer(config.train))
