@@ -29,7 +29,7 @@ def mesh_summary(config: Config, division: Division, state: Any, shardings: Any)
     if division.parallel.pipe > 1:
         lines.append(_pipeline(config, division))
     masters, moments = (bytes_per_device(getattr(state, name), getattr(shardings, name)) for name in ("params", "optimizer"))
-    weights, gradients = _bytes_in_step(division, config.model, state.params)
+    weights, gradients = bytes_in_step(division, config.model, state.params)
     total = sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(state))
     lines.append(
         f"each device holds: parameters {_size(masters)}, optimizer {_size(moments)}; in a step also gathered weights "
@@ -51,7 +51,7 @@ def _pipeline(config: Config, division: Division) -> str:
     )
 
 
-def _bytes_in_step(division: Division, config: ModelConfig, params: Any) -> tuple[int, int]:
+def bytes_in_step(division: Division, config: ModelConfig, params: Any) -> tuple[int, int]:
     """Of the weights as `collect` gathers them, and of the gradients while they are summed on each device: cut where
     weights are gathered layer by layer, by expert and by stage."""
     sizes = division.mesh.shape

@@ -75,9 +75,10 @@ def train_step(
         gradients, metrics = _accumulated(state.params, state.router_state, tokens, scalars, config)
     else:
         gradients, metrics = _on_mesh(state, tokens, scalars, config, division)
-    metrics = metrics._replace(grad_norm=optax.global_norm(gradients))
-    updates, optimizer = make_optimizer(config.train).update(gradients, state.optimizer, state.params)
-    params = jax.tree.map(lambda p, u: p - scalars.learning_rate.astype(p.dtype) * u, state.params, updates)
+    with jax.named_scope("optimizer"):
+        metrics = metrics._replace(grad_norm=optax.global_norm(gradients))
+        updates, optimizer = make_optimizer(config.train).update(gradients, state.optimizer, state.params)
+        params = jax.tree.map(lambda p, u: p - scalars.learning_rate.astype(p.dtype) * u, state.params, updates)
     speed = scalars.bias_update_speed
     router_state = {
         name: jax.tree.map(lambda bias, c=metrics.parts.counts[name]: updated_bias(bias, c, speed), biases)
@@ -99,9 +100,11 @@ def _on_mesh(
     devices = division.mesh.size
 
     def of_device(params: Any, router_state: Any, tokens: jax.Array, scalars: Scalars) -> tuple[Any, StepMetrics]:
-        weights, biases = collect(division, config.model, params, router_state)
+        with jax.named_scope("weights"):
+            weights, biases = collect(division, config.model, params, router_state)
         gradients, metrics = _accumulated(weights, biases, tokens, scalars, config, division)
-        gradients = jax.tree.map(lambda total: total / devices, deliver(division, config.model, gradients))
+        with jax.named_scope("weights"):
+            gradients = jax.tree.map(lambda total: total / devices, deliver(division, config.model, gradients))
         mean = partial(jax.lax.pmean, axis_name=MESH_AXES)
         counts = {
             name: sum_of_layers(division, config.model, own)

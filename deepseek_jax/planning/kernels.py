@@ -1,0 +1,77 @@
+"""What kernels do inside a custom call, for which the compilers have no estimate: operations and bytes.
+
+A kernel that states its own figures is believed; for the others the formula is here. Either way the time is that of
+`KERNEL_SHARE` of the machine's peak, ours and others' alike.
+"""
+
+import math
+import re
+from collections.abc import Callable, Sequence
+from typing import NamedTuple
+
+from deepseek_jax.planning.program import Array, Instruction
+
+
+class Work(NamedTuple):
+    """Of one run of a kernel."""
+
+    flops: int
+    bytes: int
+
+
+Operands = Sequence[Array]
+
+
+def kernel_name(instruction: Instruction) -> str | None:
+    """What a custom call runs; null if it is no kernel."""
+    if instruction.opcode != "custom-call":
+        return None
+    target = re.search(r'custom_call_target="([^"]*)"', instruction.rest)
+    if target is None or not any(word in target[1] for word in ("tpu_custom_call", "triton", "mosaic_gpu", "fmha", "cublas")):
+        return None
+    return target[1] if "fmha" in target[1] or "cublas" in target[1] else re.sub(r"[.\d]+$", "", instruction.name)
+
+
+def kernel_work(name: str, instruction: Instruction, operands: Operands, even_rows: int | None) -> Work | None:
+    """Operations and bytes of a kernel; null if nothing is known of it.
+
+    Args:
+        even_rows: rows that a grouped product works on under even routing, where there is room for more.
+    """
+    moved = sum(array.bytes for array in (*operands, *instruction.results))
+    formula = next((count for word, count in FORMULAS.items() if word in name), None)
+    if formula is not None:
+        return Work(formula(operands, instruction.results), moved)
+    stated = re.search(r'"cost_estimate":\{"flops":"(\d+)"', instruction.rest)
+    if stated is None:
+        return None
+    flops = int(stated[1])
+    rows = max((array.shape[-2] for array in operands if len(array.shape) == 2), default=0)
+    if "gmm" in name:
+        rows = max(
+            rows, max((array.shape[-1] for array in operands if len(array.shape) == 2), default=0) if "tgmm" in name else 0
+        )
+        if even_rows is not None and rows > even_rows:
+            flops = flops * even_rows // rows
+    return Work(flops, moved)
+
+
+def _attention(widths: Callable[[int, int], int]) -> Callable[[Operands, Operands], int]:
+    """Causal: half of the pairs of a query and a key meet."""
+
+    def count(operands: Operands, results: Operands) -> int:
+        q, k, v = [array for array in operands if len(array.shape) >= 3 and array.dtype in ("bf16", "f16", "f32")][:3]
+        pairs = math.prod(q.shape[:-1]) * k.shape[-2]
+        return pairs * widths(q.shape[-1], v.shape[-1])
+
+    return count
+
+
+FORMULAS = {
+    "splash_mha_fwd": _attention(lambda d, v: d + v),
+    "splash_mha_dkv": _attention(lambda d, v: 3 * d + 2 * v),  # the fused form, which makes dq as well
+    "splash_mha_dq": _attention(lambda d, v: d),  # on its own it makes scores again, which the fused one has
+    "fmhaSoftmaxBackward": _attention(lambda d, v: 3 * d + 2 * v),
+    "fmhaSoftmax": _attention(lambda d, v: d + v),
+}
+"""Part of a kernel's name -> its operations."""
