@@ -49,8 +49,12 @@ def main() -> None:
     )
     parser.add_argument("--config", help=f"a .yaml file or a preset ({', '.join(presets())})")
     parser.add_argument("--resume", action="store_true", help="go on from the last checkpoint of run_dir")
-    parser.add_argument("--distributed", action="store_true", help="one of several processes that SLURM, a TPU pod, Kubernetes "
-                        "or mpirun started; scripts/launch_local needs no such word")  # fmt: skip
+    parser.add_argument(
+        "--distributed",
+        action="store_true",
+        help="one of several processes that SLURM, a TPU pod, Kubernetes or mpirun started; "
+        "scripts/launch_local needs no such word",
+    )
     parser.add_argument("overrides", nargs="*", metavar="section.field=value", help="fields of the config to change")
     args = parser.parse_intermixed_args()
     run_command(lambda: start(args))

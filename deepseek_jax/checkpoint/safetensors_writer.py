@@ -100,7 +100,7 @@ def write_tensors(
 def _write_shard(path: Path, shard: list[TensorSpec], supply: Iterator[np.ndarray], progress: Callable[[int], None]) -> None:
     header, offsets = _header(path, shard)
     with disk_errors(path):
-        file = open(path, "xb", buffering=0)
+        file = open(path, "xb", buffering=0)  # noqa: SIM115 (entered below, where errors are not the disk's)
     with file:
         with disk_errors(path):
             _write_all(file, memoryview(header))

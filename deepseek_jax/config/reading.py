@@ -5,6 +5,7 @@ import difflib
 import types
 import typing
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -134,10 +135,8 @@ def _canonical(kind: Any, value: Any, name: str, where: str) -> Any:
 
 def _scalar(kind: type, value: Any, name: str, where: str) -> Any:
     if kind in (int, float) and isinstance(value, str):
-        try:  # YAML reads 1e-3 as text, for want of a dot.
+        with suppress(ValueError):  # YAML reads 1e-3 as text, for want of a dot.
             value = float(value)
-        except ValueError:
-            pass
     if kind is int and isinstance(value, float) and value.is_integer():
         value = int(value)
     if kind is float and _is_number(value):

@@ -140,10 +140,10 @@ class DeepseekV3(nn.Module):
         return outputs.reshape(x.shape), BlockOutput(None, *own_layers((counts, balance / rounds)))
 
     def _stacked(self, name: str, layer: type[nn.Module], length: int) -> type[nn.Module]:
-        """`layer` scanned `length` times over the stacked parameters called `name`, recomputed in the backward pass if
-        so configured.
+        """`layer` scanned `length` times over the stacked parameters called `name`.
 
-        Rope and positions are the same for every layer; the remaining argument has an entry for each.
+        Recomputed in the backward pass if so configured. Rope and positions are the same for every layer; the
+        remaining argument has an entry for each.
         """
         c, division = self.config, self.division
         per_layer = {"params": 0, ROUTER_STATE: 0}
