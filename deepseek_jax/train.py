@@ -95,7 +95,7 @@ def train(config: Config, resume: bool = False) -> None:
     asked, config = config, dataclasses.replace(config, parallel=resolve(config, jax.device_count()))
     fresh = jax.eval_shape(partial(init_state, config))
     division = Division(config.parallel, fresh.params) if jax.device_count() > 1 else None
-    shardings = division and division.shardings(fresh, make_optimizer(config.train))
+    shardings = None if division is None else division.shardings(fresh, make_optimizer(config.train))
     run_dir = Path(config.run_dir)
     if not resume and (run_dir / METRICS_FILE).exists():
         raise ConfigError(f"{run_dir} already holds a run: add --resume to go on with it, or give another run_dir")
@@ -153,7 +153,7 @@ class _Loop:
         previous = {number: signal.signal(number, self._interrupt) for number in (signal.SIGINT, signal.SIGTERM)}
         try:
             told: tuple[StepPlan, StepMetrics] | None = None
-            asked = False
+            asked: bool | jax.Array = False
             for plan in plan_steps(train):
                 if plan.step <= self._last_step:
                     continue

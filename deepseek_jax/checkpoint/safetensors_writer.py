@@ -174,7 +174,7 @@ def _pieces(array: np.ndarray) -> Iterator[memoryview]:
     rows = max(1, CHUNK_BYTES // (array.nbytes // len(array)))
     for start in range(0, len(array), rows):
         piece = np.ascontiguousarray(array[start : start + rows])
-        yield memoryview(piece.reshape(-1).view(np.uint8))
+        yield piece.reshape(-1).view(np.uint8).data
 
 
 def _write_index(path: Path, shards: dict[str, list[TensorSpec]], total: int) -> None:

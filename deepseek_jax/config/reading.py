@@ -33,12 +33,12 @@ def load_config(source: str | Path, overrides: Sequence[str] = ()) -> Config:
 
 def from_mapping(content: Mapping[str, Any], overrides: Sequence[str] = (), where: str = "config") -> Config:
     """Build a checked `Config` from nested mappings; see `load_config`."""
-    content = OmegaConf.to_container(OmegaConf.create(dict(content)))
+    fields: Any = OmegaConf.to_container(OmegaConf.create(dict(content)))
     for override in overrides:
-        _apply_override(content, override)
-    content = _canonical(Config, content, "", where)
+        _apply_override(fields, override)
+    fields = _canonical(Config, fields, "", where)
     try:
-        config = OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(Config), content))
+        config: Any = OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(Config), fields))
     except OmegaConfBaseException as error:
         name = getattr(error, "full_key", None) or "config"
         raise ConfigError(f"{where}: {name}: {str(error).splitlines()[0]}") from None

@@ -5,6 +5,7 @@ handful of tokens, so that slicing a stack, a copy of all weights for each token
 much as the arithmetic; here each layer has its own arrays.
 """
 
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -126,7 +127,7 @@ def decode(
 
 
 def _run(
-    config: ModelConfig, weights: Weights, tokens: jax.Array, positions: jax.Array, cache: list[Latents | None]
+    config: ModelConfig, weights: Weights, tokens: jax.Array, positions: jax.Array, cache: Sequence[Latents | None]
 ) -> tuple[jax.Array, Cache]:
     """Hidden states [B, T, d] before the final norm, and every layer's latents or updated cache."""
     rope = rope_angles(config, positions)

@@ -60,7 +60,7 @@ def collectives(text: str, mesh: Mesh) -> list[Collective]:
         text: `compiled.as_text()`.
         mesh: that the program was compiled for.
     """
-    return [_collective(visit, mesh) for visit in visits(text) if _kind(visit.instruction) is not None]
+    return [_collective(visit, kind, mesh) for visit in visits(text) if (kind := _kind(visit.instruction)) is not None]
 
 
 def total(found: Iterable[Collective], of: Callable[[Collective], int] = lambda one: one.sent) -> int:
@@ -87,9 +87,8 @@ def _kind(instruction: Instruction) -> str | None:
     return kind if kind in KINDS else None
 
 
-def _collective(visit: Visit, mesh: Mesh) -> Collective:
+def _collective(visit: Visit, kind: str, mesh: Mesh) -> Collective:
     instruction, operands = visit.instruction, visit.operands
-    kind = _kind(instruction)
     if kind == "all-gather":
         repeated = len(instruction.results) // 2 if instruction.opcode.endswith("-start") else 0  # the operands
         arrays = instruction.results[repeated:]
@@ -117,7 +116,7 @@ def _groups(rest: str, devices: int) -> np.ndarray:
     """
     if written := re.search(r"(?:replica_groups|source_target_pairs)=\{((?:\{[\d,]*\},?)*)\}", rest):
         groups = [_numbers(group) for group in re.findall(r"\{([\d,]+)\}", written[1])]
-        return np.array(groups or [range(devices)])
+        return np.array(groups or [tuple(range(devices))])
     if of_range := re.search(r"replica_groups=\[([\d,]+)\]<=\[([\d,]+)\](?:T\(([\d,]+)\))?", rest):
         return _range(*of_range.groups()[1:]).reshape(_numbers(of_range[1]))
     mesh = r"replica_groups=mesh\[([^\]]*)\](?:, device_ids=\(\[([\d,]+)\](?:T\(([\d,]+)\))?\))? \{([^}:]*)\}"

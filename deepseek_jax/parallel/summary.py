@@ -67,7 +67,8 @@ def _bytes_in_step(division: Division, config: ModelConfig, params: Any) -> tupl
         itemsizes = (step_type(division, config, path, place, leaf.dtype).itemsize, leaf.dtype.itemsize)
         return size // cuts * np.array(itemsizes)
 
-    return tuple(sum(jax.tree.leaves(division.map(one, params))))
+    weights, gradients = np.sum(jax.tree.leaves(division.map(one, params)), axis=0)
+    return int(weights), int(gradients)
 
 
 def _size(count: float) -> str:
