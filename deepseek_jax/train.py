@@ -50,8 +50,12 @@ def main() -> None:
     )
     parser.add_argument("--config", help=f"a .yaml file or a preset ({', '.join(presets())})")
     parser.add_argument("--resume", action="store_true", help="go on from the last checkpoint of run_dir")
-    parser.add_argument("--distributed", action="store_true", help="one of several processes that SLURM, a TPU pod, Kubernetes "
-                        "or mpirun started; scripts/launch_local needs no such word")  # fmt: skip
+    parser.add_argument(
+        "--distributed",
+        action="store_true",
+        help="one of several processes that SLURM, a TPU pod, Kubernetes or mpirun started; "
+        "scripts/launch_local needs no such word",
+    )
     parser.add_argument("overrides", nargs="*", metavar="section.field=value", help="fields of the config to change")
     args = parser.parse_intermixed_args()
     run_command(lambda: start(args))
@@ -93,7 +97,7 @@ def train(config: Config, resume: bool = False) -> None:
     config = choose(config, jax.default_backend())
     fresh = jax.eval_shape(partial(init_state, config))
     division = Division(config.parallel, fresh.params) if jax.device_count() > 1 else None
-    shardings = division and division.shardings(fresh, make_optimizer(config.train))
+    shardings = None if division is None else division.shardings(fresh, make_optimizer(config.train))
     run_dir = Path(config.run_dir)
     if not resume and (run_dir / METRICS_FILE).exists():
         raise ConfigError(f"{run_dir} already holds a run: add --resume to go on with it, or give another run_dir")
@@ -151,7 +155,7 @@ class _Loop:
         previous = {number: signal.signal(number, self._interrupt) for number in (signal.SIGINT, signal.SIGTERM)}
         try:
             told: tuple[StepPlan, StepMetrics] | None = None
-            asked = False
+            asked: bool | jax.Array = False
             for plan in plan_steps(train):
                 if plan.step <= self._last_step:
                     continue

@@ -18,7 +18,8 @@ from deepseek_jax.training.ahead import compile_step
 
 # Every array can be cut in eight, and no two axes that matter are equally long.
 SIZES = dict(vocab_size=1048, hidden_size=64, num_hidden_layers=3, intermediate_size=96, num_attention_heads=4,
-             q_lora_rank=32, kv_lora_rank=16, qk_nope_head_dim=16, v_head_dim=16, moe_intermediate_size=56, n_shared_experts=2)  # fmt: skip
+             q_lora_rank=32, kv_lora_rank=16, qk_nope_head_dim=16, v_head_dim=16, moe_intermediate_size=56,
+             n_shared_experts=2)  # fmt: skip
 LAYERS, HIDDEN, VOCAB, EXPERTS, CHOICES, WIDTH = 2, 64, 1048, 8, 3, 56  # layers: those with experts
 SEQUENCES, LENGTH, DEVICES = 16, 40, 8
 TOKENS = SEQUENCES * LENGTH // DEVICES
@@ -269,8 +270,8 @@ ENTRY %main (q: f32[2,4], big: f32[64,4]) -> f32[8,4] {
   %ps = (f32[2,4], f32[2,4], u32[], u32[]) collective-permute-start(%q), source_target_pairs={{0,4},{4,0}}
   %pd = f32[2,4] collective-permute-done(%ps)
   %rs = f32[1,4] reduce-scatter(%q), replica_groups=mesh['a'=1,'b'=4,'c'=2], device_ids=([2,4]T(1,0)) {'c'}, to_apply=%sum
-  %sizes = s32[4]{0} constant({...})
-  %ragged = f32[64,4] ragged-all-to-all(%q, %big, %sizes, %sizes, %sizes, /*index=5*/%sizes), replica_groups={{0,1,2,3},{4,5,6,7}}
+  %size = s32[4]{0} constant({...})
+  %ragged = f32[64,4] ragged-all-to-all(%q, %big, %size, %size, %size, /*index=5*/%size), replica_groups={{0,1,2,3},{4,5,6,7}}
   ROOT %all = (f32[2,4], pred[3]) all-reduce(%q, %flags), replica_groups={}, to_apply=%sum
 }
 """

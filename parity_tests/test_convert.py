@@ -146,8 +146,8 @@ def test_what_bfloat16_holds_survives_it(run, tmp_path):
     convert(run, tmp_path / "out", dtype="bfloat16")
     assert_same_tree(load_pretrained(tmp_path / "out")[1], random_variables(WIDE))
     convert(tmp_path / "out", tmp_path / "run", dtype="float32")
-    assert_same_tree(load_pretrained(tmp_path / "out")[1]["params"],
-                     Checkpoints(tmp_path / "run", load_config(tmp_path / "run" / "config.yaml")).restore(0).params)  # fmt: skip
+    restored = Checkpoints(tmp_path / "run", load_config(tmp_path / "run" / "config.yaml")).restore(0)
+    assert_same_tree(load_pretrained(tmp_path / "out")[1]["params"], restored.params)
 
 
 @pytest.mark.parametrize("dtype", [None, "bfloat16"])
@@ -182,8 +182,8 @@ def test_pieces_of_any_size_are_read(piece, tmp_path, monkeypatch):
     """Training saves matrix by matrix; others save an array whole, or cut through its matrices."""
     if piece is not None:
         args = ocp.SaveArgs(chunk_byte_size=piece)
-        one_size = lambda config, variables: jax.tree.map(lambda leaf: args, variables)
-        monkeypatch.setattr("deepseek_jax.training.checkpoint._piecewise", one_size)
+        piecewise = "deepseek_jax.training.checkpoint._piecewise"
+        monkeypatch.setattr(piecewise, lambda config, variables: jax.tree.map(lambda leaf: args, variables))
     variables = random_variables(WIDE)
     gate = ("params", "moe_layers", "mlp", "experts", "gate_proj")
     shape = variables["params"]["moe_layers"]["mlp"]["experts"]["gate_proj"].shape

@@ -243,7 +243,7 @@ def test_byte_lengths_of_added_and_byte_fallback_tokens(tokenizer):
     lengths = token_byte_lengths(other, VOCAB_SIZE + 5)
     assert lengths.dtype == np.int32 and lengths.shape == (VOCAB_SIZE + 5,)
     assert lengths[other.token_to_id("ünd")] == 4 and lengths[0] == 0 and not lengths[VOCAB_SIZE + 1 :].any()
-    with pytest.raises(DataError, match="model.vocab_size=320: .* at least 321"):
+    with pytest.raises(DataError, match=r"model\.vocab_size=320: .* at least 321"):
         token_byte_lengths(other, VOCAB_SIZE)
 
     spiece = Tokenizer(models.BPE({"▁né": 0, "<0x0A>": 1, "e": 2}, [], byte_fallback=True))
@@ -252,7 +252,7 @@ def test_byte_lengths_of_added_and_byte_fallback_tokens(tokenizer):
 
 
 def test_vocabulary_without_room_for_every_byte():
-    with pytest.raises(DataError, match="model.vocab_size=256: .* at least 257"):
+    with pytest.raises(DataError, match=r"model\.vocab_size=256: .* at least 257"):
         train_tokenizer([TEXT], 256)
 
 
@@ -367,13 +367,13 @@ def test_text_shorter_than_a_sequence(tmp_path):
 
 
 def test_config_without_text_or_with_a_wrong_tokenizer(tmp_path, text_file, tokenizer):
-    with pytest.raises(DataError, match="data.input=FILE"):
+    with pytest.raises(DataError, match=r"data\.input=FILE"):
         prepare(tiny(), tmp_path / "run")
-    with pytest.raises(DataError, match="none.json: no such file"):
+    with pytest.raises(DataError, match=r"none\.json: no such file"):
         prepare(tiny(text_file, tokenizer=str(tmp_path / "none.json")), tmp_path / "run")
     large = tmp_path / "large.json"
     train_tokenizer([TEXT], VOCAB_SIZE + 1).save(str(large))
-    with pytest.raises(DataError, match="set model.vocab_size to at least 321"):
+    with pytest.raises(DataError, match=r"set model\.vocab_size to at least 321"):
         prepare(tiny(text_file, tokenizer=str(large)), tmp_path / "run")
     tokenizer.save(str(large))
     data = prepare(tiny(text_file, tokenizer=str(large)), tmp_path / "run")

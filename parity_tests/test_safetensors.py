@@ -468,10 +468,9 @@ def test_interrupted_and_run_again(tmp_path, stop):
         raise stop
 
     specs = [TensorSpec(name, "F32", (4,)) for name in "ab"]
-    with pytest.raises(stop):
-        with staged_directory(tmp_path / "out") as partial:
-            (partial / "config.json").write_text("{}")
-            write_tensors(partial, specs, arrays(), max_shard_bytes=16)
+    with pytest.raises(stop), staged_directory(tmp_path / "out") as partial:
+        (partial / "config.json").write_text("{}")
+        write_tensors(partial, specs, arrays(), max_shard_bytes=16)
     assert not list(tmp_path.iterdir())
     write(tmp_path / "out", {"a": np.zeros(4, np.float32)})
     assert SafetensorsDirectory(tmp_path / "out").names == ["a"] and len(list(tmp_path.iterdir())) == 1
@@ -509,11 +508,10 @@ def test_a_place_that_is_taken(tmp_path):
     fails(lambda: write(tmp_path / "file" / "below", array), "file")
     with staged_directory(tmp_path / "two"):
         fails(lambda: write(tmp_path / "two", array), "another process is writing")
-    with pytest.raises(CheckpointError, match="cannot be written"):
-        with staged_directory(tmp_path / "late") as partial:
-            (partial / "file").touch()
-            (tmp_path / "late").mkdir()
-            (tmp_path / "late" / "other").touch()
+    with pytest.raises(CheckpointError, match="cannot be written"), staged_directory(tmp_path / "late") as partial:
+        (partial / "file").touch()
+        (tmp_path / "late").mkdir()
+        (tmp_path / "late" / "other").touch()
     assert (tmp_path / "file").read_text() == "mine" and [p.name for p in (tmp_path / "late").iterdir()] == ["other"]
     victim = tmp_path / "victim"
     victim.mkdir()

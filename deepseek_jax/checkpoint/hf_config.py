@@ -152,7 +152,7 @@ def _scaling(path: Path, key: str, parameters: dict[str, Any], context: Any) -> 
     for name, value in parameters.items():
         if name not in known and value is not None:
             raise CheckpointError(f"{path}: {key}.{name} is {shown(value)}; it is not supported")
-    given = {name: value for name in _ROPE_FIELDS if (value := parameters.get(name)) is not None}
+    given = {name: parameters[name] for name in _ROPE_FIELDS if parameters.get(name) is not None}
     if "factor" not in given:
         raise CheckpointError(f"{path}: {key}.factor is missing")
     # What transformers takes for those that are left out; without mscale the factor alone counts.

@@ -15,7 +15,8 @@ from deepseek_jax.parallel.sharding import Division
 class BlockOutput(NamedTuple):
     """What a layer tells besides its hidden state; a dense layer has no counts and no balance loss."""
 
-    latents: Latents
+    latents: Optional[Latents]
+    """None of several layers at once."""
     counts: Optional[jax.Array] = None
     """Tokens sent to each expert, [E]."""
     balance_loss: Optional[jax.Array] = None
@@ -38,7 +39,7 @@ class Block(nn.Module):
         self.input_layernorm = RMSNorm(c, c.rms_norm_eps)
         self.self_attn = MultiHeadLatentAttention(c)
         self.post_attention_layernorm = RMSNorm(c, c.rms_norm_eps)
-        self.mlp = MoE(c, self.division) if self.moe else SwiGLU(c, c.intermediate_size)
+        self.mlp: nn.Module = MoE(c, self.division) if self.moe else SwiGLU(c, c.intermediate_size)
 
     def __call__(
         self, x: jax.Array, rope: tuple[jax.Array, jax.Array], positions: jax.Array, cache: Optional[Latents] = None

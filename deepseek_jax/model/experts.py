@@ -44,7 +44,7 @@ class Experts(nn.Module):
         gate_proj = self.param("gate_proj", init, (experts, hidden, width), param_dtype(c))
         up_proj = self.param("up_proj", init, (experts, hidden, width), param_dtype(c))
         down_proj = self.param("down_proj", init, (experts, width, hidden), param_dtype(c))
-        projections = (gate_proj, up_proj, down_proj)
+        projections: Sequence[jax.Array] = (gate_proj, up_proj, down_proj)
         tokens = (x, indices, weights)
         if parallel.expert == 1 or parallel.exchange_parts == 1:
             return serve(c, parallel, tokens, projections)

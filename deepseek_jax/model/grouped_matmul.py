@@ -5,7 +5,7 @@ only the work that is there, with loops whose length depends on the groups; mega
 """
 
 from collections.abc import Callable
-from functools import partial
+from functools import partial, reduce
 from typing import Any, NamedTuple
 
 import jax
@@ -79,7 +79,8 @@ def _fast_forward(x: jax.Array, weights: Arrays, group_sizes: jax.Array, impleme
 
 
 def _fast_backward(implementation: str, kept: Any, gradients: Arrays) -> tuple[jax.Array, Arrays, None]:
-    return *_IMPLEMENTATIONS[implementation][1](*kept, gradients), None
+    x, weights, group_sizes = kept
+    return *_IMPLEMENTATIONS[implementation][1](x, weights, group_sizes, gradients), None
 
 
 _fast.defvjp(_fast_forward, _fast_backward)
@@ -111,7 +112,8 @@ def _blocked_gradients(x: jax.Array, weights: Arrays, group_sizes: jax.Array, gr
             dx, of_group = totals
             x_columns = columns(jnp.where(block.member, block.read(x), 0))
             rows = [jnp.where(block.member, block.read(gradient), 0) for gradient in gradients]
-            dx = block.write(dx, sum(_product(dy, matrix, (1, 1)) for dy, matrix in zip(rows, matrices)))
+            of_rows = reduce(jnp.add, (_product(dy, matrix, (1, 1)) for dy, matrix in zip(rows, matrices)))
+            dx = block.write(dx, of_rows)
             return dx, [total + _product(x_columns, dy, (1, 0)) for total, dy in zip(of_group, rows)]
 
         zeros = [jnp.zeros_like(x, _wide(x.dtype), matrix.shape) for matrix in matrices]
@@ -175,7 +177,10 @@ def _over_blocks(rows: int, start: jax.Array, end: jax.Array, carry: Any, visit:
             index = first + jnp.arange(size, dtype=first.dtype)[:, None]
             return here + size, visit(carry, Block(first, (here <= index) & (index < end)))
 
-        start, carry = lax.while_loop(lambda state, least=least: state[0] + least <= end, step, (start, carry))
+        def is_worth(state: tuple[jax.Array, Any], least: int = least) -> jax.Array:
+            return state[0] + least <= end
+
+        start, carry = lax.while_loop(is_worth, step, (start, carry))
     return carry
 
 
@@ -184,8 +189,8 @@ def _megablox(x: jax.Array, weights: Arrays, group_sizes: jax.Array) -> Arrays:
 
 
 def _megablox_gradients(x: jax.Array, weights: Arrays, group_sizes: jax.Array, gradients: Arrays) -> tuple[jax.Array, Arrays]:
-    dx = sum(_megablox_rows_by_weight(dy, weight, group_sizes, True) for dy, weight in zip(gradients, weights))
-    return dx, [_megablox_rows_by_rows(x, dy, group_sizes) for dy in gradients]
+    dx = (_megablox_rows_by_weight(dy, weight, group_sizes, True) for dy, weight in zip(gradients, weights))
+    return reduce(jnp.add, dx), [_megablox_rows_by_rows(x, dy, group_sizes) for dy in gradients]
 
 
 def _megablox_rows_by_weight(x: jax.Array, weight: jax.Array, group_sizes: jax.Array, transpose: bool) -> jax.Array:
@@ -230,5 +235,5 @@ def _vary_alike(*arrays: jax.Array) -> list[jax.Array]:
     Loops and custom gradients want this spelt out; the gradient of what was alike on all devices
     is then summed over them.
     """
-    zero = sum(jnp.zeros_like(array, jnp.int32, shape=()) for array in arrays)
+    zero = reduce(jnp.add, (jnp.zeros_like(array, jnp.int32, shape=()) for array in arrays))
     return [jnp.where(True, array, zero.astype(array.dtype)) for array in arrays]

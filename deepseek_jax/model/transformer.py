@@ -117,6 +117,7 @@ class DeepseekV3(nn.Module):
 
         The output has this stage's layers and speaks of all sequences that came through it.
         """
+        assert self.division is not None
         c, parallel = self.config, self.division.parallel
         rounds, size = x.shape[0] // parallel.microbatch_size, parallel.microbatch_size
         layers = assign_layers(c.num_hidden_layers - c.first_k_dense_replace, parallel)
@@ -140,10 +141,10 @@ class DeepseekV3(nn.Module):
         return outputs.reshape(x.shape), BlockOutput(None, *own_layers((counts, balance / rounds)))
 
     def _stacked(self, name: str, layer: type[nn.Module], length: int) -> type[nn.Module]:
-        """`layer` scanned `length` times over the stacked parameters called `name`, recomputed in the backward pass if
-        so configured.
+        """`layer` scanned `length` times over the stacked parameters called `name`.
 
-        Rope and positions are the same for every layer; the remaining argument has an entry for each.
+        Recomputed in the backward pass if so configured. Rope and positions are the same for every layer; the
+        remaining argument has an entry for each.
         """
         c, division = self.config, self.division
         per_layer = {"params": 0, ROUTER_STATE: 0}
@@ -164,9 +165,9 @@ class DeepseekV3(nn.Module):
 
 def _balance(outputs: dict[str, BlockOutput], dtype: jnp.dtype) -> tuple[dict[str, jax.Array], jax.Array]:
     """Expert counts of the stacks that have experts, and the sum of their layers' balance losses."""
-    routed = {name: output for name, output in outputs.items() if output.counts is not None}
-    total = sum((jnp.sum(output.balance_loss) for output in routed.values()), jnp.zeros((), dtype))
-    return {name: output.counts for name, output in routed.items()}, total
+    counts = {name: output.counts for name, output in outputs.items() if output.counts is not None}
+    losses = [jnp.sum(output.balance_loss) for output in outputs.values() if output.balance_loss is not None]
+    return counts, sum(losses, jnp.zeros((), dtype))
 
 
 class ParameterCount(NamedTuple):

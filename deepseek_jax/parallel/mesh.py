@@ -3,6 +3,7 @@
 import dataclasses
 import math
 from collections.abc import Sequence
+from typing import Any
 
 import jax
 from jax.sharding import AxisType, Mesh
@@ -64,7 +65,8 @@ def _filled(config: Config, devices: int) -> ParallelConfig:
     shape = mesh_shape(parallel)
     known = math.prod(size for size in shape if size != -1)
     if -1 in shape and devices % known == 0:
-        return dataclasses.replace(parallel, **{MESH_AXES[shape.index(-1)]: devices // known})
+        rest: dict[str, Any] = {MESH_AXES[shape.index(-1)]: devices // known}
+        return dataclasses.replace(parallel, **rest)
     if known == devices:
         return parallel
     asked = " x ".join(f"{axis} {'rest' if size == -1 else size}" for axis, size in zip(MESH_AXES, shape))

@@ -52,8 +52,10 @@ def _pipeline(config: Config, division: Division) -> str:
 
 
 def bytes_in_step(division: Division, config: ModelConfig, params: Any) -> tuple[int, int]:
-    """Of the weights as `collect` gathers them, and of the gradients while they are summed on each device: cut where
-    weights are gathered layer by layer, by expert and by stage."""
+    """Of the weights as `collect` gathers them, and of the gradients while they are summed on each device.
+
+    Both are cut where weights are gathered layer by layer, by expert and by stage.
+    """
     sizes = division.mesh.shape
 
     def one(path: tuple[str, ...], place: Place, leaf: jax.ShapeDtypeStruct) -> np.ndarray:
@@ -65,14 +67,13 @@ def bytes_in_step(division: Division, config: ModelConfig, params: Any) -> tuple
         itemsizes = (step_type(division, config, path, place, leaf.dtype).itemsize, leaf.dtype.itemsize)
         return size // cuts * np.array(itemsizes)
 
-    return tuple(sum(jax.tree.leaves(division.map(one, params))))
+    weights, gradients = np.sum(jax.tree.leaves(division.map(one, params)), axis=0)
+    return int(weights), int(gradients)
 
 
-def _size(count: int) -> str:
+def _size(count: float) -> str:
     for unit in ("B", "kB", "MB", "GB"):
         if count < 1000:
-            break
+            return f"{count:.3g} {unit}"
         count /= 1000
-    else:
-        unit = "TB"
-    return f"{count:.3g} {unit}"
+    return f"{count:.3g} TB"

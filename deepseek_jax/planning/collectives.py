@@ -123,7 +123,7 @@ def _groups(rest: str, devices: int) -> np.ndarray:
     """
     if written := re.search(r"(?:replica_groups|source_target_pairs)=\{((?:\{[\d,]*\},?)*)\}", rest):
         groups = [_numbers(group) for group in re.findall(r"\{([\d,]+)\}", written[1])]
-        return np.array(groups or [range(devices)])
+        return np.array(groups or [tuple(range(devices))])
     if of_range := re.search(r"replica_groups=\[([\d,]+)\]<=\[([\d,]+)\](?:T\(([\d,]+)\))?", rest):
         return _range(*of_range.groups()[1:]).reshape(_numbers(of_range[1]))
     mesh = r"replica_groups=mesh\[([^\]]*)\](?:, device_ids=\(\[([\d,]+)\](?:T\(([\d,]+)\))?\))? \{([^}:]*)\}"

@@ -161,12 +161,14 @@ def counted_passes(condition: list[Instruction]) -> int | None:
     if compare is None or sorted(i.opcode for i in condition) != ["compare", "constant", "get-tuple-element", "parameter"]:
         return None
     bound = made[compare.operands[1]]
-    return int(re.match(r"\((-?\d+)\)", bound.rest)[1]) if bound.opcode == "constant" else None
+    literal = re.match(r"\((-?\d+)\)", bound.rest) if bound.opcode == "constant" else None
+    return int(literal[1]) if literal else None
 
 
 def computations_of(text: str) -> tuple[dict[str, list[Instruction]], str]:
     """Instructions by the name of their computation, and the name of the one that runs first."""
-    computations, entry, current = {}, None, None
+    computations: dict[str, list[Instruction]] = {}
+    entry, current = None, None
     for line in text.splitlines():
         if header := re.match(r"(ENTRY )?%?([\w.\-]+) \(.*\{$", line):
             current = computations.setdefault(header[2], [])

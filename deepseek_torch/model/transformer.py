@@ -76,7 +76,8 @@ class DeepseekV3(nn.Module):
         rope = rope_angles(c, positions)
         embedded = self.model["embed_tokens"](tokens)
 
-        hidden, outputs = embedded[:, :length], {"moe_layers": [], "mtp_layers": []}
+        hidden = embedded[:, :length]
+        outputs: dict[str, list[BlockOutput]] = {"moe_layers": [], "mtp_layers": []}
         for layer in self.main_layers:
             hidden, output = layer(hidden, rope, positions)
             if layer.moe:
@@ -115,6 +116,6 @@ def _positions(tokens: torch.Tensor) -> torch.Tensor:
 
 def _balance(outputs: dict[str, list[BlockOutput]], nothing: torch.Tensor) -> tuple[dict[str, torch.Tensor], torch.Tensor]:
     """Expert counts of the stacks that have experts, and the sum of their layers' balance losses from `nothing` on."""
-    counts = {name: torch.stack([o.counts for o in stack]) for name, stack in outputs.items() if stack}
-    losses = [output.balance_loss for stack in outputs.values() for output in stack]
+    counts = {name: torch.stack([o.counts for o in stack if o.counts is not None]) for name, stack in outputs.items() if stack}
+    losses = [o.balance_loss for stack in outputs.values() for o in stack if o.balance_loss is not None]
     return counts, sum(losses, nothing)
