@@ -11,9 +11,9 @@ import pytest
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 from deepseek_jax.config import load_config
+from deepseek_jax.parallel.sharding import bytes_per_device
 from deepseek_jax.planning.collectives import collectives, table, total
 from deepseek_jax.planning.program import visits
-from deepseek_jax.parallel.sharding import bytes_per_device
 from deepseek_jax.training.ahead import compile_step
 
 # Every array can be cut in eight, and no two axes that matter are equally long.

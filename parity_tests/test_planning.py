@@ -46,6 +46,7 @@ INNER, INNER_LINE = loop("inner", "inner.body", 5, "%p.outer")
 OPEN, OPEN_LINE = loop("open", "open.body", 7)
 OPEN = OPEN.replace("%n.open = s32[] constant(7)", "%n.open = s32[] get-tuple-element(%c.open), index=0")
 
+ALL = "{{0,1,2,3,4,5,6,7}}"
 PROGRAM = f"""HloModule jit_train_step, is_scheduled=true
 
 %adds (a: f32[8,128]) -> f32[8,128] {{
@@ -103,11 +104,11 @@ ENTRY %main (x: f32[8,128], i: s32[]) -> f32[8,128] {{
 {OUTER_LINE}
 {OPEN_LINE}
   %y = f32[8,128]{{1,0:T(8,128)}} get-tuple-element(%outer), index=1
-  %gather-start = (f32[8,128]{{1,0}}, f32[64,128]{{1,0}}) all-gather-start(%y), replica_groups={{{{0,1,2,3,4,5,6,7}}}}, dimensions={{0}}
+  %gather-start = (f32[8,128]{{1,0}}, f32[64,128]{{1,0}}) all-gather-start(%y), replica_groups={ALL}, dimensions={{0}}
 {fusion("beside", 400, "jit(train_step)/jvp(M)/moe_layers/mlp/shared_experts/mul", "%y")}
   %gather-done = f32[64,128]{{1,0:T(8,128)}} all-gather-done(%gather-start)
   %chosen = f32[8,128]{{1,0:T(8,128)}} conditional(%i, %beside, %beside), branch_computations={{%cheap, %dear}}
-  %sum = f32[8,128]{{1,0:T(8,128)}} all-reduce(%chosen), replica_groups={{{{0,1,2,3,4,5,6,7}}}}, to_apply=%adds
+  %sum = f32[8,128]{{1,0:T(8,128)}} all-reduce(%chosen), replica_groups={ALL}, to_apply=%adds
   ROOT %result = f32[8,128]{{1,0:T(8,128)}} call(%sum), to_apply=%called
 }}
 """
@@ -232,7 +233,7 @@ def test_links():
 def instruction_and_operands(kind):
     text = (
         "ENTRY %m (a: s8[1000]) -> s8[8000] {\n  %a = s8[1000]{0} parameter(0)\n"
-        f"  ROOT %g = s8[8000]{{0}} {kind}(%a), replica_groups={{{{0,1,2,3,4,5,6,7}}}}, dimensions={{0}}\n}}\n"
+        f"  ROOT %g = s8[8000]{{0}} {kind}(%a), replica_groups={ALL}, dimensions={{0}}\n}}\n"
     )
     program = Program(text)
     instruction = program.computations["m"][-1]
@@ -247,7 +248,8 @@ def test_time_of_a_gpus_product():
         '{"exec_time_us":1,"compute_time_us":0,"memory_access_time_us":0,"name":"sol"}'
     )
     text = (
-        "ENTRY %m (a: f32[64,64]) -> f32[64,64] {\n  %a = f32[64,64]{1,0} parameter(0)\n  ROOT %d = f32[64,64]{1,0} dot(%a, %a), "
+        "ENTRY %m (a: f32[64,64]) -> f32[64,64] {\n  %a = f32[64,64]{1,0} parameter(0)\n"
+        "  ROOT %d = f32[64,64]{1,0} dot(%a, %a), "
         f'lhs_contracting_dims={{1}}, rhs_contracting_dims={{0}}, backend_config={{"reification_cost":[{models}]}}\n}}\n'
     )
     program = Program(text)

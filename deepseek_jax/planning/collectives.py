@@ -63,7 +63,7 @@ def collectives(text: str, mesh: Mesh) -> list[Collective]:
     return [
         describe(visit.instruction, visit.operands, mesh, visit.times, len(visit.open_loops))
         for visit in visits(text)
-        if _kind(visit.instruction) is not None
+        if is_collective(visit.instruction)
     ]
 
 
@@ -86,26 +86,26 @@ def table(found: Iterable[Collective]) -> str:
     return "\n".join(lines)
 
 
-def _kind(instruction: Instruction) -> str | None:
-    kind = instruction.opcode.removesuffix("-start")
-    return kind if kind in KINDS else None
+def is_collective(instruction: Instruction) -> bool:
+    """Whether it is one of KINDS, or the start of one."""
+    return instruction.opcode.removesuffix("-start") in KINDS
 
 
 def describe(
     instruction: Instruction, operands: Sequence[Array], mesh: Mesh, times: int = 1, open_loops: int = 0
 ) -> Collective:
     """One of KINDS, synchronous or the start of it, that runs so many times within so many open loops."""
-    kind = _kind(instruction)
+    kind = instruction.opcode.removesuffix("-start")
     if kind == "all-gather":
         repeated = len(instruction.results) // 2 if instruction.opcode.endswith("-start") else 0  # the operands
         arrays = instruction.results[repeated:]
     elif kind == "ragged-all-to-all":
         arrays = (min(operands[:2], key=lambda array: array.bytes),)
     else:
-        arrays = operands
+        arrays = tuple(operands)
     axes, devices = _axes(instruction.rest, mesh)
     name = re.search(r'op_name="([^"]*)"', instruction.rest)
-    return Collective(kind, axes, devices, tuple(arrays), times, open_loops, name[1] if name else "")
+    return Collective(kind, axes, devices, arrays, times, open_loops, name[1] if name else "")
 
 
 def _axes(rest: str, mesh: Mesh) -> tuple[tuple[str, ...], int]:

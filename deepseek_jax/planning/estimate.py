@@ -1,6 +1,7 @@
 """From a config and a topology to a plan: compile or find the step, read it, and extend it to the run."""
 
 import dataclasses
+import re
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -100,15 +101,14 @@ def _carried_on(fewer: Any, more: Any, further: int) -> Any:
         return more
     if isinstance(more, int | float):
         return type(more)(max(more + further * (more - fewer), 0))
-    if dataclasses.is_dataclass(more):
+    if dataclasses.is_dataclass(more) and not isinstance(more, type):
         same = ("memory_bytes", "compile_seconds", "slowest", "kernels", "fullest", "unknown_kernels", "open_loops")
-        values = {f.name: getattr(more, f.name) for f in dataclasses.fields(more)}
-        return type(more)(
-            **{
-                name: value if name in same else _carried_on(getattr(fewer, name), value, further)
-                for name, value in values.items()
-            }
-        )
+        changed = {
+            f.name: _carried_on(getattr(fewer, f.name), getattr(more, f.name), further)
+            for f in dataclasses.fields(more)
+            if f.name not in same
+        }
+        return dataclasses.replace(more, **changed)
     if isinstance(more, list):
         by_key = {_key(row): row for row in fewer}
         return [_carried_on(by_key[_key(row)], row, further) if _key(row) in by_key else row for row in more]
@@ -121,8 +121,6 @@ def _key(row: Any) -> tuple:
 
 def too_large(error: Exception, topology: Topology) -> Exception:
     """What a compiler's failure means to the user; the error itself if that is not known."""
-    import re
-
     used = re.search(r"Used ([\d.]+\w) of ([\d.]+\w) hbm\. Exceeded hbm capacity by ([\d.]+\w)", str(error))
     if used is None:
         return error

@@ -27,8 +27,7 @@ def _convolution(instruction: Instruction, left: Array, right: Array) -> int:
 
     Padding and the holes of a dilation are not counted.
     """
-    labels = re.search(r"dim_labels=(\w+)_(\w+)->(\w+)", instruction.rest)
-    of_left, of_right, of_result = labels.groups()
+    ((of_left, of_right, of_result),) = re.findall(r"dim_labels=(\w+)_(\w+)->(\w+)", instruction.rest)
     result = instruction.results[0].shape
     features = result[of_result.index("b")] * result[of_result.index("f")] * right.shape[of_right.index("i")]
     window = dict(re.findall(r"(\w+)=([\dx_\-]+)", (re.search(r"window=\{([^}]*)\}", instruction.rest) or ["", ""])[1]))

@@ -9,7 +9,7 @@ import re
 from collections.abc import Callable, Iterator, Sequence
 from typing import NamedTuple
 
-from deepseek_jax.planning.collectives import KINDS, Collective
+from deepseek_jax.planning.collectives import Collective, is_collective
 from deepseek_jax.planning.costs import Cost
 from deepseek_jax.planning.parts import Part, part_of
 from deepseek_jax.planning.program import Array, Instruction, Program, annotated_passes, counted_passes
@@ -19,7 +19,6 @@ class Entry(NamedTuple):
     """What one instruction adds to a step."""
 
     name: str
-    opcode: str
     op_name: str
     part: Part
     times: int
@@ -53,7 +52,7 @@ def play(
 
     Args:
         cost: of what runs by itself.
-        collective: describes an instruction of one of KINDS, that runs so many times.
+        collective: describes an instruction that `is_collective` and runs so many times.
         link_seconds: of one execution of a collective.
     """
     return _Player(program, cost, collective, link_seconds).whole()
@@ -86,7 +85,7 @@ class _Player:
                 end, length, told = running.pop(started)
                 waited = max(end - clock, 0.0)
                 clock += waited
-                entries.append(self._entry(instruction, times, waited, min(length - waited, length), collective=told))
+                entries.append(self._transfer(instruction, times, told, waited, length - waited))
             elif (kind := self._kind(instruction)) is not None:
                 told = self._collective(kind, self._program.operands(kind), times)
                 length, begin = self._link_seconds(told), max(clock, free.get(told.axes, 0.0))
@@ -94,14 +93,13 @@ class _Player:
                 if instruction.opcode.endswith("-start"):
                     running[instruction.name] = (begin + length, length, told)
                 else:
-                    entries.append(self._entry(instruction, times, begin + length - clock, collective=told))
+                    entries.append(self._transfer(instruction, times, told, begin + length - clock, 0.0))
                     clock = begin + length
             else:
                 cost = self._cost(instruction, operands)
                 clock += cost.seconds
                 if cost.seconds or cost.flops or cost.kernel:
-                    entries.append(self._entry(instruction, times, cost.seconds, flops=cost.flops, kernel=cost.kernel,
-                                               is_known=cost.is_known))  # fmt: skip
+                    entries.append(self._operation(instruction, times, cost))
         return entries, clock
 
     def _inline(self, computation: str) -> Iterator[tuple[Instruction, Sequence[Array]]]:
@@ -115,7 +113,7 @@ class _Player:
 
     def _kind(self, instruction: Instruction) -> Instruction | None:
         """The collective that an instruction is, or starts, or is made of; null if there is none."""
-        if instruction.opcode.removesuffix("-start") in KINDS:
+        if is_collective(instruction):
             return instruction
         if instruction.opcode in ("async-start", "fusion"):
             for name in instruction.called("calls"):
@@ -138,12 +136,22 @@ class _Player:
         parts = [self._run(name, times * passes) for name in (condition, body)]
         return [entry for entries, _ in parts for entry in entries], passes * sum(seconds for _, seconds in parts)
 
-    def _entry(self, instruction: Instruction, times: int, seconds: float, hidden: float = 0.0, **more: object) -> Entry:
+    def _operation(self, instruction: Instruction, times: int, cost: Cost) -> Entry:
         path = op_name(instruction)
-        flops = times * more.pop("flops", 0)
         return Entry(
-            instruction.name, instruction.opcode, path, part_of(path), times, times * seconds, times * hidden, flops, **more
+            instruction.name,
+            path,
+            part_of(path),
+            times,
+            times * cost.seconds,
+            flops=times * cost.flops,
+            kernel=cost.kernel,
+            is_known=cost.is_known,
         )
+
+    def _transfer(self, instruction: Instruction, times: int, told: Collective, waited: float, hidden: float) -> Entry:
+        path = op_name(instruction)
+        return Entry(instruction.name, path, part_of(path), times, times * waited, times * hidden, collective=told)
 
 
 def op_name(instruction: Instruction) -> str:

@@ -131,7 +131,7 @@ def candidates(config: Config, topology: Topology) -> list[Candidate]:
     return found
 
 
-def _meshes(devices: int) -> Iterator[dict[str, int]]:
+def _meshes(devices: int) -> Iterator[dict[str, Any]]:
     """Sizes of the axes; `data` and `fsdp` share what is left so that one of them has all of it."""
     divisors = [n for n in range(1, devices + 1) if devices % n == 0]
     for pipe in divisors:

@@ -114,9 +114,11 @@ def compile_text(config: Config, devices: Sequence[Any]) -> CompiledText:
 
     start = time.monotonic()
     compiled = compile_step(config, devices).compiled
-    memory = compiled.memory_analysis()
+    text, memory = compiled.as_text(), compiled.memory_analysis()
+    if text is None or memory is None:
+        raise RuntimeError(f"the compiler for {devices[0].device_kind} tells nothing of its programs")
     return CompiledText(
-        compiled.as_text(),
+        text,
         memory.argument_size_in_bytes,
         memory.temp_size_in_bytes,
         memory.output_size_in_bytes - memory.alias_size_in_bytes,
@@ -176,23 +178,25 @@ def _parts(timeline: Timeline, peak: float) -> list[PartTime]:
     rows = []
     for part, entries in groups.items():
         flops = float(sum(entry.flops for entry in entries))
-        rows.append(PartTime(*part, sum(entry.seconds for entry in entries), flops / peak, flops))
+        rows.append(PartTime(part.name, part.of_pass, sum(entry.seconds for entry in entries), flops / peak, flops))
     return sorted(rows, key=lambda row: (row.part, row.of_pass))
 
 
 def _transfers(timeline: Timeline) -> list[Transfer]:
-    sent = [entry for entry in timeline.entries if entry.collective is not None]
-    groups = _sums(sent, lambda entry: (entry.collective.kind, entry.collective.axes))
+    groups: dict[tuple[str, tuple[str, ...]], list[tuple[Entry, int]]] = {}
+    for entry in timeline.entries:
+        if (told := entry.collective) is not None:
+            groups.setdefault((told.kind, told.axes), []).append((entry, told.sent))
     return [
         Transfer(
             kind,
             axes,
-            sum(entry.times for entry in entries),
-            sum(entry.times * entry.collective.sent for entry in entries),
-            sum(entry.seconds for entry in entries),
-            sum(entry.hidden for entry in entries),
+            sum(entry.times for entry, _ in found),
+            sum(entry.times * sent for entry, sent in found),
+            sum(entry.seconds for entry, _ in found),
+            sum(entry.hidden for entry, _ in found),
         )
-        for (kind, axes), entries in sorted(groups.items())
+        for (kind, axes), found in sorted(groups.items())
     ]
 
 

@@ -3,6 +3,7 @@
 What is set in the environment must be set before JAX is imported, so this module imports it late.
 """
 
+import importlib
 import importlib.metadata
 import importlib.util
 import math
@@ -77,7 +78,7 @@ def prepare_environment(topology: Topology) -> None:
         _require("jax_cuda12_plugin", "plan-gpu", topology)
         _require("nvidia.cuda_nvcc", "plan-gpu", topology)
         os.environ["JAX_SKIP_CUDA_CONSTRAINTS_CHECK"] = "1"
-        tools = next(iter(importlib.util.find_spec("nvidia.cuda_nvcc").submodule_search_locations))
+        tools = Path(str(importlib.import_module("nvidia.cuda_nvcc").__path__[0]))
         flags += [f"--xla_gpu_cuda_data_dir={tools}", "--xla_gpu_collect_cost_model_stats=true"]
     else:
         flags.append(f"--xla_force_host_platform_device_count={topology.devices}")
