@@ -76,7 +76,8 @@ def _plan_step(args: argparse.Namespace, config: Config, topology: Topology) -> 
     one = estimate.extrapolated if args.layers else estimate.estimate
     found = one(config, topology, _tell, **({"layers": args.layers} if args.layers else {}))
     print(f"\n{report.step_report(found.config, topology, found.step)}")
-    print(f"\n{report.run_report(found.config, topology, found.run, found.bubble)}")
+    if topology.machine.platform != "cpu":
+        print(f"\n{report.run_report(found.config, topology, found.run, found.bubble)}")
     if args.plot is not None:
         from deepseek_jax.planning.picture import draw
 

@@ -294,4 +294,3 @@ def test_accumulation_parts_leave_one_sequence():
     assert accumulated(config, 4).train.gradient_accumulation_steps == 6
     named = dataclasses.replace(config, train=dataclasses.replace(config.train, gradient_accumulation_steps=2))
     assert accumulated(named, 4) == named
-    assert accumulated(config, 5) == config  # 24 sequences cannot be divided; `resolve` says so

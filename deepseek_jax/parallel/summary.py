@@ -32,8 +32,9 @@ def mesh_summary(config: Config, division: Division, state: Any, shardings: Any)
     weights, gradients = bytes_in_step(division, config.model, state.params)
     total = sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(state))
     lines.append(
-        f"each device holds: parameters {_size(masters)}, optimizer {_size(moments)}; in a step also gathered weights "
-        f"{_size(weights)}, gradients {_size(gradients)}; the whole state is {_size(total)}"
+        f"each device holds: parameters {readable_bytes(masters)}, optimizer {readable_bytes(moments)}; in a step also "
+        f"gathered weights {readable_bytes(weights)}, gradients {readable_bytes(gradients)}; the whole state is "
+        f"{readable_bytes(total)}"
     )
     return "\n".join(lines)
 
@@ -71,7 +72,8 @@ def bytes_in_step(division: Division, config: ModelConfig, params: Any) -> tuple
     return int(weights), int(gradients)
 
 
-def _size(count: float) -> str:
+def readable_bytes(count: float) -> str:
+    """`12345678` as `12.3 MB`."""
     for unit in ("B", "kB", "MB", "GB"):
         if count < 1000:
             return f"{count:.3g} {unit}"

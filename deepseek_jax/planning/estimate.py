@@ -55,10 +55,11 @@ def estimate(config: Config, topology: Topology, tell: Tell) -> Estimate:
 
 
 def arranged(config: Config, topology: Topology) -> Config:
-    """`config` as it would run there: its mesh resolved, accumulation parts and implementations chosen."""
+    """`config` as it would run there, at the whole batch: its mesh resolved, parts and implementations chosen."""
     count = topology.devices
-    config = accumulated(dataclasses.replace(config, parallel=resolve(config, count)), count)
-    return choose(config, topology.machine.platform)
+    config = dataclasses.replace(config, train=dataclasses.replace(config.train, batch_size_start=None))
+    config = dataclasses.replace(config, parallel=resolve(config, count))
+    return choose(accumulated(config, count), topology.machine.platform)
 
 
 def even_rows(config: Config) -> int:

@@ -1,30 +1,25 @@
 """A plan as text of at most 100 columns."""
 
+from collections import Counter
 from collections.abc import Iterable
 
 from deepseek_jax.config import MESH_AXES, Config
+from deepseek_jax.parallel.summary import readable_bytes
 from deepseek_jax.planning.machines import KERNEL_SHARE, LINK_SHARE
-from deepseek_jax.planning.parts import PASSES
+from deepseek_jax.planning.parts import PASSES, part_of
 from deepseek_jax.planning.run import RunFigures
 from deepseek_jax.planning.step import Line, PartTime, StepFigures, Transfer
 from deepseek_jax.planning.topologies import Topology
 
 NAMES = {"again": "made again", "weights": "weights gathered", "layers": "around the layers"}
-WIDTH = 100
 
 
 def step_report(config: Config, topology: Topology, step: StepFigures) -> str:
-    """One compiled step."""
-    return "\n\n".join(
-        [
-            _heading(config, topology, step),
-            _memory(step),
-            _time(step),
-            _transfers(step.transfers),
-            _largest(step),
-            *_warnings(step),
-        ]
-    )
+    """One compiled step; of CPUs no times, for none are known."""
+    sections = [_heading(config, topology, step), _memory(step)]
+    if topology.machine.platform != "cpu":
+        sections += [_time(step), _largest(step)]
+    return "\n\n".join([*sections, _transfers(step.transfers), *_warnings(step)])
 
 
 def run_report(config: Config, topology: Topology, run: RunFigures, bubble: float | None) -> str:
@@ -34,7 +29,7 @@ def run_report(config: Config, topology: Topology, run: RunFigures, bubble: floa
         "the run, estimated from that step",
         f"  a step      {run.step_seconds:.3f} s for {run.step_tokens:,} tokens",
         f"  pace        {run.tokens_per_second:,.0f} tokens/s, {run.tokens_per_second_per_chip:,.0f} a chip; "
-        f"{tflops:.0f} TFLOP/s a chip, {run.mfu:.1%} of the bfloat16 peak (MFU)",
+        f"{tflops:.3g} TFLOP/s a chip, {run.mfu:.1%} of the bfloat16 peak (MFU)",
         f"  all of it   {run.total_tokens:,} tokens in {config.train.steps:,} steps: {run.days:,.1f} days, "
         f"{run.chip_hours:,.0f} chip-hours",
     ]
@@ -51,7 +46,7 @@ def _heading(config: Config, topology: Topology, step: StepFigures) -> str:
     return "\n".join(
         [
             f"{topology.name}: {topology.devices:,} devices, {mesh}; compiled in {step.compile_seconds:.0f} s",
-            f"a step: {train.batch_size:,} sequences of {train.sequence_length:,} tokens in {parts} "
+            f"a step of {train.batch_size:,} sequences of {train.sequence_length:,} tokens in {parts} "
             f"part{'s' if parts > 1 else ''}, {model.precision}; remat {model.remat}, "
             f"grouped_matmul {model.grouped_matmul}, exchange {parallel.exchange}",
         ]
@@ -60,15 +55,15 @@ def _heading(config: Config, topology: Topology, step: StepFigures) -> str:
 
 def _memory(step: StepFigures) -> str:
     left = step.memory_bytes - step.needed_bytes
-    verdict = f"fits, {gigabytes(left)} left" if step.fits else f"does not fit: {gigabytes(-left)} too much"
+    verdict = f"fits, {readable_bytes(left)} left" if step.fits else f"does not fit: {readable_bytes(-left)} too much"
     lines = [
         "memory of a device",
-        f"  arguments (state and batch)  {gigabytes(step.argument_bytes):>10}",
-        f"  temporaries                  {gigabytes(step.temporary_bytes):>10}",
-        f"  of                           {gigabytes(step.memory_bytes):>10}   {verdict}",
-        f"  alive at the fullest moment, by following the schedule ({gigabytes(step.fullest_bytes)} in all):",
+        f"  arguments (state and batch)  {readable_bytes(step.argument_bytes):>10}",
+        f"  temporaries                  {readable_bytes(step.temporary_bytes):>10}",
+        f"  of                           {readable_bytes(step.memory_bytes):>10}   {verdict}",
+        f"  alive at the fullest moment, by following the schedule ({readable_bytes(step.fullest_bytes)} in all):",
     ]
-    lines += [f"    {gigabytes(line.size):>9}  {line.name[:44]:46}{line.where}" for line in step.fullest]
+    lines += [f"    {readable_bytes(line.size):>9}  {line.name[:44]:46}{line.where}" for line in step.fullest]
     return "\n".join(lines)
 
 
@@ -131,8 +126,9 @@ def _line(line: Line) -> str:
 def _warnings(step: StepFigures) -> list[str]:
     found = []
     if step.open_loops:
-        names = "\n".join(f"  ...{name[-(WIDTH - 6) :]}" for name in step.open_loops)
-        found.append(f"loops whose number of passes depends on data, counted as one pass each:\n{names}")
+        counted = Counter((part.name, NAMES.get(part.of_pass, part.of_pass)) for part in map(part_of, step.open_loops))
+        rows = "\n".join(f"  {count} in {name}, {of_pass}" for (name, of_pass), count in sorted(counted.items()))
+        found.append(f"loops whose number of passes depends on data, each counted as one pass:\n{rows}")
     if step.unknown_kernels:
         found.append(f"kernels of which nothing is known, counted as nothing: {', '.join(step.unknown_kernels)}")
     return found
@@ -140,8 +136,3 @@ def _warnings(step: StepFigures) -> list[str]:
 
 def _share(part: float, whole: float) -> str:
     return f"{part / whole:.1%}" if whole else ""
-
-
-def gigabytes(size: float) -> str:
-    """Bytes as a person reads them, in steps of a thousand."""
-    return f"{size / 1e9:.2f} GB"

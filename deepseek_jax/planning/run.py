@@ -53,17 +53,13 @@ def run_figures(config: Config, topology: Topology, step_seconds: float) -> RunF
 
 
 def accumulated(config: Config, devices: int) -> Config:
-    """`config` with as many accumulation parts as leave a device one sequence at a time, ROUNDS micro-batches in a pipeline.
+    """`config` with accumulation parts that leave a device one sequence at a time, in a pipeline ROUNDS micro-batches.
 
     A config that names a number of parts keeps it.
     """
     train, parallel = config.train, config.parallel
-    if train.gradient_accumulation_steps != 1 or train.batch_size % devices:
+    if train.gradient_accumulation_steps != 1:
         return config
     own = train.batch_size // devices
-    least = math.gcd(own, ROUNDS * parallel.microbatch_size) if parallel.pipe > 1 else 1
-    start = train.batch_size_start
-    parts = max(
-        n for n in range(1, own // least + 1) if own % n == 0 and (start is None or start % (n * devices) == 0 or n == 1)
-    )
-    return dataclasses.replace(config, train=dataclasses.replace(train, gradient_accumulation_steps=parts))
+    at_once = math.gcd(own, ROUNDS * parallel.microbatch_size) if parallel.pipe > 1 else 1
+    return dataclasses.replace(config, train=dataclasses.replace(train, gradient_accumulation_steps=own // at_once))

@@ -85,7 +85,7 @@ class _Player:
                 end, length, told = running.pop(started)
                 waited = max(end - clock, 0.0)
                 clock += waited
-                entries.append(self._transfer(instruction, times, told, waited, length - waited))
+                entries.append(self._transfer(instruction, times, told, waited, max(length - waited, 0.0)))
             elif (kind := self._kind(instruction)) is not None:
                 told = self._collective(kind, self._program.operands(kind), times)
                 length, begin = self._link_seconds(told), max(clock, free.get(told.axes, 0.0))

@@ -156,7 +156,7 @@ def read_step(compiled: CompiledText, mesh: Any, topology: Topology, even_rows: 
         [Line(entry.name, _where(entry), entry.seconds, entry.times) for entry in slowest],
         _kernels(timeline),
         sorted({entry.kernel for entry in timeline.entries if not entry.is_known}),
-        sorted(set(timeline.open_loops)),
+        sorted(timeline.open_loops),
         fullest.bytes,
         [
             Line(buffer.array, f"{buffer.part.name}, {buffer.part.of_pass}", buffer.bytes)

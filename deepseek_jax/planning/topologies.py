@@ -146,5 +146,5 @@ def _require(module: str, extra: str, topology: Topology) -> None:
     if found is None:
         version = importlib.metadata.version("jax")
         raise ConfigError(
-            f"--topology {topology.name}: its compiler is not installed; pip install 'deepseek-jax[{extra}]' 'jax=={version}'"
+            f"--topology {topology.name}: its compiler is not installed; pip install 'deepseek-jax[{extra}]' jax=={version}"
         )
