@@ -1,7 +1,6 @@
 """`python -m deepseek_jax.plan`: what it promises is what a run's own step reports; bad input is one line."""
 
 import dataclasses
-import gzip
 import json
 import subprocess
 import sys
@@ -14,7 +13,6 @@ import pytest
 from deepseek_jax.config import load_config
 from deepseek_jax.parallel.sharding import Division, place_batch
 from deepseek_jax.planning import estimate, report, store
-from deepseek_jax.planning.estimate import arranged
 from deepseek_jax.planning.picture import draw
 from deepseek_jax.planning.step import CompiledText
 from deepseek_jax.planning.topologies import read_topology
@@ -64,17 +62,19 @@ def test_planned_bytes_are_those_of_a_run(planned):
 
 
 def test_a_plan_is_kept(planned):
-    """The second time it is read, not compiled; a damaged file is compiled anew."""
+    """The second time it is read, not compiled; a damaged file counts as none."""
     found, told, directory = planned
-    again = []
-    config = load_config("tiny", SMALL)
-    assert estimate.estimate(config, CPU, again.append) == found
-    assert told[0].startswith("compiling") and again[0].startswith("kept")
+    again: list[str] = []
+    assert estimate.estimate(load_config("tiny", SMALL), CPU, again.append) == found
+    assert told[0].startswith("compiling") and again[0].startswith("compiled before")
     (path,) = directory.iterdir()
+    where = found.config, CPU.name, estimate.compiler_versions()
+    assert store.kept(*where).argument_bytes == found.step.argument_bytes
     path.write_bytes(path.read_bytes()[:100])
+    assert store.kept(*where) is None
     made = CompiledText("", 1, 2, 3, 4.0)
-    assert store.kept(arranged(config, CPU), CPU.name, estimate.compiler_versions(), lambda: made) == (made, False)
-    assert json.loads(gzip.decompress(path.read_bytes()))["argument_bytes"] == 1
+    store.keep(*where, made)
+    assert store.kept(*where) == made
 
 
 def test_what_matters_is_in_the_key():

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from typing import Any
 
 import jax
+from jax.experimental import mesh_utils
 from jax.sharding import AxisType, Mesh
 
 from deepseek_jax.config import MESH_AXES, Config, ConfigError, ParallelConfig
@@ -50,9 +51,12 @@ def resolve(config: Config, devices: int) -> ParallelConfig:
 def make_mesh(parallel: ParallelConfig, devices: Sequence[jax.Device] | None = None) -> Mesh:
     """The mesh of a resolved config.
 
-    Neighbours along the last axis, `expert`, are the nearest devices: its all-to-all in every layer moves the most.
+    Neighbours along the last axis, `expert`, are the nearest devices: its all-to-all in every layer moves the most. An axis
+    may take a part of one side of a TPU's torus, where no whole sides make its size.
     """
-    return jax.make_mesh(mesh_shape(parallel), MESH_AXES, axis_types=(AxisType.Auto,) * 4, devices=devices)
+    devices = jax.devices() if devices is None else devices
+    placed = mesh_utils.create_device_mesh(mesh_shape(parallel), devices, allow_split_physical_axes=True)
+    return Mesh(placed, MESH_AXES, axis_types=(AxisType.Auto,) * len(MESH_AXES))
 
 
 def mesh_shape(parallel: ParallelConfig) -> tuple[int, ...]:

@@ -11,7 +11,7 @@ from deepseek_jax.parallel.mesh import make_mesh, resolve
 from deepseek_jax.parallel.pipeline import bubble
 from deepseek_jax.planning.run import RunFigures, accumulated, run_figures
 from deepseek_jax.planning.step import CompiledText, StepFigures, compile_text, read_step
-from deepseek_jax.planning.store import kept
+from deepseek_jax.planning.store import keep, kept
 from deepseek_jax.planning.topologies import Topology, compiler_versions, make_devices, quiet
 
 Tell = Callable[[str], None]
@@ -37,20 +37,31 @@ def estimate(config: Config, topology: Topology, tell: Tell) -> Estimate:
     Raises:
         ConfigError: the mesh does not fit the devices, or the compiler says that the program does not fit their memory.
     """
-    devices = make_devices(topology)
+    found = _from_before(config, topology)
+    if found is not None:
+        tell(f"compiled before, in {found.step.compile_seconds:.0f} s")
+        return found
     config = arranged(config, topology)
+    tell(f"compiling for {topology.name}; this takes minutes for large models")
+    try:
+        with quiet():
+            text = compile_text(config, make_devices(topology))
+    except Exception as error:  # of a class that only the compilers' plugins have
+        raise too_large(error, topology) from None
+    tell(f"compiled in {text.compile_seconds:.0f} s; reading it")
+    keep(config, topology.name, compiler_versions(), text)
+    return _read(config, topology, text)
 
-    def compiled() -> CompiledText:
-        tell(f"compiling for {topology.name}; this takes minutes for large models")
-        try:
-            with quiet():
-                return compile_text(config, devices)
-        except Exception as error:  # of a class that only the compilers' plugins have
-            raise too_large(error, topology) from None
 
-    text, was_kept = kept(config, topology.name, compiler_versions(), compiled)
-    tell(f"{'kept from before, compiled' if was_kept else 'compiled'} in {text.compile_seconds:.0f} s; reading it")
-    step = read_step(text, make_mesh(config.parallel, devices), topology, even_rows(config))
+def _from_before(config: Config, topology: Topology) -> Estimate | None:
+    config = arranged(config, topology)
+    text = kept(config, topology.name, compiler_versions())
+    return None if text is None else _read(config, topology, text)
+
+
+def _read(config: Config, topology: Topology, text: CompiledText) -> Estimate:
+    """The plan of an arranged config from its compiled step."""
+    step = read_step(text, make_mesh(config.parallel, make_devices(topology)), topology, even_rows(config))
     return Estimate(config, step, run_figures(config, topology, step.seconds), _bubble(config))
 
 
@@ -92,6 +103,10 @@ def extrapolated(config: Config, topology: Topology, tell: Tell, layers: int) ->
         for n in (layers - 1, layers)
     )
     step = _carried_on(fewer.step, more.step, model.num_hidden_layers - layers)
+    whole = _from_before(config, topology)
+    if whole is not None:
+        time, memory = step.seconds / whole.step.seconds - 1, step.needed_bytes / whole.step.needed_bytes - 1
+        tell(f"all layers were compiled before: this extrapolation is off by {time:+.1%} in time and {memory:+.1%} in memory")
     config = arranged(config, topology)
     return Estimate(config, step, run_figures(config, topology, step.seconds), _bubble(config))
 

@@ -35,7 +35,7 @@ REMATS = ("products", "full")
 
 
 class Candidate(NamedTuple):
-    """A config that might do, and its rough estimate."""
+    """A config that might do, and its rough estimate. Of a pipeline's sequences a stage keeps all, for its share of layers."""
 
     config: Config
     seconds: float
@@ -153,11 +153,10 @@ def _rough(config: Config, topology: Topology, devices: list, state: Any) -> Can
     tokens = at_once * train.sequence_length
 
     layers = model.num_hidden_layers + model.num_nextn_predict_layers
-    kept_layers = layers / parallel.pipe * (parallel.pipe if parallel.pipe > 1 else 1)
     kept = 1 if model.remat == "full" else 1 + _kept_widths(config) / model.hidden_size
     rows = model.num_experts_per_tok * tokens
     working = 12 * rows * model.hidden_size + 8 * tokens * model.vocab_size // max(tokens // train.loss_chunk_tokens, 1)
-    activations = 2 * tokens * model.hidden_size * kept * kept_layers + working
+    activations = 2 * tokens * model.hidden_size * kept * layers + working
 
     parts = flops_by_part(model, train.sequence_length).values()
     flops = sum(part.forward + part.backward + (part.again if model.remat == "full" else 0) for part in parts)

@@ -5,7 +5,6 @@ import gzip
 import hashlib
 import json
 import os
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -18,21 +17,32 @@ def store_directory() -> Path:
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "deepseek_jax" / "plan"
 
 
-def kept(
-    config: Config, topology_name: str, versions: dict[str, str], make: Callable[[], CompiledText]
-) -> tuple[CompiledText, bool]:
-    """The compiled step of a config on a topology, and whether it was kept from before.
+def kept(config: Config, topology_name: str, versions: dict[str, str]) -> CompiledText | None:
+    """The step of a config on a topology as it was compiled before; null if it was not, or if anything differs since.
 
-    It is compiled anew where anything differs that could matter: the config but for its data and its run's length, this
-    package's code but for `planning`, the compilers.
+    What differs without mattering: the config's data and length of the run, this package's `planning`.
     """
-    path = store_directory() / f"{_key(config, topology_name, versions)}.json.gz"
-    found = _read(path)
-    if found is not None:
-        return found, True
-    made = make()
-    _write(path, made)
-    return made, False
+    try:
+        content: dict[str, Any] = json.loads(gzip.decompress(_path(config, topology_name, versions).read_bytes()))
+        return CompiledText(**content)
+    except (OSError, EOFError, ValueError, TypeError):  # not there, or damaged
+        return None
+
+
+def keep(config: Config, topology_name: str, versions: dict[str, str], compiled: CompiledText) -> None:
+    """Keep a compiled step for `kept`. A plan that cannot be kept is still a plan."""
+    path = _path(config, topology_name, versions)
+    partial = path.with_name(f"{path.name}.{os.getpid()}.partial")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        partial.write_bytes(gzip.compress(json.dumps(dataclasses.asdict(compiled)).encode(), 5))
+        os.replace(partial, path)
+    except OSError:
+        partial.unlink(missing_ok=True)
+
+
+def _path(config: Config, topology_name: str, versions: dict[str, str]) -> Path:
+    return store_directory() / f"{_key(config, topology_name, versions)}.json.gz"
 
 
 def _key(config: Config, topology_name: str, versions: dict[str, str]) -> str:
@@ -52,23 +62,3 @@ def _code() -> str:
         for path in sorted((package / folder).rglob("*.py")):
             digest.update(path.read_bytes())
     return digest.hexdigest()
-
-
-def _read(path: Path) -> CompiledText | None:
-    """What a file holds; null if it is not there or damaged."""
-    try:
-        content: dict[str, Any] = json.loads(gzip.decompress(path.read_bytes()))
-        return CompiledText(**content)
-    except (OSError, EOFError, ValueError, TypeError):
-        return None
-
-
-def _write(path: Path, compiled: CompiledText) -> None:
-    """A plan that cannot be kept is still a plan."""
-    partial = path.with_name(f"{path.name}.{os.getpid()}.partial")
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        partial.write_bytes(gzip.compress(json.dumps(dataclasses.asdict(compiled)).encode(), 5))
-        os.replace(partial, path)
-    except OSError:
-        partial.unlink(missing_ok=True)
