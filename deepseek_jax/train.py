@@ -23,11 +23,11 @@ from deepseek_jax.config import Config, ConfigError, load_config, presets, to_ya
 from deepseek_jax.data.loader import Windows
 from deepseek_jax.data.packing import PreparedData, is_prepared, open_prepared, prepare
 from deepseek_jax.errors import UserError, run_command, write_atomically
-from deepseek_jax.model.transformer import count_parameters
 from deepseek_jax.parallel import processes
 from deepseek_jax.parallel.mesh import resolve
 from deepseek_jax.parallel.sharding import Division, place_batch
 from deepseek_jax.parallel.summary import mesh_summary
+from deepseek_jax.planning.figures import count_parameters
 from deepseek_jax.precision.fp8 import require_fp8
 from deepseek_jax.training.checkpoint import Checkpoints
 from deepseek_jax.training.evaluation import Evaluation

@@ -4,7 +4,6 @@ Layers of one kind are one scanned module whose parameters are stacked, so that 
 grow with depth.
 """
 
-import math
 from functools import partial
 from typing import Any, NamedTuple, Optional
 
@@ -167,27 +166,3 @@ def _balance(outputs: dict[str, BlockOutput], dtype: jnp.dtype) -> tuple[dict[st
     routed = {name: output for name, output in outputs.items() if output.counts is not None}
     total = sum((jnp.sum(output.balance_loss) for output in routed.values()), jnp.zeros((), dtype))
     return {name: output.counts for name, output in routed.items()}, total
-
-
-class ParameterCount(NamedTuple):
-    """How many numbers a model learns."""
-
-    total: int
-    """Without MTP."""
-    active: int
-    """Those a token meets: all but the routed experts, and its share of these."""
-    mtp: int
-    """Of the MTP modules, which share embedding and head with the main model."""
-
-
-def count_parameters(config: ModelConfig) -> ParameterCount:
-    """Count from the shapes the module itself would allocate, without allocating them."""
-    tokens = jax.ShapeDtypeStruct((1, 1 + config.num_nextn_predict_layers), jnp.int32)
-    params = jax.eval_shape(DeepseekV3(config).init, jax.random.key(0), tokens)["params"]
-    sizes = {jax.tree_util.keystr(path, simple=True, separator="/"): math.prod(leaf.shape)
-             for path, leaf in jax.tree_util.tree_leaves_with_path(params)}  # fmt: skip
-    main = {path: size for path, size in sizes.items() if not path.startswith("mtp_layers/")}
-    routed = sum(size for path, size in main.items() if "/experts/" in path)
-    total = sum(main.values())
-    active = total - routed + routed * config.num_experts_per_tok // config.n_routed_experts
-    return ParameterCount(total, active, sum(sizes.values()) - total)

@@ -82,6 +82,14 @@ def visits(text: str) -> Iterator[Visit]:
     return within(entry, 0, 1, ())
 
 
+def dot_flops(visit: Visit) -> int:
+    """Of a visited `dot`: two for each multiplication and addition."""
+    left, _ = visit.operands
+    contracted = re.search(r"lhs_contracting_dims=\{([\d,]*)\}", visit.instruction.rest)[1]
+    summed = math.prod(left.shape[int(dim)] for dim in contracted.split(",") if dim)
+    return 2 * summed * math.prod(visit.instruction.results[0].shape)
+
+
 def annotated_passes(loop: Instruction) -> int | None:
     """How often a loop runs, by a note that XLA left at it."""
     known = re.search(r'"known_trip_count":\{"n":"(\d+)"', loop.rest)

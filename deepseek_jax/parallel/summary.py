@@ -32,8 +32,8 @@ def mesh_summary(config: Config, division: Division, state: Any, shardings: Any)
     weights, gradients = _bytes_in_step(division, config.model, state.params)
     total = sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(state))
     lines.append(
-        f"each device holds: parameters {_size(masters)}, optimizer {_size(moments)}; in a step also gathered weights "
-        f"{_size(weights)}, gradients {_size(gradients)}; the whole state is {_size(total)}"
+        f"each device holds: parameters {readable_bytes(masters)}, optimizer {readable_bytes(moments)}; in a step also gathered "
+        f"weights {readable_bytes(weights)}, gradients {readable_bytes(gradients)}; the whole state is {readable_bytes(total)}"
     )
     return "\n".join(lines)
 
@@ -68,7 +68,8 @@ def _bytes_in_step(division: Division, config: ModelConfig, params: Any) -> tupl
     return tuple(sum(jax.tree.leaves(division.map(one, params))))
 
 
-def _size(count: int) -> str:
+def readable_bytes(count: float) -> str:
+    """`12345678` as `12.3 MB`."""
     for unit in ("B", "kB", "MB", "GB"):
         if count < 1000:
             break
