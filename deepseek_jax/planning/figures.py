@@ -9,6 +9,7 @@ voids does up to twice that.
 
 import math
 from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
 from functools import cache
 from typing import Any, NamedTuple
 
@@ -86,7 +87,8 @@ class CacheBytes(NamedTuple):
         return self.multi_head / self.latent
 
 
-class Figures(NamedTuple):
+@dataclass(frozen=True)
+class Figures:
     """All that can be said of a config without a machine."""
 
     count: ParameterCount
@@ -115,17 +117,17 @@ def figures(config: Config) -> Figures:
     )
 
 
-def part_of(path: Iterable[str]) -> str | None:
+def part_of(path: Iterable[str]) -> str:
     """The part that a parameter belongs to by its path, or a compiled product by its op_name cut at the slashes.
 
-    Paths cannot tell the core of attention from its projections, and all of attention is said to be the latter. Null
+    Paths cannot tell the core of attention from its projections, and all of attention is said to be the latter. Empty
     where no module is named.
     """
     path = tuple(path)
     if any(name.endswith("norm") for name in path):
         part = "norms"
     else:
-        part = next((part for module, part in _PART_OF_MODULE.items() if module in path), None)
+        part = next((part for module, part in _PART_OF_MODULE.items() if module in path), "")
     return f"{MTP}/{part}" if part and "mtp_layers" in path else part
 
 
@@ -227,11 +229,11 @@ def table(found: Figures) -> str:
         """The attention core grows with the length, and the rest does not."""
         core = sum(_trained(flops) for part, flops in found.flops.items() if part.endswith(CORE))
         longer = core * length // found.sequence_length
-        return f"{length:,} tokens: {longer / scale:,.1f}, {longer / (_trained(total) - core + longer):.0%} of all"
+        return f"{longer / scale:,.1f} ({longer / (_trained(total) - core + longer):.0%}) at {length:,}"
 
+    mtp = f"; {count.mtp:,} in MTP modules" if count.mtp else ""
     lines = [
-        f"{count.total:,} parameters, {count.active:,} active per token"
-        + (f"; {count.mtp:,} in MTP modules" * bool(count.mtp)),
+        f"{count.total:,} parameters, {count.active:,} active per token{mtp}",
         f"products of a token in training, in {unit}, in sequences of {found.sequence_length:,}; again: by model.remat=full",
         "",
         f"{'part':26}{'parameters':>16}{'active':>16}{'forward':>10}{'backward':>10}{'again':>10}{'share':>7}",
@@ -245,7 +247,7 @@ def table(found: Figures) -> str:
         *lines,
         row("all", Parameters(*map(sum, zip(*found.parameters.values()))), total),
         "",
-        f"attention core  {'; '.join(core_at(found.sequence_length * times) for times in _LENGTHENED)}",
+        f"attention core  {', '.join(core_at(found.sequence_length * times) for times in _LENGTHENED)} tokens",
         f"cache           {cached.latent:,} bytes a token in bfloat16; multi-head attention {cached.multi_head:,}, "
         f"{cached.ratio:.1f} times as much",
         f"checkpoint      {', '.join(sizes)}",
