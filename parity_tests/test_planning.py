@@ -174,6 +174,9 @@ def test_fullest_moment_of_a_known_program():
         ("jit(train_step)/optimizer/mul", ("optimizer", "forward")),
         ("jit(train_step)/shard_map/dense_layers/mlp/dot_general", ("dense", "forward")),
         ("", ("other", "forward")),
+        ("jit(train_step)/jvp(Transformer)/NNXDecoder/while/body/eval_jaxpr/DeepSeekMoELayer/RoutedAndSharedMoE/MlpBlock/"
+         "DenseGeneral/dot_general", ("shared_experts", "forward")),
+        ("vmap(static_sparsity_splash)/jit(_splash_attention)/splash_mha_fwd_residuals/pallas_call", ("attention", "forward")),
     ],
 )  # fmt: skip
 def test_part_of(path, part):

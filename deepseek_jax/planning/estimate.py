@@ -37,11 +37,20 @@ def estimate(config: Config, topology: Topology, tell: Tell) -> Estimate:
     Raises:
         ConfigError: the mesh does not fit the devices, or the compiler says that the program does not fit their memory.
     """
-    found = _from_before(config, topology)
-    if found is not None:
-        tell(f"compiled before, in {found.step.compile_seconds:.0f} s")
-        return found
     config = arranged(config, topology)
+    return _read(config, topology, compiled(config, topology, tell))
+
+
+def compiled(config: Config, topology: Topology, tell: Tell) -> CompiledText:
+    """The step of an arranged config, as it was compiled before or compiled now.
+
+    Raises:
+        ConfigError: as `estimate`.
+    """
+    text = kept(config, topology.name, compiler_versions())
+    if text is not None:
+        tell(f"compiled before, in {text.compile_seconds:.0f} s")
+        return text
     tell(f"compiling for {topology.name}; this takes minutes for large models")
     try:
         with quiet():
@@ -50,7 +59,7 @@ def estimate(config: Config, topology: Topology, tell: Tell) -> Estimate:
         raise too_large(error, topology) from None
     tell(f"compiled in {text.compile_seconds:.0f} s; reading it")
     keep(config, topology.name, compiler_versions(), text)
-    return _read(config, topology, text)
+    return text
 
 
 def _from_before(config: Config, topology: Topology) -> Estimate | None:

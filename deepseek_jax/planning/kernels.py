@@ -29,7 +29,10 @@ def kernel_name(instruction: Instruction) -> str | None:
     target = re.search(r'custom_call_target="([^"]*)"', instruction.rest)
     if target is None or not any(word in target[1] for word in ("tpu_custom_call", "triton", "mosaic_gpu", "fmha", "cublas")):
         return None
-    return target[1] if "fmha" in target[1] or "cublas" in target[1] else re.sub(r"[.\d]+$", "", instruction.name)
+    if "fmha" in target[1] or "cublas" in target[1]:
+        return target[1]
+    within = re.search(r'op_name="[^"]*?([^"/()]+)\)?(?:/pallas_call)+"', instruction.rest)  # the last name around the call
+    return within[1] if within else re.sub(r"[.\d]+$", "", instruction.name)
 
 
 def kernel_work(name: str, instruction: Instruction, operands: Operands, even_rows: int | None) -> Work | None:
@@ -56,22 +59,28 @@ def kernel_work(name: str, instruction: Instruction, operands: Operands, even_ro
     return Work(flops, moved)
 
 
-def _attention(widths: Callable[[int, int], int]) -> Callable[[Operands, Operands], int]:
-    """Causal: half of the pairs of a query and a key meet."""
+def _attention(widths: Callable[[int, int, bool], int]) -> Callable[[Operands, Operands], int]:
+    """Causal: half of the pairs of a query and a key meet.
+
+    Args:
+        widths: of all products that a pair is part of, by the widths of a key and a value, and whether the kernel returns
+            the queries' gradient in parts, one for each block of keys.
+    """
 
     def count(operands: Operands, results: Operands) -> int:
         q, k, v = [array for array in operands if len(array.shape) >= 3 and array.dtype in ("bf16", "f16", "f32")][:3]
         pairs = math.prod(q.shape[:-1]) * k.shape[-2]
-        return pairs * widths(q.shape[-1], v.shape[-1])
+        in_parts = any(len(array.shape) > len(q.shape) for array in results)
+        return pairs * widths(q.shape[-1], v.shape[-1], in_parts)
 
     return count
 
 
 FORMULAS = {
-    "splash_mha_fwd": _attention(lambda d, v: d + v),
-    "splash_mha_dkv": _attention(lambda d, v: 3 * d + 2 * v),  # the fused form, which makes dq as well
-    "splash_mha_dq": _attention(lambda d, v: d),  # on its own it makes scores again, which the fused one has
-    "fmhaSoftmaxBackward": _attention(lambda d, v: 3 * d + 2 * v),
-    "fmhaSoftmax": _attention(lambda d, v: d + v),
+    "splash_mha_fwd": _attention(lambda d, v, _: d + v),
+    "splash_mha_dkv": _attention(lambda d, v, is_fused: 3 * d + 2 * v if is_fused else 2 * d + 2 * v),
+    "splash_mha_dq": _attention(lambda d, v, _: 2 * d + v),  # MaxText's default: makes scores again, as dkv does
+    "fmhaSoftmaxBackward": _attention(lambda d, v, _: 3 * d + 2 * v),
+    "fmhaSoftmax": _attention(lambda d, v, _: d + v),
 }
 """Part of a kernel's name -> its operations."""

@@ -22,21 +22,22 @@ PASSES = ("forward", "again", "backward")
 """`again` is what the backward pass makes a second time. The optimizer and what has no gradient count as forward."""
 
 PARTS = {
-    "optimizer": r"optimizer",
+    "optimizer": r"optimizer|apply_gradient\w*",
     "weights": r"weights|all_gather_invariant",
     "exchange": r"exchange|ragged_all_to_all",
-    "router": r"gate",
-    "experts": r"experts|MoeBlock_0",
-    "shared_experts": r"shared_experts",
-    "norms": r"\w*(?:norm|layernorm)(?:_\d)?",
-    "attention": r"self_attn|self_attention",
-    "dense": r"mlp",
-    "head": r"head|lm_head|logits_dense",
-    "embedding": r"embed_tokens|token_embedder",
-    "layers": r"[\w.]*_layers|layers",
+    "router": r"gate|GateLogit|get_topk",
+    "experts": r"experts|RoutedMoE",
+    "shared_experts": r"shared_experts|RoutedAndSharedMoE/MlpBlock",
+    "norms": r"\w*(?:norm|layernorm)(?:_\d)?|RMSNorm",
+    "attention": r"self_attn|MLA|splash_\w+",
+    "dense": r"mlp|MlpBlock",
+    "head": r"head|apply_output_head|cross_entropy_with_logits",
+    "embedding": r"embed_tokens|Embed",
+    "layers": r"[\w.]*_layers|NNXDecoder",
 }
-"""Part -> the words of a path that name it, whole; the first that is found. `layers` is what a loop over layers does
-around them: slices and sums of stacks, residual sums."""
+"""Part -> the words of a path that name it, whole; the first that is found. Classes and functions are MaxText's, whose
+programs `scripts/against_maxtext` reads by the same table; XLA cuts some kernels' paths down to their own names. `layers`
+is what a loop over layers does around them: slices and sums of stacks, residual sums."""
 
 _WORDS = {name: re.compile(rf"(?:^|[/(]|jit\()(?:{words})(?=$|[/).])") for name, words in PARTS.items()}
 

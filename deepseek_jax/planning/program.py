@@ -169,6 +169,7 @@ def computations_of(text: str) -> tuple[dict[str, list[Instruction]], str]:
     """Instructions by the name of their computation, and the name of the one that runs first."""
     computations: dict[str, list[Instruction]] = {}
     entry, current = None, None
+    text = re.sub(r"(kernel_metadata=\{)\n(.*)\n(\})", r"\1\2\3", text)  # what a kernel says of itself breaks its line
     for line in text.splitlines():
         if header := re.match(r"(ENTRY )?%?([\w.\-]+) \(.*\{$", line):
             current = computations.setdefault(header[2], [])

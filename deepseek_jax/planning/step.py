@@ -134,13 +134,7 @@ def read_step(compiled: CompiledText, mesh: Any, topology: Topology, even_rows: 
         even_rows: rows of a device's experts under even routing, for all its sequences of one accumulation part.
     """
     program, machine = Program(compiled.text), topology.machine
-    links = Links(mesh, machine, topology.per_host)
-    timeline = play(
-        program,
-        Costs(program, machine, even_rows).of,
-        lambda instruction, operands, times: describe(instruction, operands, mesh, times),
-        links.seconds,
-    )
+    timeline = timeline_of(program, mesh, topology, even_rows)
     fullest = fullest_moment(program)
     slowest = sorted((e for e in timeline.entries if not e.kernel), key=lambda e: -e.seconds)[:LARGEST]
     return StepFigures(
@@ -162,6 +156,16 @@ def read_step(compiled: CompiledText, mesh: Any, topology: Topology, even_rows: 
             Line(buffer.array, f"{buffer.part.name}, {buffer.part.of_pass}", buffer.bytes)
             for buffer in fullest.buffers[:LARGEST]
         ],
+    )
+
+
+def timeline_of(program: Program, mesh: Any, topology: Topology, even_rows: int | None) -> Timeline:
+    """A program played through as `read_step` does, with the costs and links of a topology's devices."""
+    return play(
+        program,
+        Costs(program, topology.machine, even_rows).of,
+        lambda instruction, operands, times: describe(instruction, operands, mesh, times),
+        Links(mesh, topology.machine, topology.per_host).seconds,
     )
 
 
