@@ -12,12 +12,12 @@ import jax
 from deepseek_jax.config import Config
 
 BEST = {
-    "grouped_matmul": {"tpu": "megablox", "gpu": "blocked", "cpu": "blocked"},
+    "grouped_matmul": {"tpu": "megablox", "gpu": "triton", "cpu": "blocked"},
     "exchange": {"tpu": "ragged", "gpu": "ragged", "cpu": "rounds"},
 }
 """Operation -> platform, as JAX names it -> implementation."""
 
-WITHOUT_FLOAT64 = {"megablox": "blocked"}
+WITHOUT_FLOAT64 = {"megablox": "blocked", "triton": "blocked"}
 """Kernels that have no float64, and what takes their place."""
 
 

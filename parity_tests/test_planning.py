@@ -12,7 +12,7 @@ from deepseek_jax.config import ConfigError, load_config
 from deepseek_jax.planning.buffers import fullest_moment
 from deepseek_jax.planning.collectives import describe
 from deepseek_jax.planning.costs import Costs
-from deepseek_jax.planning.kernels import kernel_work
+from deepseek_jax.planning.kernels import kernel_name, kernel_work
 from deepseek_jax.planning.links import Links
 from deepseek_jax.planning.machines import KERNEL_SHARE, MACHINES
 from deepseek_jax.planning.parts import part_of
@@ -221,6 +221,20 @@ def test_even_rows_of_a_kernel():
     assert kernel_work("gmm", gmm, operands, None).flops == 1000
     assert kernel_work("gmm", gmm, operands, 80).flops == 800
     assert kernel_work("gmm", gmm, operands, 200).flops == 1000
+
+
+def test_work_of_our_grouped_kernels():
+    """From shapes alone: two pairs of rows and weights, and a gradient of weights."""
+    rows, weights = Array("bf16", (100, 16)), Array("bf16", (4, 16, 8))
+    rest = ', custom_call_target="__gpu$xla.gpu.triton", metadata={op_name="jit(f)/experts/grouped_matmul/pallas_call"}'
+    product = Instruction("pallas_call.1", "custom-call", (Array("bf16", (100, 8)),), (), rest)
+    assert kernel_name(product) == "grouped_matmul"
+    table = Array("s32", (9,))
+    assert kernel_work("grouped_matmul", product, (table, rows, rows, weights, weights), None).flops == 2 * 2 * 100 * 16 * 8
+    assert kernel_work("grouped_matmul", product, (table, rows, weights), 50).flops == 2 * 50 * 16 * 8
+    gradient = Instruction("pallas_call.2", "custom-call", (weights,), (), rest)
+    dy = Array("bf16", (100, 8))
+    assert kernel_work("grouped_matmul_of_rows", gradient, (table, rows, dy), 100).flops == 2 * 100 * 16 * 8
 
 
 def test_links():

@@ -11,7 +11,7 @@ from deepseek_jax.errors import UserError
 
 PRECISIONS = ("float64", "float32", "bfloat16", "fp8")
 REMAT_CHOICES = ("none", "products", "full")
-GROUPED_MATMULS = ("auto", "reference", "blocked", "megablox")
+GROUPED_MATMULS = ("auto", "reference", "blocked", "megablox", "triton")
 MOMENT_DTYPES = ("float32", "bfloat16")
 EXCHANGES = ("auto", "rounds", "ragged")
 MESH_AXES = ("pipe", "data", "fsdp", "expert")

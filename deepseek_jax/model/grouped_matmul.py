@@ -1,7 +1,7 @@
 """Matrix products over rows sorted by group, each group with its own weight: one signature, several forms.
 
 XLA's `ragged_dot` multiplies every row by every weight on CPU and on CUDA. The blocked form does
-only the work that is there, with loops whose length depends on the groups; megablox does so on TPU.
+only the work that is there, with loops whose length depends on the groups; megablox does so on TPU, Triton kernels on GPU.
 """
 
 from collections.abc import Callable
@@ -14,7 +14,7 @@ from jax import lax
 
 from deepseek_jax.config import GROUPED_MATMULS
 from deepseek_jax.errors import UserError
-from deepseek_jax.implementations import best
+from deepseek_jax.implementations import WITHOUT_FLOAT64, best
 from deepseek_jax.model.matmul import Arrays, columns
 
 LEAST_ROWS = {512: 385, 128: 65, 32: 9, 4: 1}
@@ -33,7 +33,7 @@ def grouped_matmul(x: jax.Array, weights: Arrays, group_sizes: jax.Array, implem
         weights: each [E, K, M] in x's dtype, a matrix per group; they share the reading of x.
         group_sizes: [E] int32, how many rows each group has; their sum is at most N.
         implementation: one of `GROUPED_MATMULS`, of which `auto` is the best for the devices at hand. Inside
-            `shard_map` megablox needs `check_vma=False`, the others nothing.
+            `shard_map` megablox and triton need `check_vma=False`, the others nothing.
 
     Returns:
         For each of the weights [N, M] in x's dtype, summed in at least float32. Rows that belong to no group
@@ -44,8 +44,8 @@ def grouped_matmul(x: jax.Array, weights: Arrays, group_sizes: jax.Array, implem
     """
     if implementation not in GROUPED_MATMULS:
         raise UserError(f"model.grouped_matmul={implementation}: choose one of {', '.join(GROUPED_MATMULS)}")
-    if implementation == "megablox" and x.dtype == jnp.float64:
-        raise UserError("model.grouped_matmul=megablox: has no float64; choose blocked or model.precision=float32")
+    if implementation in WITHOUT_FLOAT64 and x.dtype == jnp.float64:
+        raise UserError(f"model.grouped_matmul={implementation}: has no float64; choose blocked or model.precision=float32")
     if implementation == "auto":
         implementation = best("grouped_matmul", is_float64=x.dtype == jnp.float64)
     x, group_sizes, *weights = _vary_alike(x, group_sizes, *weights)
@@ -219,9 +219,24 @@ def _whole_tiles(x: jax.Array) -> jax.Array:
     return jnp.pad(x, ((0, -x.shape[0] % TILE), (0, 0)))
 
 
+def _triton(x: jax.Array, weights: Arrays, group_sizes: jax.Array) -> Arrays:
+    from deepseek_jax.kernels.triton_grouped_matmul import rows_by_weights
+
+    return [rows_by_weights([x], [weight], group_sizes) for weight in weights]
+
+
+def _triton_gradients(x: jax.Array, weights: Arrays, group_sizes: jax.Array, gradients: Arrays) -> tuple[jax.Array, Arrays]:
+    """That of x is one sum in float32 over all weights."""
+    from deepseek_jax.kernels.triton_grouped_matmul import rows_by_rows, rows_by_weights
+
+    dx = rows_by_weights(gradients, weights, group_sizes, transpose=True)
+    return dx, [rows_by_rows(x, dy, group_sizes) for dy in gradients]
+
+
 _IMPLEMENTATIONS = {
     "blocked": (_blocked, _blocked_gradients),
     "megablox": (_megablox, _megablox_gradients),
+    "triton": (_triton, _triton_gradients),
 }
 
 

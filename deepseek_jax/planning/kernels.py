@@ -43,20 +43,20 @@ def kernel_work(name: str, instruction: Instruction, operands: Operands, even_ro
     """
     moved = sum(array.bytes for array in (*operands, *instruction.results))
     formula = next((count for word, count in FORMULAS.items() if word in name), None)
-    if formula is not None:
-        return Work(formula(operands, instruction.results), moved)
     stated = re.search(r'"cost_estimate":\{"flops":"(\d+)"', instruction.rest)
-    if stated is None:
+    if formula is None and stated is None:
         return None
-    flops = int(stated[1])
-    rows = max((array.shape[-2] for array in operands if len(array.shape) == 2), default=0)
-    if "gmm" in name:
-        rows = max(
-            rows, max((array.shape[-1] for array in operands if len(array.shape) == 2), default=0) if "tgmm" in name else 0
-        )
-        if even_rows is not None and rows > even_rows:
-            flops = flops * even_rows // rows
+    flops = formula(operands, instruction.results) if formula else int(stated[1])
+    if even_rows is not None and any(word in name for word in GROUPED):
+        rows = _rows(operands)
+        if "tgmm" in name:  # reads the rows' transpose
+            rows = max([rows, *(array.shape[-1] for array in operands if len(array.shape) == 2)])
+        flops = flops * even_rows // max(rows, even_rows)
     return Work(flops, moved)
+
+
+def _rows(operands: Operands) -> int:
+    return max((array.shape[0] for array in operands if len(array.shape) == 2), default=0)
 
 
 def _attention(widths: Callable[[int, int, bool], int]) -> Callable[[Operands, Operands], int]:
@@ -76,7 +76,15 @@ def _attention(widths: Callable[[int, int, bool], int]) -> Callable[[Operands, O
     return count
 
 
+def _grouped(operands: Operands, results: Operands) -> int:
+    """Each row meets one matrix of every stack, read or made."""
+    return sum(2 * _rows(operands) * math.prod(array.shape[1:]) for array in (*operands, *results) if len(array.shape) == 3)
+
+
+GROUPED = ("gmm", "grouped_matmul")
+"""Part of the name of a kernel that multiplies rows by the weights of their groups."""
 FORMULAS = {
+    "grouped_matmul": _grouped,  # of ours: JAX does not pass a Triton kernel's own estimate on
     "splash_mha_fwd": _attention(lambda d, v, _: d + v),
     "splash_mha_dkv": _attention(lambda d, v, is_fused: 3 * d + 2 * v if is_fused else 2 * d + 2 * v),
     "splash_mha_dq": _attention(lambda d, v, _: 2 * d + v),  # MaxText's default: makes scores again, as dkv does
