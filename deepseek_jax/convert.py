@@ -17,6 +17,7 @@ from rich.console import Console
 from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn, TransferSpeedColumn
 
 from deepseek_jax.checkpoint.forms import FORMS
+from deepseek_jax.checkpoint.hf_config import require_deepseek_v3
 from deepseek_jax.checkpoint.hf_source import HuggingFaceSource
 from deepseek_jax.checkpoint.hf_writer import encoded, planned, write_huggingface
 from deepseek_jax.checkpoint.layout import layout
@@ -158,6 +159,7 @@ def _to_huggingface(
 ) -> None:
     step = path if _holds(path, VARIABLES) else _last_step(path)
     source = OrbaxSource(step)
+    require_deepseek_v3(source.config, str(path))
     form = dtype or source.form
     specs = planned(source, form)
     shards = len(plan_shards(specs, max_shard_bytes))

@@ -222,6 +222,7 @@ class _Loop:
                 f"step {plan.step}: the loss is {loss}; lower train.learning_rate and go on from the last checkpoint"
             )
         first, *further = (float(nats) for nats in metrics.parts.cross_entropy)
+        dropped = {} if metrics.parts.dropped is None else {"dropped": float(metrics.parts.dropped)}
         load = [float((counts / counts.mean(axis=-1, keepdims=True)).max()) for counts in metrics.parts.counts.values()]
         self._metrics.write(
             step=plan.step,
@@ -233,8 +234,9 @@ class _Loop:
             grad_norm=float(metrics.grad_norm),
             learning_rate=plan.learning_rate,
             max_expert_load=max(load, default=1.0),
+            **dropped,
         )
-        self._progress.step(plan.step, loss=first)
+        self._progress.step(plan.step, loss=first, **dropped)
 
     def _evaluate(self, plan: StepPlan, state: TrainState) -> None:
         bits = self._evaluation.bits_per_byte(state)

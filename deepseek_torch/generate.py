@@ -89,6 +89,7 @@ def generate(
     Raises:
         UserError: when a prompt does not fit the context.
     """
+    model.eval()  # every choice of an expert is served
     lengths = [len(prompt) for prompt in prompts]
     context, longest = model.config.max_position_embeddings, max(lengths)
     if longest > context:

@@ -28,7 +28,7 @@ SCALE_SUFFIX = "_scale_inv"
 EMBEDDING, HEAD = "model.embed_tokens.weight", "lm_head.weight"
 FORMS = {"float32": torch.float32, "bfloat16": torch.bfloat16, "fp8": torch.bfloat16}
 """What can be written, and the dtype of all but quantised weights and routers' biases."""
-HIGHER_PRECISION = ("embed_tokens", "lm_head", "shared_head", "mlp.gate.", "eh_proj")
+HIGHER_PRECISION = ("embed_tokens", "lm_head", "shared_head", "mlp.gate.", "shared_expert_gate", "eh_proj")
 """Matrices that the fp8 form leaves as they are."""
 SHARD_BYTES = 5 * 10**9
 

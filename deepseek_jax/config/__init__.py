@@ -8,10 +8,13 @@ holds and what would be right.
 from deepseek_jax.config.reading import find_config, from_mapping, load_config, presets, to_yaml
 from deepseek_jax.config.schema import (
     EXCHANGES,
+    FEED_FORWARDS,
     GROUPED_MATMULS,
     MESH_AXES,
+    MTP_FORMS,
     PRECISIONS,
     REMAT_CHOICES,
+    SCORING_FUNCS,
     Config,
     ConfigError,
     DataConfig,
@@ -25,10 +28,13 @@ from deepseek_jax.config.validation import validate
 
 __all__ = [
     "EXCHANGES",
+    "FEED_FORWARDS",
     "GROUPED_MATMULS",
     "MESH_AXES",
+    "MTP_FORMS",
     "PRECISIONS",
     "REMAT_CHOICES",
+    "SCORING_FUNCS",
     "Config",
     "ConfigError",
     "DataConfig",

@@ -18,6 +18,7 @@ from deepseek_jax.model.block import Block
 from deepseek_jax.model.layers import RMSNorm, compute_dtype, widen
 from deepseek_jax.model.panels import COLUMNS, PANELS, Panels, cut, times, whole
 from deepseek_jax.model.rope import rope_angles
+from deepseek_jax.model.router import dropless
 
 LINEAR = ("q_proj", "q_a_proj", "q_b_proj", "kv_a_proj_with_mqa", "o_proj", "gate_proj", "up_proj", "down_proj")
 """Linear maps by whose weights decoding multiplies."""
@@ -134,7 +135,7 @@ def _run(
     x = weights.embedding[tokens].astype(compute_dtype(config))
     latents = []
     for index, (layer, cached) in enumerate(zip(weights.layers, cache)):
-        block = Block(config, moe=index >= config.first_k_dense_replace)
+        block = Block(dropless(config), moe=index >= config.first_k_dense_replace)
         x, output = block.apply(layer, x, rope, positions, cached)
         latents.append(output.latents)
     return x, latents

@@ -112,7 +112,8 @@ def _product_type(config: ModelConfig, path: tuple[str, ...], dtype: jnp.dtype) 
     """
     if path[0] == "lm_head" and config.precision == "fp8":
         return jnp.dtype("bfloat16")
-    is_product = not (path[0] == "embed_tokens" or "gate" in path or any("norm" in name for name in path))
+    is_gate = not {"gate", "shared_expert_gate"}.isdisjoint(path)
+    is_product = not (path[0] == "embed_tokens" or is_gate or any("norm" in name for name in path))
     return jnp.dtype("bfloat16") if is_product and config.precision == "bfloat16" else dtype
 
 

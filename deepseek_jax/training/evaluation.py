@@ -13,6 +13,7 @@ from jax.sharding import PartitionSpec
 from deepseek_jax.config import MESH_AXES, Config
 from deepseek_jax.data.loader import Windows
 from deepseek_jax.data.packing import PreparedData
+from deepseek_jax.model.router import dropless
 from deepseek_jax.model.transformer import DeepseekV3
 from deepseek_jax.parallel.sharding import Division, place_batch
 from deepseek_jax.parallel.weights import collect, gather_unstacked
@@ -84,7 +85,7 @@ def evaluation_nats(
 def _nats(
     params: Any, router_state: Any, tokens: jax.Array, weights: jax.Array, config: Config, division: Optional[Division]
 ) -> jax.Array:
-    model = DeepseekV3(config.model, division)
+    model = DeepseekV3(dropless(config.model), division)
     variables = {"params": params, "router_state": router_state}
     hidden = model.apply(variables, tokens[:, :-1], method="hidden_states")
     targets = tokens[:, 1:].reshape(-1)

@@ -25,7 +25,9 @@ class LossParts(NamedTuple):
     balance_loss: jax.Array
     """Before its weight."""
     counts: dict[str, jax.Array]
-    """Tokens sent to each expert, [layers, E] for each stack with experts."""
+    """Tokens that chose each expert, [layers, E] for each stack with experts."""
+    dropped: Optional[jax.Array] = None
+    """Share of the choices that found no room, where that is limited."""
 
 
 def training_loss(
@@ -60,7 +62,7 @@ def training_loss(
         )  # fmt: skip
     by_depth = nats.reshape(depth + 1, -1).mean(axis=1)
     loss = weighted + config.train.sequence_balance_weight * output.balance_loss
-    return loss, LossParts(by_depth, output.balance_loss, output.counts)
+    return loss, LossParts(by_depth, output.balance_loss, output.counts, output.dropped)
 
 
 def cross_entropy(

@@ -110,7 +110,7 @@ def _on_mesh(
             if name == PIPELINED and division.parallel.pipe > 1 else jax.lax.psum(own, MESH_AXES)
             for name, own in metrics.parts.counts.items()
         }  # fmt: skip
-        parts = LossParts(mean(metrics.parts.cross_entropy), mean(metrics.parts.balance_loss), counts)
+        parts = mean(metrics.parts._replace(counts={}))._replace(counts=counts)
         return gradients, StepMetrics(mean(metrics.loss), parts)
 
     whole, cut = PartitionSpec(), division.param_specs()
@@ -141,5 +141,5 @@ def _accumulated(
         gradients, loss, parts = totals
         mean = partial(jax.tree.map, lambda total: total / count)
         gradients, loss = mean(gradients), mean(loss)
-        parts = LossParts(mean(parts.cross_entropy), mean(parts.balance_loss), parts.counts)
+        parts = mean(parts._replace(counts={}))._replace(counts=parts.counts)
     return gradients, StepMetrics(loss, parts)
