@@ -186,7 +186,7 @@ def types_of_sums_and_gathers(jaxpr, matrices: set[tuple[int, int]]) -> tuple[se
         elif equation.primitive.name == "scan":
             carried = equation.outvars[: equation.params["num_carry"]]
             summed |= {each.aval.dtype for each in carried if each.aval.shape[-2:] in matrices}
-        for inner in jax.core.jaxprs_in_params(equation.params):
+        for inner in jax.extend.core.jaxprs_in_params(equation.params):
             for known, more in zip((summed, gathered), types_of_sums_and_gathers(inner, matrices)):
                 known |= more
     return summed, gathered
