@@ -72,8 +72,6 @@ def prepare_environment(topology: Topology) -> None:
     if platform == "tpu":
         _require("libtpu", "plan-tpu", topology)
         os.environ.update(TPU_SKIP_MDS_QUERY="1", ALLOW_MULTIPLE_LIBTPU_LOAD="1")
-        os.environ.setdefault("TPU_ACCELERATOR_TYPE", "v5litepod-1")
-        os.environ.setdefault("TPU_WORKER_HOSTNAMES", "localhost")
     elif platform == "gpu":
         _require("jax_cuda12_plugin", "plan-gpu", topology)
         _require("nvidia.cuda_nvcc", "plan-gpu", topology)
