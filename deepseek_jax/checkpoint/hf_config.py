@@ -13,13 +13,11 @@ from typing import Any
 from deepseek_jax.checkpoint.fp8_blocks import BLOCK
 from deepseek_jax.checkpoint.tensors import CheckpointError
 from deepseek_jax.checkpoint.untrusted import file_inside, model_config, read_object, shown
-from deepseek_jax.config import ModelConfig, RopeScaling
+from deepseek_jax.config import HOW_COMPUTED, ModelConfig, RopeScaling
 
 CONFIG_JSON = "config.json"
 MODEL_TYPE = "deepseek_v3"
 
-_HOW_COMPUTED = {"precision", "remat", "grouped_matmul"}
-"""Fields of `ModelConfig` that a checkpoint says nothing of."""
 _CONSTANTS = {
     "hidden_act": "silu",
     "attention_bias": False,
@@ -50,7 +48,7 @@ def to_config_json(config: ModelConfig, form: str, token_ids: Mapping[str, Any])
     fields = {
         field.name: getattr(config, field.name)
         for field in dataclasses.fields(ModelConfig)
-        if field.name not in _HOW_COMPUTED | {"rope_theta", "rope_scaling"}
+        if field.name not in (*HOW_COMPUTED, "rope_theta", "rope_scaling")
     }
     dtype = "float32" if form == "float32" else "bfloat16"
     rope_type = "default" if scaling is None else "yarn"
@@ -89,7 +87,7 @@ def read_config_json(directory: Path) -> ModelConfig:
     if content.get("num_key_value_heads") is not None:
         _require(path, "num_key_value_heads", content["num_key_value_heads"], heads)
     _check_quantization(path, content.get("quantization_config"))
-    names = {field.name for field in dataclasses.fields(ModelConfig)} - _HOW_COMPUTED
+    names = {field.name for field in dataclasses.fields(ModelConfig)}.difference(HOW_COMPUTED)
     fields = {name: content[name] for name in names if name in content}
     # transformers has a second name for it.
     if "num_mtp_layers" in content:

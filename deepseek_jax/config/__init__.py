@@ -7,8 +7,10 @@ holds and what would be right.
 
 from deepseek_jax.config.reading import find_config, from_mapping, load_config, presets, to_yaml
 from deepseek_jax.config.schema import (
+    ATTENTIONS,
     EXCHANGES,
     GROUPED_MATMULS,
+    HOW_COMPUTED,
     MESH_AXES,
     PRECISIONS,
     REMAT_CHOICES,
@@ -24,8 +26,10 @@ from deepseek_jax.config.schema import (
 from deepseek_jax.config.validation import validate
 
 __all__ = [
+    "ATTENTIONS",
     "EXCHANGES",
     "GROUPED_MATMULS",
+    "HOW_COMPUTED",
     "MESH_AXES",
     "PRECISIONS",
     "REMAT_CHOICES",

@@ -12,6 +12,9 @@ from deepseek_jax.errors import UserError
 PRECISIONS = ("float64", "float32", "bfloat16", "fp8")
 REMAT_CHOICES = ("none", "products", "full")
 GROUPED_MATMULS = ("auto", "reference", "blocked", "megablox")
+ATTENTIONS = ("auto", "reference", "blocked", "chunked", "splash", "cudnn")
+HOW_COMPUTED = ("precision", "remat", "grouped_matmul", "attention")
+"""Fields of `ModelConfig` that say how and not what to compute; a checkpoint says nothing of them."""
 MOMENT_DTYPES = ("float32", "bfloat16")
 EXCHANGES = ("auto", "rounds", "ragged")
 MESH_AXES = ("pipe", "data", "fsdp", "expert")
@@ -85,6 +88,9 @@ class ModelConfig:
     or every layer (`full`)."""
     grouped_matmul: str = "auto"
     """Implementation of the routed experts' product; `auto` takes the platform's best."""
+    attention: str = "auto"
+    """Implementation of the softmax attention; `auto` takes the platform's best: `splash` on TPU, `cudnn` on GPU (where it
+    lacks something, such as float32 or documents, `chunked`), `blocked` on CPU."""
 
 
 @dataclass(frozen=True)

@@ -4,6 +4,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from deepseek_jax.config.schema import (
+    ATTENTIONS,
     EXCHANGES,
     GROUPED_MATMULS,
     MESH_AXES,
@@ -84,6 +85,7 @@ def _validate_model(m: ModelConfig) -> None:
     _choice("model.precision", m.precision, PRECISIONS)
     _choice("model.remat", m.remat, REMAT_CHOICES)
     _choice("model.grouped_matmul", m.grouped_matmul, GROUPED_MATMULS)
+    _choice("model.attention", m.attention, ATTENTIONS)
 
 
 def _validate_data(d: DataConfig) -> None:
