@@ -17,6 +17,7 @@ from rich.console import Console
 from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn, TransferSpeedColumn
 
 from deepseek_jax.checkpoint.forms import FORMS
+from deepseek_jax.checkpoint.hf_config import require_deepseek_v3
 from deepseek_jax.checkpoint.hf_source import HuggingFaceSource
 from deepseek_jax.checkpoint.hf_writer import encoded, planned, write_huggingface
 from deepseek_jax.checkpoint.layout import layout
@@ -148,7 +149,7 @@ def _verify_step(step: Path, source: Source, dtype: str, advance: Callable[[int]
         _same_bits(came, expected.astype(came.dtype), step, place.name)
         kept, scales = written.scales(place), source.scales(place)
         _same((kept is None) == (scales is None), step, f"scales of {place.name}")
-        if kept is not None:
+        if kept is not None and scales is not None:
             _same_bits(kept, scales, step, f"scales of {place.name}")
         advance(came.nbytes)
 
@@ -158,6 +159,7 @@ def _to_huggingface(
 ) -> None:
     step = path if _holds(path, VARIABLES) else _last_step(path)
     source = OrbaxSource(step)
+    require_deepseek_v3(source.config, str(path))
     form = dtype or source.form
     specs = planned(source, form)
     shards = len(plan_shards(specs, max_shard_bytes))

@@ -28,7 +28,7 @@ SCALE_SUFFIX = "_scale_inv"
 EMBEDDING, HEAD = "model.embed_tokens.weight", "lm_head.weight"
 FORMS = {"float32": torch.float32, "bfloat16": torch.bfloat16, "fp8": torch.bfloat16}
 """What can be written, and the dtype of all but quantised weights and routers' biases."""
-HIGHER_PRECISION = ("embed_tokens", "lm_head", "shared_head", "mlp.gate.", "eh_proj")
+HIGHER_PRECISION = ("embed_tokens", "lm_head", "shared_head", "mlp.gate.", "shared_expert_gate", "eh_proj")
 """Matrices that the fp8 form leaves as they are."""
 SHARD_BYTES = 5 * 10**9
 
@@ -94,7 +94,7 @@ def _read(directory: Path) -> dict[str, torch.Tensor]:
         weight_map = read_object(file_inside(directory, INDEX_FILE, str(directory))).get("weight_map")
         if not isinstance(weight_map, dict):
             raise CheckpointError(f"{index}: weight_map must map tensors to files")
-        files = dict.fromkeys(weight_map.values())
+        files = list(dict.fromkeys(weight_map.values()))
     tensors: dict[str, torch.Tensor] = {}
     for name in files:
         path = file_inside(directory, name, str(directory))

@@ -70,7 +70,8 @@ def _run(config: Config, run_dir: Path, data: PreparedData, state: TrainState) -
         last = plan.step == train.steps
         if last or time.monotonic() - told >= SECONDS_BETWEEN_LINES:
             told = time.monotonic()
-            print(f"step {plan.step}/{train.steps}  loss {line['next_token_loss']:.4g}", flush=True)
+            dropped = f"  dropped {line['dropped']:.4g}" if "dropped" in line else ""
+            print(f"step {plan.step}/{train.steps}  loss {line['next_token_loss']:.4g}{dropped}", flush=True)
         if last or plan.step % train.eval_every == 0:
             bits = evaluation.bits_per_byte(state.model)
             _append(run_dir, {"step": plan.step, "tokens": line["tokens"], "bits_per_byte": bits})
@@ -95,7 +96,7 @@ def metrics_line(plan: StepPlan, metrics: StepMetrics, config: Config) -> dict[s
         "grad_norm": metrics.grad_norm.item(),
         "learning_rate": plan.learning_rate,
         "max_expert_load": max((value.item() for value in load), default=1.0),
-    }
+    } | ({} if metrics.parts.dropped is None else {"dropped": metrics.parts.dropped.item()})
 
 
 def saved_steps(run_dir: Path) -> list[int]:

@@ -28,3 +28,41 @@ def x64():
 
     with jax.enable_x64(True):
         yield
+
+
+@pytest.fixture(scope="session")
+def run(tmp_path_factory):
+    """A run directory, of the model `WIDE`; to be read only."""
+    from parity_tests.checkpoints import WIDE
+    from parity_tests.conversions import make_run
+
+    return make_run(tmp_path_factory.mktemp("runs") / "wide", WIDE)
+
+
+@pytest.fixture(scope="session")
+def exported(run):
+    """The same model for Hugging Face, in float32 and several files; to be read only."""
+    from deepseek_jax.convert import convert
+
+    destination = run.parent / "exported"
+    convert(run, destination, max_shard_size="300KB", verify=True)
+    return destination
+
+
+@pytest.fixture(scope="session")
+def tokenizer():
+    """Trained on `texts.TEXT`."""
+    from deepseek_jax.data.tokenizer import train_tokenizer
+    from parity_tests.texts import TEXT, VOCAB_SIZE
+
+    return train_tokenizer([TEXT], VOCAB_SIZE)
+
+
+@pytest.fixture
+def text_file(tmp_path):
+    """`texts.TEXT` in a file of its own."""
+    from parity_tests.texts import TEXT
+
+    path = tmp_path / "text.txt"
+    path.write_text(TEXT)
+    return path

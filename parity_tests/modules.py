@@ -113,6 +113,10 @@ def compare(case: Case, siblings: Siblings) -> tuple[dict[str, Difference], dict
     return forward, differences(in_jax.gradients, in_torch.gradients)
 
 
+def _given(value: Any) -> Outputs:
+    return () if value is None else (value,)
+
+
 def _numbered(kind: str, values: Any) -> dict[str, Any]:
     return {f"{kind} {number}": value for number, value in enumerate(values)}
 
@@ -161,12 +165,12 @@ class Maker:
         return Case("rope", (x,), in_jax, in_torch, {}, lambda gradients: {})
 
     def feed_forward(self) -> Case:
-        """SwiGLU, the dense one or the shared experts."""
+        """The dense one or the shared experts."""
         c = self.config
         dense = c.first_k_dense_replace > 0
         stack, path = ("dense_layers", ("mlp",)) if dense else ("moe_layers", ("mlp", "shared_experts"))
         width = c.intermediate_size if dense else c.n_shared_experts * c.moe_intermediate_size
-        module = jax_layers.SwiGLU(c, width)
+        module = jax_layers.FeedForward(c, width)
         torch_mlp = self._torch_layer(stack).mlp
         torch_module = torch_mlp if dense else torch_mlp.shared_experts
         return self._case(
@@ -193,7 +197,7 @@ class Maker:
         module, torch_module = jax_router.Router(self.config), self._torch_layer("moe_layers").mlp.gate
 
         def split(routing):
-            return (routing.weights, routing.balance_loss), (routing.indices, routing.counts)
+            return (routing.weights, routing.balance_loss, *_given(routing.dropped)), (routing.indices, routing.counts)
 
         return self._case(
             "router", "moe_layers", ("mlp", "gate"), (self._hidden(),),
@@ -232,17 +236,18 @@ class Maker:
         )  # fmt: skip
 
     def mtp(self) -> Case:
-        """An MTP module on a state and embeddings given from outside."""
-        module, torch_module = jax_mtp.MTPModule(self.config), self._torch_layer("mtp_layers")
+        """An MTP module or head on a state and embeddings given from outside."""
+        is_module = self.config.mtp_form == "sequential"
+        module, torch_module = jax_mtp.MTP_FORMS[self.config.mtp_form](self.config), self._torch_layer("mtp_layers")
 
         def split(further, rest):
             normed, output = rest
-            return (further, normed, output.balance_loss), (output.counts,)
+            return ((further, normed, output.balance_loss), (output.counts,)) if is_module else ((normed,), ())
 
         return self._case(
-            "mtp module", "mtp_layers", (), (self._hidden(), self._hidden()),
-            lambda v, h, e: split(*module.apply(v, h, *self._jax_rope(), e)),
-            lambda h, e: split(*torch_module(h, *self._torch_rope(), e)),
+            "mtp module", "mtp_layers", (), (self._hidden(), self._hidden()) if is_module else (self._hidden(),),
+            lambda v, h, e=None: split(*module.apply(v, h, *self._jax_rope(), e)),
+            lambda h, e=None: split(*torch_module(h, *self._torch_rope(), e)),
         )  # fmt: skip
 
     def whole_model(self) -> Case:
@@ -253,7 +258,8 @@ class Maker:
         state = {name: tree for name, tree in siblings.variables.items() if name != "params"}
 
         def split(output):
-            return (output.hidden, output.head, output.balance_loss), tuple(v for _, v in sorted(output.counts.items()))
+            exact = tuple(v for _, v in sorted(output.counts.items()))
+            return (output.hidden, output.head, output.balance_loss, *_given(output.dropped)), exact
 
         return Case(
             "whole model", (),

@@ -15,8 +15,7 @@ from deepseek_jax.model.grouped_matmul import grouped_matmul
 
 SUPPORTED = [
     *((name, dtype) for name in ("reference", "blocked") for dtype in ("float64", "float32", "bfloat16")),
-    ("megablox", "float32"),
-    ("megablox", "bfloat16"),
+    *((name, dtype) for name in ("megablox", "triton") for dtype in ("float32", "bfloat16")),
 ]
 ROWS, WIDTH_IN, WIDTH_OUT = 700, 130, 33
 GROUPS = {
@@ -98,7 +97,9 @@ def test_product_and_gradients(implementation, dtype):
                 raise AssertionError(f"{name}: {error}") from error
 
 
-@pytest.mark.parametrize("implementation, dtype", [("reference", "float64"), ("blocked", "float64"), ("megablox", "float32")])
+@pytest.mark.parametrize(
+    "implementation, dtype", [("reference", "float64"), ("blocked", "float64"), ("megablox", "float32"), ("triton", "float32")]
+)
 def test_two_weights(implementation, dtype):
     """Two weights read the same rows: two products, two gradients, and the sum of what either gives x."""
     with settings(implementation, dtype):
@@ -125,10 +126,12 @@ def test_few_rows(implementation, dtype, rows, group_sizes):
         check(actual, arguments, group_sizes)
 
 
-def test_one_row_of_megablox():
-    with settings("megablox", "float32"):
-        arguments = arrays(1, [0, 1], "float32")
-        check(product_and_gradients(*arguments, jnp.array([0, 1], jnp.int32), "megablox"), arguments, [0, 1])
+@pytest.mark.parametrize("implementation, group_sizes", [("megablox", [0, 1]), ("triton", [0, 1]), ("triton", [2] * 16)])
+def test_few_rows_of_kernels(implementation, group_sizes):
+    with settings(implementation, "float32"):
+        arguments = arrays(sum(group_sizes), group_sizes, "float32")
+        actual = product_and_gradients(*arguments, jnp.array(group_sizes, jnp.int32), implementation)
+        check(actual, arguments, group_sizes)
 
 
 @pytest.mark.parametrize("seed", range(5))
@@ -217,7 +220,8 @@ def test_megablox_compiles_for_tpu(topology, dtype):
 
 def test_unusable_choices_are_named():
     x, weight, group_sizes = jnp.ones((2, 3)), jnp.ones((1, 3, 4)), jnp.array([2], jnp.int32)
-    with pytest.raises(UserError, match="grouped_matmul=dense: choose one of auto, reference, blocked, megablox"):
+    with pytest.raises(UserError, match="grouped_matmul=dense: choose one of auto, reference, blocked, megablox, triton"):
         grouped_matmul(x, [weight], group_sizes, "dense")
-    with jax.enable_x64(True), pytest.raises(UserError, match="megablox: has no float64"):
-        grouped_matmul(x.astype("float64"), [weight.astype("float64")], group_sizes, "megablox")
+    for name in ("megablox", "triton"):
+        with jax.enable_x64(True), pytest.raises(UserError, match=f"{name}: has no float64"):
+            grouped_matmul(x.astype("float64"), [weight.astype("float64")], group_sizes, name)

@@ -192,14 +192,16 @@ def types_of_sums_and_gathers(jaxpr, matrices: set[tuple[int, int]]) -> tuple[se
     return summed, gathered
 
 
-@pytest.mark.parametrize("fields", [
-    dict(tie_word_embeddings=True, q_lora_rank=None, num_nextn_predict_layers=0, first_k_dense_replace=0, num_hidden_layers=3),
-    dict(first_k_dense_replace=2, num_hidden_layers=2, num_nextn_predict_layers=0),
-], ids=["tied-plain-queries-no-dense-layer", "dense-alone"])  # fmt: skip
-def test_other_models(fields):
-    """One with all that is optional the other way round, in stages; and one without experts."""
+@pytest.mark.parametrize(("fields", "mesh"), [
+    (dict(tie_word_embeddings=True, q_lora_rank=None, num_nextn_predict_layers=0, first_k_dense_replace=0,
+          num_hidden_layers=3), dict(pipe=2, data=2, fsdp=2)),
+    (dict(first_k_dense_replace=2, num_hidden_layers=2, num_nextn_predict_layers=0), dict(data=4, fsdp=2)),
+    (dict(scoring_func="softmax", capacity_factor=1.0, n_shared_experts=2, shared_expert_gate=True, feed_forward="gelu",
+          mtp_form="parallel", num_hidden_layers=4), dict(pipe=2, fsdp=2, expert=2)),
+], ids=["tied-plain-queries-no-dense-layer", "dense-alone", "the-guides-forms"])  # fmt: skip
+def test_other_models(fields, mesh):
+    """One with all that is optional the other way round, in stages; one without experts; and one of other forms."""
     told = []
-    mesh = dict(pipe=2, data=2, fsdp=2) if fields["first_k_dense_replace"] == 0 else dict(data=4, fsdp=2)
     for parallel in ({}, mesh):
         config = config_with(**parallel)
         config = dataclasses.replace(config, model=dataclasses.replace(config.model, **fields))

@@ -101,7 +101,7 @@ def test_four_processes(alone):
 
 
 def test_a_mistake_is_told_once(tmp_path):
-    told, complaints, code = train(tmp_path, "run", 2, 1, "parallel.data=3")
+    _, complaints, code = train(tmp_path, "run", 2, 1, "parallel.data=3")
     assert code == 1
     assert [line for line in complaints.splitlines() if line.startswith("error")] == [
         "error: parallel: pipe 1 x data 3 x fsdp 1 x expert 1 does not make the 2 devices that are here; nearest "

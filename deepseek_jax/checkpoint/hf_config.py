@@ -1,8 +1,12 @@
 """`config.json` of a Hugging Face `deepseek_v3` directory, from and to our schema.
 
 Field names are the same on both sides, so what this file knows is the rest: which keys say something
-that our model does not compute, and that rotary parameters and dtype go by two spellings each. Older
-readers know `rope_theta`, `rope_scaling` and `torch_dtype`; current ones `rope_parameters` and `dtype`.
+that our model does not compute, which forms of ours no `deepseek_v3` has, and that rotary parameters and
+dtype go by two spellings each. Older readers know `rope_theta`, `rope_scaling` and `torch_dtype`; current
+ones `rope_parameters` and `dtype`.
+
+A model of other forms is written under a `model_type` of its own, so that transformers refuses it by name
+and takes it for nothing else; both siblings read it.
 """
 
 import dataclasses
@@ -16,13 +20,15 @@ from deepseek_jax.checkpoint.untrusted import file_inside, model_config, read_ob
 from deepseek_jax.config import HOW_COMPUTED, ModelConfig, RopeScaling
 
 CONFIG_JSON = "config.json"
-MODEL_TYPE = "deepseek_v3"
+MODEL_TYPE, OWN_MODEL_TYPE = "deepseek_v3", "deepseek_jax"
 
+_OUR_FORMS = {"feed_forward": "swiglu", "shared_expert_gate": False, "mtp_form": "sequential"}
+"""Fields of `ModelConfig` that Hugging Face does not know, and what deepseek_v3 computes."""
+_V3_FORMS = {"scoring_func": "sigmoid", **_OUR_FORMS}
+"""Those and one that it knows: what our model may have otherwise, and deepseek_v3 has not."""
 _CONSTANTS = {
-    "hidden_act": "silu",
     "attention_bias": False,
     "attention_dropout": 0.0,
-    "scoring_func": "sigmoid",
     "topk_method": "noaux_tc",
     "moe_layer_freq": 1,
     "rope_interleave": True,
@@ -38,6 +44,27 @@ _ROPE_CONSTANTS = {"truncate": True, "partial_rotary_factor": 1.0}
 _ROPE_FIELDS = [field.name for field in dataclasses.fields(RopeScaling)]
 
 
+def require_deepseek_v3(config: ModelConfig, where: str) -> None:
+    """Refuse a model that a `deepseek_v3` cannot be.
+
+    Raises:
+        CheckpointError: one line that names `where` and every field at fault.
+    """
+    if faults := _other_forms(config):
+        raise CheckpointError(
+            f"{where}: Hugging Face's {MODEL_TYPE} has no {', '.join(faults)}; keep it as a run, or write it with "
+            f"save_pretrained as model_type {OWN_MODEL_TYPE}, which only we read"
+        )
+
+
+def _other_forms(config: ModelConfig) -> list[str]:
+    """What a deepseek_v3 cannot be, as `model.field=value`."""
+    without_mtp = {"mtp_form"} if config.num_nextn_predict_layers == 0 else set()
+    faults = {name for name, value in _V3_FORMS.items() if getattr(config, name) != value} - without_mtp
+    faults |= set() if config.n_shared_experts else {"n_shared_experts"}
+    return [f"model.{name}={str(getattr(config, name)).lower()}" for name in sorted(faults)]
+
+
 def to_config_json(config: ModelConfig, form: str, token_ids: Mapping[str, Any]) -> dict[str, Any]:
     """What config.json holds for a checkpoint in `form` (see `forms.FORMS`).
 
@@ -45,19 +72,20 @@ def to_config_json(config: ModelConfig, form: str, token_ids: Mapping[str, Any])
         token_ids: `bos_token_id`, `eos_token_id` and the like.
     """
     scaling = None if config.rope_scaling is None else dataclasses.asdict(config.rope_scaling)
+    is_own = bool(_other_forms(config))
+    left_out = {*HOW_COMPUTED, "rope_theta", "rope_scaling", *(() if is_own else _OUR_FORMS)}
     fields = {
-        field.name: getattr(config, field.name)
-        for field in dataclasses.fields(ModelConfig)
-        if field.name not in (*HOW_COMPUTED, "rope_theta", "rope_scaling")
+        field.name: getattr(config, field.name) for field in dataclasses.fields(ModelConfig) if field.name not in left_out
     }
     dtype = "float32" if form == "float32" else "bfloat16"
     rope_type = "default" if scaling is None else "yarn"
     content = {
-        "architectures": ["DeepseekV3ForCausalLM"],
-        "model_type": MODEL_TYPE,
+        "architectures": ["DeepSeekModel" if is_own else "DeepseekV3ForCausalLM"],
+        "model_type": OWN_MODEL_TYPE if is_own else MODEL_TYPE,
         **token_ids,
         **fields,
         "num_key_value_heads": config.num_attention_heads,
+        **({} if is_own else {"hidden_act": "silu"}),
         **_CONSTANTS,
         "rope_parameters": {"rope_type": rope_type, "rope_theta": config.rope_theta, **(scaling or {})},
         "rope_theta": config.rope_theta,
@@ -80,8 +108,12 @@ def read_config_json(directory: Path) -> ModelConfig:
     """
     path = file_inside(directory, CONFIG_JSON, str(directory))
     content = read_object(path)
-    _require(path, "model_type", content.get("model_type"), MODEL_TYPE)
-    for key, value in _CONSTANTS.items():
+    is_own = content.get("model_type") == OWN_MODEL_TYPE
+    if not is_own:
+        _require(path, "model_type", content.get("model_type"), MODEL_TYPE)
+        if content.get("n_shared_experts") == 0:
+            raise CheckpointError(f"{path}: n_shared_experts is 0; only 1 or more is supported")
+    for key, value in (_CONSTANTS if is_own else {"hidden_act": "silu", **_CONSTANTS, **_V3_FORMS}).items():
         _require(path, key, content.get(key, value), value)
     heads = content.get("num_attention_heads", ModelConfig.num_attention_heads)
     if content.get("num_key_value_heads") is not None:
@@ -150,7 +182,7 @@ def _scaling(path: Path, key: str, parameters: dict[str, Any], context: Any) -> 
     for name, value in parameters.items():
         if name not in known and value is not None:
             raise CheckpointError(f"{path}: {key}.{name} is {shown(value)}; it is not supported")
-    given = {name: value for name in _ROPE_FIELDS if (value := parameters.get(name)) is not None}
+    given = {name: parameters[name] for name in _ROPE_FIELDS if parameters.get(name) is not None}
     if "factor" not in given:
         raise CheckpointError(f"{path}: {key}.factor is missing")
     # What transformers takes for those that are left out; without mscale the factor alone counts.

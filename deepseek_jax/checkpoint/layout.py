@@ -54,14 +54,28 @@ def _tensors(config: ModelConfig) -> Iterator[TensorPlace]:
     for depth in range(c.num_nextn_predict_layers):
         prefix = f"model.layers.{c.num_hidden_layers + depth}"
         yield TensorPlace(f"{prefix}.embed_tokens.weight", table, embedding, (), False, is_copy=True)
-        for ours, theirs in (("enorm", "enorm"), ("hnorm", "hnorm"), ("norm", "shared_head.norm")):
-            path = ("params", "mtp_layers", ours, "weight")
-            yield TensorPlace(f"{prefix}.{theirs}.weight", (c.hidden_size,), path, (depth,), False)
-        path = ("params", "mtp_layers", "eh_proj", "weight")
-        yield TensorPlace(f"{prefix}.eh_proj.weight", (c.hidden_size, 2 * c.hidden_size), path, (depth,), True)
-        yield from _block(c, prefix, ("mtp_layers", "block"), depth, moe=True)
+        yield from (_mtp_module if c.mtp_form == "sequential" else _mtp_head)(c, prefix, depth)
         tied = c.tie_word_embeddings
         yield TensorPlace(f"{prefix}.shared_head.head.weight", table, head, (), not tied, is_copy=True)
+
+
+def _mtp_module(c: ModelConfig, prefix: str, depth: int) -> Iterator[TensorPlace]:
+    """What a sequential module has of its own."""
+    for ours, theirs in (("enorm", "enorm"), ("hnorm", "hnorm"), ("norm", "shared_head.norm")):
+        path = ("params", "mtp_layers", ours, "weight")
+        yield TensorPlace(f"{prefix}.{theirs}.weight", (c.hidden_size,), path, (depth,), False)
+    path = ("params", "mtp_layers", "eh_proj", "weight")
+    yield TensorPlace(f"{prefix}.eh_proj.weight", (c.hidden_size, 2 * c.hidden_size), path, (depth,), True)
+    yield from _block(c, prefix, ("mtp_layers", "block"), depth, moe=True)
+
+
+def _mtp_head(c: ModelConfig, prefix: str, depth: int) -> Iterator[TensorPlace]:
+    """What a parallel head has of its own."""
+    for ours, theirs in (("hnorm", "hnorm"), ("norm", "shared_head.norm")):
+        path = ("params", "mtp_layers", ours, "weight")
+        yield TensorPlace(f"{prefix}.{theirs}.weight", (c.hidden_size,), path, (depth,), False)
+    path = ("params", "mtp_layers", "proj", "weight")
+    yield TensorPlace(f"{prefix}.proj.weight", (c.hidden_size, c.hidden_size), path, (depth,), True, quantized=True)
 
 
 def _block(c: ModelConfig, prefix: str, stack: tuple[str, ...], layer: int, moe: bool) -> Iterator[TensorPlace]:
@@ -75,9 +89,11 @@ def _block(c: ModelConfig, prefix: str, stack: tuple[str, ...], layer: int, moe:
         path, shape = ("params", *stack, *name.split("."), "weight"), (out_features, in_features)
         return TensorPlace(f"{prefix}.{name}.weight", shape, path, (layer,), True, quantized)
 
-    def swiglu(name: str, width: int) -> Iterator[TensorPlace]:
-        yield linear(f"{name}.gate_proj", width, c.hidden_size)
-        yield linear(f"{name}.up_proj", width, c.hidden_size)
+    entering = {"swiglu": ("gate_proj", "up_proj"), "gelu": ("up_proj",)}[c.feed_forward]
+
+    def feed_forward(name: str, width: int) -> Iterator[TensorPlace]:
+        for proj in entering:
+            yield linear(f"{name}.{proj}", width, c.hidden_size)
         yield linear(f"{name}.down_proj", c.hidden_size, width)
 
     heads = c.num_attention_heads
@@ -95,7 +111,7 @@ def _block(c: ModelConfig, prefix: str, stack: tuple[str, ...], layer: int, moe:
     yield linear("self_attn.o_proj", c.hidden_size, heads * c.v_head_dim)
     yield norm("post_attention_layernorm", c.hidden_size)
     if not moe:
-        yield from swiglu("mlp", c.intermediate_size)
+        yield from feed_forward("mlp", c.intermediate_size)
         return
     width = c.moe_intermediate_size
     yield linear("mlp.gate", c.n_routed_experts, c.hidden_size, quantized=False)
@@ -103,9 +119,12 @@ def _block(c: ModelConfig, prefix: str, stack: tuple[str, ...], layer: int, moe:
     name = f"{prefix}.mlp.gate.e_score_correction_bias"
     yield TensorPlace(name, (c.n_routed_experts,), bias, (layer,), False, is_bias=True)
     for expert in range(c.n_routed_experts):
-        for proj in ("gate_proj", "up_proj", "down_proj"):
+        for proj in (*entering, "down_proj"):
             shape = (c.hidden_size, width) if proj == "down_proj" else (width, c.hidden_size)
             path = ("params", *stack, "mlp", "experts", proj)
             name = f"{prefix}.mlp.experts.{expert}.{proj}.weight"
             yield TensorPlace(name, shape, path, (layer, expert), True, quantized=True)
-    yield from swiglu("mlp.shared_experts", c.n_shared_experts * width)
+    if c.n_shared_experts:
+        yield from feed_forward("mlp.shared_experts", c.n_shared_experts * width)
+    if c.shared_expert_gate:
+        yield linear("mlp.shared_expert_gate", c.n_shared_experts, c.hidden_size, quantized=False)

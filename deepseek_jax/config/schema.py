@@ -11,12 +11,15 @@ from deepseek_jax.errors import UserError
 
 PRECISIONS = ("float64", "float32", "bfloat16", "fp8")
 REMAT_CHOICES = ("none", "products", "full")
-GROUPED_MATMULS = ("auto", "reference", "blocked", "megablox")
+GROUPED_MATMULS = ("auto", "reference", "blocked", "megablox", "triton")
 ATTENTIONS = ("auto", "reference", "blocked", "chunked", "splash", "cudnn")
-HOW_COMPUTED = ("precision", "remat", "grouped_matmul", "attention")
-"""Fields of `ModelConfig` that say how and not what to compute; a checkpoint says nothing of them."""
+HOW_COMPUTED = ("precision", "remat", "grouped_matmul", "attention", "capacity_factor")
+"""Fields of `ModelConfig` that a checkpoint says nothing of: how it is computed, and what training alone limits."""
 MOMENT_DTYPES = ("float32", "bfloat16")
 EXCHANGES = ("auto", "rounds", "ragged")
+SCORING_FUNCS = ("sigmoid", "softmax")
+FEED_FORWARDS = ("swiglu", "gelu")
+MTP_FORMS = ("sequential", "parallel")
 MESH_AXES = ("pipe", "data", "fsdp", "expert")
 """Axes of the device mesh, slowest links first: neighbours along `expert` are the nearest devices."""
 PHASE_SHAPES = ("constant", "linear", "cosine")
@@ -49,6 +52,9 @@ class ModelConfig:
     """How many of the first layers have a dense feed-forward instead of experts."""
     intermediate_size: int = 18432
     """Width of the dense feed-forward."""
+    feed_forward: str = "swiglu"
+    """Of dense layers, shared and routed experts: `swiglu`, down(silu(gate x) * up x), or `gelu`, down(gelu(up x)). Not
+    Hugging Face's `hidden_act`, whose gelu has a gate."""
 
     num_attention_heads: int = 128
     q_lora_rank: Optional[int] = 1536
@@ -63,6 +69,13 @@ class ModelConfig:
     num_experts_per_tok: int = 8
     moe_intermediate_size: int = 2048
     """Width of one expert; the shared experts act as one of n_shared_experts times this width."""
+    shared_expert_gate: bool = False
+    """Whether a token weighs its shared experts by a softmax that is learnt; else they are summed."""
+    scoring_func: str = "sigmoid"
+    """What makes scores of a router's logits: `sigmoid` of each, or `softmax` over all experts (DeepSeek-V2)."""
+    capacity_factor: Optional[float] = None
+    """In training, the most tokens of a sequence that an expert serves, in multiples of its even share; null is no limit.
+    Counted by sequence, so that it depends neither on the mesh nor on the batch. Evaluation and generation drop nothing."""
     n_group: int = 8
     topk_group: int = 4
     norm_topk_prob: bool = True
@@ -72,6 +85,9 @@ class ModelConfig:
     """Depth of multi-token prediction: how many tokens beyond the next are predicted, >= 0."""
     mtp_hidden_after_norm: bool = True
     """Whether an MTP module reads the state before it after that state's final norm (report: open)."""
+    mtp_form: str = "sequential"
+    """`sequential` modules, each a layer that reads the one before it and the next token (report 2.2), or `parallel` heads
+    that all read the main model's state, each through a projection of its own."""
 
     rms_norm_eps: float = 1e-6
     rope_theta: float = 10000.0

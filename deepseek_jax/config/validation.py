@@ -6,12 +6,15 @@ from typing import Any
 from deepseek_jax.config.schema import (
     ATTENTIONS,
     EXCHANGES,
+    FEED_FORWARDS,
     GROUPED_MATMULS,
     MESH_AXES,
     MOMENT_DTYPES,
+    MTP_FORMS,
     PHASE_SHAPES,
     PRECISIONS,
     REMAT_CHOICES,
+    SCORING_FUNCS,
     Config,
     ConfigError,
     DataConfig,
@@ -58,11 +61,11 @@ def _above_zero(section: str, config: Any, *names: str) -> None:
 def _validate_model(m: ModelConfig) -> None:
     _at_least(
         "model", m, 1, "vocab_size", "hidden_size", "num_hidden_layers", "intermediate_size", "num_attention_heads",
-        "q_lora_rank", "kv_lora_rank", "qk_nope_head_dim", "v_head_dim", "n_routed_experts", "n_shared_experts",
+        "q_lora_rank", "kv_lora_rank", "qk_nope_head_dim", "v_head_dim", "n_routed_experts",
         "num_experts_per_tok", "moe_intermediate_size", "n_group", "topk_group", "max_position_embeddings",
     )  # fmt: skip
     _at_least("model", m, 2, "qk_rope_head_dim")
-    _at_least("model", m, 0, "num_nextn_predict_layers", "first_k_dense_replace")
+    _at_least("model", m, 0, "num_nextn_predict_layers", "first_k_dense_replace", "n_shared_experts")
     _above_zero("model", m, "rms_norm_eps", "rope_theta", "initializer_range", "routed_scaling_factor")
     _require(m.qk_rope_head_dim % 2 == 0, "model.qk_rope_head_dim", m.qk_rope_head_dim,
              "must be even, for RoPE turns pairs")  # fmt: skip
@@ -78,10 +81,17 @@ def _validate_model(m: ModelConfig) -> None:
     reachable = experts // groups * m.topk_group
     _require(m.num_experts_per_tok <= reachable, "model.num_experts_per_tok", m.num_experts_per_tok,
              f"must be at most {reachable}, the experts in topk_group={m.topk_group} of {groups} groups")  # fmt: skip
+    _require(not m.shared_expert_gate or m.n_shared_experts > 1, "model.shared_expert_gate", "true",
+             f"weighs several shared experts, and n_shared_experts is {m.n_shared_experts}; give 2 or more")  # fmt: skip
+    if m.capacity_factor is not None:
+        _above_zero("model", m, "capacity_factor")
     if m.rope_scaling is not None:
         _at_least("model.rope_scaling", m.rope_scaling, 1, "factor", "original_max_position_embeddings")
         _above_zero("model.rope_scaling", m.rope_scaling, "beta_fast", "beta_slow")
         _at_least("model.rope_scaling", m.rope_scaling, 0, "mscale", "mscale_all_dim")
+    _choice("model.scoring_func", m.scoring_func, SCORING_FUNCS)
+    _choice("model.feed_forward", m.feed_forward, FEED_FORWARDS)
+    _choice("model.mtp_form", m.mtp_form, MTP_FORMS)
     _choice("model.precision", m.precision, PRECISIONS)
     _choice("model.remat", m.remat, REMAT_CHOICES)
     _choice("model.grouped_matmul", m.grouped_matmul, GROUPED_MATMULS)

@@ -1,1 +1,1 @@
-"""Kernels for one kind of device each, behind signatures that `model` and `precision` own."""
+"""Kernels for accelerators, one file each, behind signatures that `model/` and `precision/` own."""

@@ -7,18 +7,21 @@ import jax
 
 from deepseek_jax.config import ModelConfig
 from deepseek_jax.model.attention import Latents, MultiHeadLatentAttention
-from deepseek_jax.model.layers import RMSNorm, SwiGLU
+from deepseek_jax.model.layers import FeedForward, RMSNorm
 from deepseek_jax.model.moe import MoE
 from deepseek_jax.parallel.sharding import Division
 
 
 class BlockOutput(NamedTuple):
-    """What a layer tells besides its hidden state; a dense layer has no counts and no balance loss."""
+    """What a layer tells besides its hidden state; a dense layer has no counts and nothing after them."""
 
-    latents: Latents
+    latents: Optional[Latents]
+    """None of several layers at once."""
     counts: Optional[jax.Array] = None
-    """Tokens sent to each expert, [E]."""
+    """Tokens that chose each expert, [E]."""
     balance_loss: Optional[jax.Array] = None
+    dropped: Optional[jax.Array] = None
+    """Share of the choices that found no room, where that is limited."""
 
 
 class Block(nn.Module):
@@ -38,7 +41,7 @@ class Block(nn.Module):
         self.input_layernorm = RMSNorm(c, c.rms_norm_eps)
         self.self_attn = MultiHeadLatentAttention(c)
         self.post_attention_layernorm = RMSNorm(c, c.rms_norm_eps)
-        self.mlp = MoE(c, self.division) if self.moe else SwiGLU(c, c.intermediate_size)
+        self.mlp: nn.Module = MoE(c, self.division) if self.moe else FeedForward(c, c.intermediate_size)
 
     def __call__(
         self, x: jax.Array, rope: tuple[jax.Array, jax.Array], positions: jax.Array, cache: Optional[Latents] = None
@@ -50,4 +53,4 @@ class Block(nn.Module):
         if not self.moe:
             return x + self.mlp(normed), BlockOutput(latents)
         fed, routing = self.mlp(normed)
-        return x + fed, BlockOutput(latents, routing.counts, routing.balance_loss)
+        return x + fed, BlockOutput(latents, routing.counts, routing.balance_loss, routing.dropped)

@@ -5,6 +5,7 @@ handful of tokens, so that slicing a stack, a copy of all weights for each token
 much as the arithmetic; here each layer has its own arrays.
 """
 
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -17,6 +18,7 @@ from deepseek_jax.model.block import Block
 from deepseek_jax.model.layers import RMSNorm, compute_dtype, widen
 from deepseek_jax.model.panels import COLUMNS, PANELS, Panels, cut, times, whole
 from deepseek_jax.model.rope import rope_angles
+from deepseek_jax.model.router import dropless
 
 LINEAR = ("q_proj", "q_a_proj", "q_b_proj", "kv_a_proj_with_mqa", "o_proj", "gate_proj", "up_proj", "down_proj")
 """Linear maps by whose weights decoding multiplies."""
@@ -67,7 +69,7 @@ def cut_layer(config: ModelConfig, layer: dict[str, Any], sequences: int) -> dic
     even = c.moe_intermediate_size % COLUMNS == 0 == c.hidden_size % COLUMNS
     experts = even and c.n_routed_experts / c.num_experts_per_tok <= sequences <= FEW
     for path, weight in flatten_dict(layer["params"]).items():
-        if path[-2] == "experts" and experts or path[-2] in LINEAR and weight.shape[1] % COLUMNS == 0:
+        if (path[-2] == "experts" and experts) or (path[-2] in LINEAR and weight.shape[1] % COLUMNS == 0):
             del params[path]
             panels[path] = cut(weight.reshape(-1, c.hidden_size) if path[-2:] == EXPERTS_DOWN else weight)
     return layer | {"params": unflatten_dict(params), PANELS: unflatten_dict(panels)}
@@ -126,14 +128,14 @@ def decode(
 
 
 def _run(
-    config: ModelConfig, weights: Weights, tokens: jax.Array, positions: jax.Array, cache: list[Latents | None]
+    config: ModelConfig, weights: Weights, tokens: jax.Array, positions: jax.Array, cache: Sequence[Latents | None]
 ) -> tuple[jax.Array, Cache]:
     """Hidden states [B, T, d] before the final norm, and every layer's latents or updated cache."""
     rope = rope_angles(config, positions)
     x = weights.embedding[tokens].astype(compute_dtype(config))
     latents = []
     for index, (layer, cached) in enumerate(zip(weights.layers, cache)):
-        block = Block(config, moe=index >= config.first_k_dense_replace)
+        block = Block(dropless(config), moe=index >= config.first_k_dense_replace)
         x, output = block.apply(layer, x, rope, positions, cached)
         latents.append(output.latents)
     return x, latents

@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 
 from deepseek_jax.config import ModelConfig, ParallelConfig
-from deepseek_jax.model.layers import param_dtype
+from deepseek_jax.model.layers import FEED_FORWARD_FORMS, param_dtype
 from deepseek_jax.model.panels import PANELS, Panels
 from deepseek_jax.model.products import grouped_products, keep, products
 from deepseek_jax.parallel.exchange import plan_journey, send, send_back
@@ -17,7 +17,7 @@ from deepseek_jax.parallel.sharding import Division
 
 
 class Experts(nn.Module):
-    """SwiGLU experts whose weights are stacked, [E, in, out]; on a mesh each device has its share of them."""
+    """Experts whose weights are stacked, [E, in, out]; on a mesh each device has its share of them."""
 
     config: ModelConfig
     division: Optional[Division] = None
@@ -37,14 +37,12 @@ class Experts(nn.Module):
         c = self.config
         parallel = self.division.parallel if self.division else ALONE
         experts, hidden, width = c.n_routed_experts // parallel.expert, c.hidden_size, c.moe_intermediate_size
-        if self.has_variable(PANELS, "gate_proj"):
-            cut = [self.get_variable(PANELS, name) for name in ("gate_proj", "up_proj", "down_proj")]
-            return serve_from_all(c, (x, indices, weights), cut)
+        shapes = dict.fromkeys(FEED_FORWARD_FORMS[c.feed_forward].projections, (experts, hidden, width))
+        shapes["down_proj"] = (experts, width, hidden)
+        if self.has_variable(PANELS, "down_proj"):
+            return serve_from_all(c, (x, indices, weights), [self.get_variable(PANELS, name) for name in shapes])
         init = nn.initializers.normal(c.initializer_range)
-        gate_proj = self.param("gate_proj", init, (experts, hidden, width), param_dtype(c))
-        up_proj = self.param("up_proj", init, (experts, hidden, width), param_dtype(c))
-        down_proj = self.param("down_proj", init, (experts, width, hidden), param_dtype(c))
-        projections = (gate_proj, up_proj, down_proj)
+        projections = [self.param(name, init, shape, param_dtype(c)) for name, shape in shapes.items()]
         tokens = (x, indices, weights)
         if parallel.expert == 1 or parallel.exchange_parts == 1:
             return serve(c, parallel, tokens, projections)
@@ -58,8 +56,8 @@ class Experts(nn.Module):
 def serve(
     config: ModelConfig, parallel: ParallelConfig, tokens: Sequence[jax.Array], projections: Sequence[jax.Array]
 ) -> jax.Array:
-    """What `Experts` returns for tokens (x, indices, weights), with this device's experts (gate, up, down)."""
-    (x, indices, weights), (gate_proj, up_proj, down_proj) = tokens, projections
+    """What `Experts` returns for tokens (x, indices, weights), with this device's experts, the down projection last."""
+    (x, indices, weights), (*entering, down_proj) = tokens, projections
     order = keep(jnp.argsort(indices.reshape(-1), stable=True))
     places = jnp.arange(order.size, dtype=order.dtype)
     inverse = keep(jnp.zeros_like(order).at[order].set(places, unique_indices=True))
@@ -70,9 +68,9 @@ def serve(
         journey = plan_journey(group_sizes, rows.shape[0])
         rows, factors = (send(each, journey, parallel.exchange) for each in (rows, factors))
         group_sizes = journey.group_sizes
-    gate, up = grouped_products(config, rows, group_sizes, gate_proj, up_proj)
+    entered = grouped_products(config, rows, group_sizes, *entering)
     # The factor is applied before the down projection, which is linear: its rows are the narrower ones.
-    activated = nn.silu(gate) * up * factors.astype(x.dtype)
+    activated = FEED_FORWARD_FORMS[config.feed_forward].activation(*entered) * factors.astype(x.dtype)
     (outputs,) = grouped_products(config, activated, group_sizes, down_proj)
     if parallel.expert > 1:
         outputs = send_back(outputs, journey, parallel.exchange)
@@ -85,12 +83,12 @@ def serve_from_all(config: ModelConfig, tokens: Sequence[jax.Array], projections
     Few tokens take as long to read an expert's weights as many, and choose most of the experts between them; so every
     token is multiplied by all weights, and what it did not choose counts nothing.
     """
-    (x, indices, weights), (gate_proj, up_proj, down_proj) = tokens, projections
+    (x, indices, weights), (*entering, down_proj) = tokens, projections
     chosen = indices[:, :, None] == jnp.arange(config.n_routed_experts)
     factors = jnp.sum(jnp.where(chosen, weights[:, :, None], 0), axis=1).astype(x.dtype)
     factors = jnp.repeat(factors, config.moe_intermediate_size, axis=1)
-    gate, up = products(config, x, gate_proj, up_proj)
-    return products(config, jnp.where(factors != 0, nn.silu(gate) * up * factors, 0), down_proj)[0]
+    activated = FEED_FORWARD_FORMS[config.feed_forward].activation(*products(config, x, *entering))
+    return products(config, jnp.where(factors != 0, activated * factors, 0), down_proj)[0]
 
 
 @jax.custom_vjp

@@ -1,4 +1,7 @@
-"""The small layers everything else is made of: linear map, norm, embedding and SwiGLU."""
+"""The small layers everything else is made of: linear map, norm, embedding and feed-forward."""
+
+from collections.abc import Callable
+from typing import NamedTuple, Optional
 
 import flax.linen as nn
 import jax
@@ -71,19 +74,46 @@ class Embedding(nn.Module):
         return self.weight[tokens].astype(compute_dtype(self.config))
 
 
-class SwiGLU(nn.Module):
-    """Feed-forward `down(silu(gate x) * up x)` of the dense layers and the shared experts."""
+class FeedForwardForm(NamedTuple):
+    """What comes before a feed-forward's down projection."""
+
+    projections: tuple[str, ...]
+    """Linear maps of the input."""
+    activation: Callable[..., jax.Array]
+    """Of their results."""
+
+
+def swiglu(gate: jax.Array, up: jax.Array) -> jax.Array:
+    """A gate on every hidden unit."""
+    return nn.silu(gate) * up
+
+
+def gelu(up: jax.Array) -> jax.Array:
+    """Without a gate; the exact function, by erf."""
+    return nn.gelu(up, approximate=False)
+
+
+FEED_FORWARD_FORMS = {
+    "swiglu": FeedForwardForm(("gate_proj", "up_proj"), swiglu),
+    "gelu": FeedForwardForm(("up_proj",), gelu),
+}
+"""By `ModelConfig.feed_forward`."""
+
+
+class FeedForward(nn.Module):
+    """Of the dense layers and the shared experts, in the form that the config names."""
 
     config: ModelConfig
     width: int
 
     def setup(self):
-        hidden = self.config.hidden_size
-        self.gate_proj = Linear(self.config, hidden, self.width)
-        self.up_proj = Linear(self.config, hidden, self.width)
-        self.down_proj = Linear(self.config, self.width, hidden)
+        c = self.config
+        for name in FEED_FORWARD_FORMS[c.feed_forward].projections:
+            setattr(self, name, Linear(c, c.hidden_size, self.width))
+        self.down_proj = Linear(c, self.width, c.hidden_size)
 
-    def __call__(self, x: jax.Array) -> jax.Array:
-        """[..., hidden_size] -> the same."""
-        gate, up = products(self.config, x, self.gate_proj.weight, self.up_proj.weight)
-        return self.down_proj(nn.silu(gate) * up)
+    def __call__(self, x: jax.Array, factors: Optional[jax.Array] = None) -> jax.Array:
+        """[..., hidden_size] -> the same; `factors`, [..., width], act on the hidden units."""
+        form = FEED_FORWARD_FORMS[self.config.feed_forward]
+        activated = form.activation(*products(self.config, x, *(getattr(self, name).weight for name in form.projections)))
+        return self.down_proj(activated if factors is None else activated * factors.astype(x.dtype))

@@ -1,4 +1,4 @@
-"""Multi-token prediction: modules that each look one token further ahead (report 2.2)."""
+"""Multi-token prediction: modules that each look one token further ahead (report 2.2), or heads side by side."""
 
 from typing import Optional
 
@@ -46,3 +46,29 @@ class MTPModule(nn.Module):
         hidden, output = self.block(self.eh_proj(joined), rope, positions)
         normed = self.norm(hidden)
         return normed if self.config.mtp_hidden_after_norm else hidden, (normed, output)
+
+
+class MTPHead(nn.Module):
+    """Head k: predicts token i + k + 1 from the main model's state at position i alone, by a projection beside it.
+
+    Heads know nothing of each other, nor of the tokens between; the output head is the main model's.
+    """
+
+    config: ModelConfig
+    division: Optional[Division] = None
+
+    def setup(self):
+        c = self.config
+        self.hnorm = RMSNorm(c, c.rms_norm_eps)
+        self.proj = Linear(c, c.hidden_size, c.hidden_size)
+        self.norm = RMSNorm(c, c.rms_norm_eps)
+
+    def __call__(
+        self, state: jax.Array, rope: tuple[jax.Array, jax.Array], positions: jax.Array, embedded: jax.Array
+    ) -> tuple[jax.Array, tuple[jax.Array, BlockOutput]]:
+        """The state as it is, for the next head, and the normed state for the output head; called as an `MTPModule`."""
+        return state, (self.norm(state + nn.silu(self.proj(self.hnorm(state)))), BlockOutput(None))
+
+
+MTP_FORMS = {"sequential": MTPModule, "parallel": MTPHead}
+"""By `ModelConfig.mtp_form`."""

@@ -1,6 +1,8 @@
 """Which experts serve a token, and the statistics that keep their load even (report 2.1.2)."""
 
-from typing import NamedTuple
+import dataclasses
+import math
+from typing import NamedTuple, Optional
 
 import flax.linen as nn
 import jax
@@ -20,15 +22,17 @@ class Routing(NamedTuple):
     indices: jax.Array
     """Chosen experts, [B, T, K] int32, distinct within a token."""
     weights: jax.Array
-    """Their factors on the output, [B, T, K], at least float32."""
+    """Their factors on the output, [B, T, K], at least float32; zero for a choice that found no room."""
     counts: jax.Array
-    """Tokens sent to each expert, [E] int32."""
+    """Tokens that chose each expert, [E] int32."""
     balance_loss: jax.Array
     """Sequence-wise balance loss before its weight alpha, averaged over the sequences."""
+    dropped: Optional[jax.Array]
+    """Share of the choices that found no room; None where there is always room."""
 
 
 class Router(nn.Module):
-    """Sigmoid scores, a bias that acts on the selection alone, and selection limited to groups."""
+    """Scores, a bias that acts on the selection alone, selection limited to groups, and room if that is limited."""
 
     config: ModelConfig
 
@@ -41,13 +45,22 @@ class Router(nn.Module):
         weight = self.param("weight", init, (x.shape[-1], c.n_routed_experts), dtype)
         bias = self.variable(ROUTER_STATE, "e_score_correction_bias", jnp.zeros, (c.n_routed_experts,), dtype).value
         logits = jnp.matmul(x.astype(dtype), weight, precision=jax.lax.Precision.HIGHEST)
-        scores = jax.nn.sigmoid(logits)
+        scores = SCORING_FUNCS[c.scoring_func](logits)
         indices = keep(select_experts(c, jax.lax.stop_gradient(scores + bias)))
         weights = jnp.take_along_axis(scores, indices, axis=-1)
+        dropped = None
+        if c.capacity_factor is not None:
+            served = find_room(c, indices, c.capacity_factor)
+            weights, dropped = weights * served, jnp.mean(~served, dtype=dtype)
         if c.norm_topk_prob:
-            weights /= jnp.sum(weights, axis=-1, keepdims=True) + 1e-20
+            weights = normalised(weights)
         counts = jnp.sum(jax.nn.one_hot(indices, c.n_routed_experts, dtype=jnp.int32), axis=(1, 2))
-        return Routing(indices, weights * c.routed_scaling_factor, jnp.sum(counts, axis=0), balance_loss(c, scores, counts))
+        weights *= c.routed_scaling_factor
+        return Routing(indices, weights, jnp.sum(counts, axis=0), balance_loss(c, scores, counts), dropped)
+
+
+SCORING_FUNCS = {"sigmoid": jax.nn.sigmoid, "softmax": jax.nn.softmax}
+"""By `ModelConfig.scoring_func`: a router's logits [..., E] to scores."""
 
 
 def select_experts(config: ModelConfig, biased_scores: jax.Array) -> jax.Array:
@@ -64,6 +77,29 @@ def select_experts(config: ModelConfig, biased_scores: jax.Array) -> jax.Array:
         mask = jnp.any(kept[..., None] == jnp.arange(c.n_group), axis=-2)
         biased_scores = jnp.where(mask[..., None], grouped, -jnp.inf).reshape(biased_scores.shape)
     return jax.lax.top_k(biased_scores, c.num_experts_per_tok)[1]
+
+
+def find_room(config: ModelConfig, indices: jax.Array, factor: float) -> jax.Array:
+    """Which choices [B, T, K] are served where an expert takes at most `factor` times its even share of a sequence.
+
+    First come, first served, in the order of the tokens: what a token gets hangs on no later one.
+    """
+    c, tokens = config, indices.shape[1]
+    capacity = math.ceil(factor * tokens * c.num_experts_per_tok / c.n_routed_experts)
+    chosen = jnp.sum(jax.nn.one_hot(indices, c.n_routed_experts, dtype=jnp.int32), axis=2)
+    earlier = jnp.cumsum(chosen, axis=1) - chosen
+    return jnp.take_along_axis(earlier, indices, axis=-1) < capacity
+
+
+def dropless(config: ModelConfig) -> ModelConfig:
+    """The model as it evaluates and generates, with room for every choice: how long a text is must not change its words."""
+    return dataclasses.replace(config, capacity_factor=None)
+
+
+def normalised(weights: jax.Array) -> jax.Array:
+    """Weights [..., K] that sum to 1, or all zero where nothing is served."""
+    total = jnp.sum(weights, axis=-1, keepdims=True)
+    return weights / jnp.where(total > 0, total + 1e-20, 1)
 
 
 def balance_loss(config: ModelConfig, scores: jax.Array, counts: jax.Array) -> jax.Array:

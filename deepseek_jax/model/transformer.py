@@ -4,7 +4,6 @@ Layers of one kind are one scanned module whose parameters are stacked, so that 
 grow with depth.
 """
 
-import math
 from functools import partial
 from typing import Any, NamedTuple, Optional
 
@@ -15,7 +14,7 @@ import jax.numpy as jnp
 from deepseek_jax.config import ModelConfig
 from deepseek_jax.model.block import Block, BlockOutput
 from deepseek_jax.model.layers import Embedding, Linear, RMSNorm, compute_dtype, param_dtype
-from deepseek_jax.model.mtp import MTPModule
+from deepseek_jax.model.mtp import MTP_FORMS
 from deepseek_jax.model.products import KEPT, KEPT_ROWS
 from deepseek_jax.model.rope import rope_angles
 from deepseek_jax.model.router import ROUTER_STATE
@@ -32,9 +31,11 @@ class ModelOutput(NamedTuple):
     head: jax.Array
     """Weight of the output head, [hidden_size, vocab_size]."""
     counts: dict[str, jax.Array]
-    """Tokens sent to each expert, [layers, E], for the stacks that have experts."""
+    """Tokens that chose each expert, [layers, E], for the stacks that have experts."""
     balance_loss: jax.Array
     """Sum over those layers, before its weight."""
+    dropped: Optional[jax.Array]
+    """Share of the choices that found no room, mean over those layers; None where there is always room."""
 
 
 class DeepseekV3(nn.Module):
@@ -60,7 +61,7 @@ class DeepseekV3(nn.Module):
         if not c.tie_word_embeddings:
             self.lm_head = Linear(c, c.hidden_size, c.vocab_size)
         if c.num_nextn_predict_layers:
-            self.mtp_layers = self._stacked("mtp_layers", MTPModule, c.num_nextn_predict_layers)(c, self.division)
+            self.mtp_layers = self._stacked("mtp_layers", MTP_FORMS[c.mtp_form], c.num_nextn_predict_layers)(c, self.division)
 
     def __call__(self, tokens: jax.Array) -> ModelOutput:
         """Predict at every depth.
@@ -82,7 +83,7 @@ class DeepseekV3(nn.Module):
             ahead = jnp.stack([embedded[:, k : k + length] for k in range(1, depth + 1)])
             _, (mtp_states, outputs["mtp_layers"]) = self.mtp_layers(previous, rope, positions, ahead)
             states = jnp.concatenate([states, mtp_states])
-        return ModelOutput(states, self.head(), *_balance(outputs, param_dtype(c)))
+        return ModelOutput(states, self.head(), *_routing(c, outputs))
 
     def hidden_states(self, tokens: jax.Array) -> jax.Array:
         """Normed states [B, T, hidden_size] of the main model for tokens [B, T]."""
@@ -117,6 +118,7 @@ class DeepseekV3(nn.Module):
 
         The output has this stage's layers and speaks of all sequences that came through it.
         """
+        assert self.division is not None
         c, parallel = self.config, self.division.parallel
         rounds, size = x.shape[0] // parallel.microbatch_size, parallel.microbatch_size
         layers = assign_layers(c.num_hidden_layers - c.first_k_dense_replace, parallel)
@@ -128,22 +130,24 @@ class DeepseekV3(nn.Module):
                      for kind, tree in self.variables.items() if PIPELINED in tree}  # fmt: skip
         of_microbatch = jax.tree.map(lambda leaf: leaf[:size], (rope, positions))
 
-        def chunk(number: jax.Array, state: jax.Array) -> tuple[jax.Array, tuple[jax.Array, jax.Array]]:
+        def chunk(number: jax.Array, state: jax.Array) -> tuple[jax.Array, tuple[jax.Array, Any]]:
             own = jax.tree.map(lambda leaf: leaf[number], variables)
             state, output = stack.apply(own, state, *of_microbatch, None)
-            return state, (output.counts, jnp.where(present[number], output.balance_loss, 0))
+            means = output.balance_loss, output.dropped
+            return state, (output.counts, jax.tree.map(lambda mean: jnp.where(present[number], mean, 0), means))
 
         inputs = x.reshape(rounds, size, *x.shape[1:])
-        outputs, (counts, balance) = run_pipeline(chunk, inputs, parallel)
+        outputs, (counts, means) = run_pipeline(chunk, inputs, parallel)
         own_layers = partial(jax.tree.map, lambda leaf: leaf.reshape(-1, *leaf.shape[2:]))
         # Each of the rounds brought one micro-batch of every stage's: that many shares of the mean over sequences.
-        return outputs.reshape(x.shape), BlockOutput(None, *own_layers((counts, balance / rounds)))
+        counts, means = own_layers((counts, jax.tree.map(lambda mean: mean / rounds, means)))
+        return outputs.reshape(x.shape), BlockOutput(None, counts, *means)
 
     def _stacked(self, name: str, layer: type[nn.Module], length: int) -> type[nn.Module]:
-        """`layer` scanned `length` times over the stacked parameters called `name`, recomputed in the backward pass if
-        so configured.
+        """`layer` scanned `length` times over the stacked parameters called `name`.
 
-        Rope and positions are the same for every layer; the remaining argument has an entry for each.
+        Recomputed in the backward pass if so configured. Rope and positions are the same for every layer; the
+        remaining argument has an entry for each.
         """
         c, division = self.config, self.division
         per_layer = {"params": 0, ROUTER_STATE: 0}
@@ -162,32 +166,18 @@ class DeepseekV3(nn.Module):
         return nn.scan(layer, variable_axes=per_layer, split_rngs={"params": True}, in_axes=in_axes, out_axes=0, length=length)
 
 
-def _balance(outputs: dict[str, BlockOutput], dtype: jnp.dtype) -> tuple[dict[str, jax.Array], jax.Array]:
-    """Expert counts of the stacks that have experts, and the sum of their layers' balance losses."""
-    routed = {name: output for name, output in outputs.items() if output.counts is not None}
-    total = sum((jnp.sum(output.balance_loss) for output in routed.values()), jnp.zeros((), dtype))
-    return {name: output.counts for name, output in routed.items()}, total
+def _routing(
+    config: ModelConfig, outputs: dict[str, BlockOutput]
+) -> tuple[dict[str, jax.Array], jax.Array, Optional[jax.Array]]:
+    """Of the stacks that have experts: their counts, the sum of their layers' balance losses, and the share dropped."""
+    zero = jnp.zeros((), param_dtype(config))
+    counts = {name: output.counts for name, output in outputs.items() if output.counts is not None}
+    losses = [jnp.sum(output.balance_loss) for output in outputs.values() if output.balance_loss is not None]
+    shares = [jnp.sum(output.dropped) for output in outputs.values() if output.dropped is not None]
+    return counts, sum(losses, zero), sum(shares, zero) / _expert_layers(config) if shares else None
 
 
-class ParameterCount(NamedTuple):
-    """How many numbers a model learns."""
-
-    total: int
-    """Without MTP."""
-    active: int
-    """Those a token meets: all but the routed experts, and its share of these."""
-    mtp: int
-    """Of the MTP modules, which share embedding and head with the main model."""
-
-
-def count_parameters(config: ModelConfig) -> ParameterCount:
-    """Count from the shapes the module itself would allocate, without allocating them."""
-    tokens = jax.ShapeDtypeStruct((1, 1 + config.num_nextn_predict_layers), jnp.int32)
-    params = jax.eval_shape(DeepseekV3(config).init, jax.random.key(0), tokens)["params"]
-    sizes = {jax.tree_util.keystr(path, simple=True, separator="/"): math.prod(leaf.shape)
-             for path, leaf in jax.tree_util.tree_leaves_with_path(params)}  # fmt: skip
-    main = {path: size for path, size in sizes.items() if not path.startswith("mtp_layers/")}
-    routed = sum(size for path, size in main.items() if "/experts/" in path)
-    total = sum(main.values())
-    active = total - routed + routed * config.num_experts_per_tok // config.n_routed_experts
-    return ParameterCount(total, active, sum(sizes.values()) - total)
+def _expert_layers(config: ModelConfig) -> int:
+    """Layers with experts, in the main model and in MTP modules."""
+    in_mtp = config.num_nextn_predict_layers if config.mtp_form == "sequential" else 0
+    return config.num_hidden_layers - config.first_k_dense_replace + in_mtp

@@ -67,7 +67,8 @@ def gather_layer(division: Division, config: ModelConfig, path: tuple[str, ...],
         cuts = tuple((axis, dim - stacked) for axis, dim in _cuts(place, layer_axes(division, names)))
         return _gather(leaf, cuts, _product_type(config, names, leaf.dtype)) if cuts else leaf
 
-    return jax.tree_util.tree_map_with_path(one, places, params)
+    with jax.named_scope("weights"):
+        return jax.tree_util.tree_map_with_path(one, places, params)
 
 
 def gather_unstacked(division: Division, config: ModelConfig, params: Any) -> Any:
@@ -111,7 +112,8 @@ def _product_type(config: ModelConfig, path: tuple[str, ...], dtype: jnp.dtype) 
     """
     if path[0] == "lm_head" and config.precision == "fp8":
         return jnp.dtype("bfloat16")
-    is_product = not (path[0] == "embed_tokens" or "gate" in path or any("norm" in name for name in path))
+    is_gate = not {"gate", "shared_expert_gate"}.isdisjoint(path)
+    is_product = not (path[0] == "embed_tokens" or is_gate or any("norm" in name for name in path))
     return jnp.dtype("bfloat16") if is_product and config.precision == "bfloat16" else dtype
 
 

@@ -6,7 +6,8 @@ reach past its expert's last row, and what it wrote there the next block writes 
 """
 
 from collections.abc import Callable, Sequence
-from functools import partial
+from functools import partial, reduce
+from typing import TypeVar
 
 import jax
 import jax.numpy as jnp
@@ -14,6 +15,7 @@ import jax.numpy as jnp
 from deepseek_jax.precision.fp8 import TILE, quantize_blocks, quantize_tiles
 from deepseek_jax.precision.fp8_matmul import IMPLEMENTATIONS, Kept, Quantized, Weights, quantize_gradient, retile
 
+Rows = TypeVar("Rows", Quantized, jax.Array)
 Block = Callable[[jax.Array, jax.Array, jax.Array, jax.Array], jax.Array]
 
 
@@ -74,10 +76,11 @@ def _rows_times_weights(
     pairs = [(_pad_rows(row_tiles), weights) for row_tiles, weights in pairs]
 
     def multiply_block(outputs: jax.Array, expert: jax.Array, first: jax.Array, mine: jax.Array) -> jax.Array:
-        product = sum(
+        products = (
             multiply(_take_rows(row_tiles, first), jax.tree.map(lambda each: each[expert], weights), contracted)
             for row_tiles, weights in pairs
         )
+        product = reduce(jnp.add, products)
         return jax.lax.dynamic_update_slice_in_dim(outputs, jnp.where(mine, product, 0).astype(dtype), first, 0)
 
     return _for_each_block(multiply_block, jnp.zeros((rows + TILE, columns), dtype), group_sizes)[:rows]
@@ -113,10 +116,10 @@ def _for_each_block(body: Block, carry: jax.Array, group_sizes: jax.Array) -> ja
     return jax.lax.fori_loop(0, ends[-1], visit, carry)
 
 
-def _pad_rows(tree: Quantized | jax.Array) -> Quantized | jax.Array:
+def _pad_rows(tree: Rows) -> Rows:
     """128 more rows, so that a block that starts at any row lies within."""
     return jax.tree.map(lambda each: jnp.pad(each, ((0, TILE), (0, 0))), tree)
 
 
-def _take_rows(tree: Quantized | jax.Array, first: jax.Array) -> Quantized | jax.Array:
+def _take_rows(tree: Rows, first: jax.Array) -> Rows:
     return jax.tree.map(lambda each: jax.lax.dynamic_slice_in_dim(each, first, TILE, 0), tree)

@@ -6,8 +6,8 @@ precision, is quantised along both axes. In blocks of 128 x 128 it would lose th
 """
 
 from collections.abc import Callable
-from functools import partial
-from typing import NamedTuple
+from functools import partial, reduce
+from typing import NamedTuple, TypeVar
 
 import jax
 import jax.numpy as jnp
@@ -29,7 +29,7 @@ class Quantized(NamedTuple):
     scales: jax.Array
 
 
-Weights = jax.Array | tuple[jax.Array, ...]
+Weights = TypeVar("Weights", jax.Array, tuple[jax.Array, ...])
 Kept = tuple[Quantized, list[Quantized]]
 Multiply = Callable[[Quantized, Quantized, tuple[int, int]], jax.Array]
 
@@ -65,7 +65,7 @@ def _forward(x: jax.Array, weights: list[jax.Array], implementation: str) -> tup
 def _backward(implementation: str, kept: Kept, gradients: list[jax.Array]) -> tuple[jax.Array, list[jax.Array]]:
     multiply = IMPLEMENTATIONS[implementation]
     x, weights = kept
-    dx = sum(multiply(quantize_gradient(dy, axis=1), w, (1, 1)) for dy, w in zip(gradients, weights))
+    dx = reduce(jnp.add, (multiply(quantize_gradient(dy, axis=1), w, (1, 1)) for dy, w in zip(gradients, weights)))
     x = retile(x)
     dw = [multiply(x, quantize_gradient(dy, axis=0), (0, 0)) for dy in gradients]
     return dx.astype(gradients[0].dtype), dw
@@ -86,8 +86,8 @@ def quantize_gradient(dy: jax.Array, axis: int) -> Quantized:
 
 def multiply_dequantized(lhs: Quantized, rhs: Quantized, contracted: tuple[int, int]) -> jax.Array:
     """Dequantise and multiply in float32: the plain meaning of `multiply_blocks`; same arguments."""
-    operands = (each.codes.astype(jnp.float32) * _full_scales(each) for each in (lhs, rhs))
-    return jax.lax.dot_general(*operands, (_axes(contracted), ((), ())), precision=jax.lax.Precision.HIGHEST)
+    left, right = (each.codes.astype(jnp.float32) * _full_scales(each) for each in (lhs, rhs))
+    return jax.lax.dot_general(left, right, (_axes(contracted), ((), ())), precision=jax.lax.Precision.HIGHEST)
 
 
 def multiply_blocks(lhs: Quantized, rhs: Quantized, contracted: tuple[int, int]) -> jax.Array:
@@ -108,13 +108,13 @@ def multiply_blocks(lhs: Quantized, rhs: Quantized, contracted: tuple[int, int])
     codes = [_pad(each.codes, axis, blocks * TILE) for each, axis in sides]
 
     def add_block(i: jax.Array, total: jax.Array) -> jax.Array:
-        tiles = [jax.lax.dynamic_slice_in_dim(c, i * TILE, TILE, axis) for c, axis in zip(codes, contracted)]
-        product = jax.lax.dot_general(*tiles, (_axes(contracted), ((), ())), preferred_element_type=jnp.float32)
-        left, right = (
+        left, right = (jax.lax.dynamic_slice_in_dim(c, i * TILE, TILE, axis) for c, axis in zip(codes, contracted))
+        product = jax.lax.dot_general(left, right, (_axes(contracted), ((), ())), preferred_element_type=jnp.float32)
+        left_scale, right_scale = (
             _expand(jax.lax.dynamic_index_in_dim(each.scales, i, axis, keepdims=False), 0, size)
             for (each, axis), size in zip(sides, free)
         )
-        return total + product * left[:, None] * right[None, :]
+        return total + product * left_scale[:, None] * right_scale[None, :]
 
     return jax.lax.fori_loop(0, blocks, add_block, jnp.zeros(free, jnp.float32))
 

@@ -1,8 +1,9 @@
 """How well a model predicts text it was not trained on, in a unit that no tokenizer can flatter."""
 
 import math
+from dataclasses import dataclass
 from functools import partial
-from typing import Any, NamedTuple, Optional
+from typing import Any, Optional
 
 import jax
 import jax.numpy as jnp
@@ -12,6 +13,7 @@ from jax.sharding import PartitionSpec
 from deepseek_jax.config import MESH_AXES, Config
 from deepseek_jax.data.loader import Windows
 from deepseek_jax.data.packing import PreparedData
+from deepseek_jax.model.router import dropless
 from deepseek_jax.model.transformer import DeepseekV3
 from deepseek_jax.parallel.sharding import Division, place_batch
 from deepseek_jax.parallel.weights import collect, gather_unstacked
@@ -38,7 +40,8 @@ class Evaluation:
         return nats / math.log(2) / self._bytes
 
 
-class _Batch(NamedTuple):
+@dataclass(frozen=True)
+class _Batch:
     """Sequences start and on of a text that has `count`; what is missing to `size` repeats the last, without weight."""
 
     windows: Windows
@@ -47,7 +50,7 @@ class _Batch(NamedTuple):
     count: int
     division: Optional[Division]
 
-    def arrays(self) -> tuple[jax.Array, jax.Array]:
+    def arrays(self) -> tuple[jax.Array | np.ndarray, jax.Array | np.ndarray]:
         """Tokens [size, T + 1], and whether a sequence counts: [size]."""
         tokens = place_batch(self.division, (self.size, self.windows.window), 0, self._tokens)
         return tokens, place_batch(self.division, (self.size,), 0, self._weights)
@@ -82,7 +85,7 @@ def evaluation_nats(
 def _nats(
     params: Any, router_state: Any, tokens: jax.Array, weights: jax.Array, config: Config, division: Optional[Division]
 ) -> jax.Array:
-    model = DeepseekV3(config.model, division)
+    model = DeepseekV3(dropless(config.model), division)
     variables = {"params": params, "router_state": router_state}
     hidden = model.apply(variables, tokens[:, :-1], method="hidden_states")
     targets = tokens[:, 1:].reshape(-1)

@@ -7,17 +7,19 @@ from torch import nn
 
 from deepseek_jax.config import ModelConfig
 from deepseek_torch.model.attention import Latents, MultiHeadLatentAttention
-from deepseek_torch.model.layers import RMSNorm, SwiGLU
+from deepseek_torch.model.layers import FeedForward, RMSNorm
 from deepseek_torch.model.moe import MoE
 
 
 class BlockOutput(NamedTuple):
-    """What a layer tells besides its hidden state; a dense layer has no counts and no balance loss."""
+    """What a layer tells besides its hidden state; a dense layer has no counts and nothing after them."""
 
-    latents: Latents
+    latents: Optional[Latents]
     counts: Optional[torch.Tensor] = None
-    """Tokens sent to each expert, [E]."""
+    """Tokens that chose each expert, [E]."""
     balance_loss: Optional[torch.Tensor] = None
+    dropped: Optional[torch.Tensor] = None
+    """Share of the choices that found no room, where that is limited."""
 
 
 class Block(nn.Module):
@@ -33,7 +35,7 @@ class Block(nn.Module):
         self.input_layernorm = RMSNorm(config, config.hidden_size, config.rms_norm_eps)
         self.self_attn = MultiHeadLatentAttention(config)
         self.post_attention_layernorm = RMSNorm(config, config.hidden_size, config.rms_norm_eps)
-        self.mlp = MoE(config) if moe else SwiGLU(config, config.intermediate_size)
+        self.mlp = MoE(config) if moe else FeedForward(config, config.intermediate_size)
 
     def forward(
         self,
@@ -49,4 +51,4 @@ class Block(nn.Module):
         if not self.moe:
             return x + self.mlp(normed), BlockOutput(latents)
         fed, routing = self.mlp(normed)
-        return x + fed, BlockOutput(latents, routing.counts, routing.balance_loss)
+        return x + fed, BlockOutput(latents, routing.counts, routing.balance_loss, routing.dropped)

@@ -1,6 +1,10 @@
-"""The small layers everything else is made of: linear map, norm, embedding and SwiGLU."""
+"""The small layers everything else is made of: linear map, norm, embedding and feed-forward."""
+
+from collections.abc import Callable
+from typing import NamedTuple, Optional
 
 import torch
+import torch.nn.functional as F
 from torch import nn
 
 from deepseek_jax.config import ModelConfig
@@ -70,21 +74,48 @@ class Embedding(nn.Module):
         return self.weight[tokens].to(self.dtype)
 
 
-class SwiGLU(nn.Module):
-    """Feed-forward `down(silu(gate x) * up x)` of the dense layers, the shared experts and each routed one."""
+class FeedForwardForm(NamedTuple):
+    """What comes before a feed-forward's down projection."""
+
+    projections: tuple[str, ...]
+    """Linear maps of the input."""
+    activation: Callable[..., torch.Tensor]
+    """Of their results."""
+
+
+def swiglu(gate: torch.Tensor, up: torch.Tensor) -> torch.Tensor:
+    """A gate on every hidden unit."""
+    return gate * torch.sigmoid(gate) * up
+
+
+def gelu(up: torch.Tensor) -> torch.Tensor:
+    """Without a gate; the exact function, by erf."""
+    return F.gelu(up)
+
+
+FEED_FORWARD_FORMS = {
+    "swiglu": FeedForwardForm(("gate_proj", "up_proj"), swiglu),
+    "gelu": FeedForwardForm(("up_proj",), gelu),
+}
+"""By `ModelConfig.feed_forward`."""
+
+
+class FeedForward(nn.Module):
+    """Of the dense layers, the shared experts and each routed one, in the form that the config names."""
 
     def __init__(self, config: ModelConfig, width: int):
         super().__init__()
-        self.config = config
-        self.gate_proj = Linear(config, config.hidden_size, width)
-        self.up_proj = Linear(config, config.hidden_size, width)
+        self.config, self.form = config, FEED_FORWARD_FORMS[config.feed_forward]
+        for name in self.form.projections:
+            setattr(self, name, Linear(config, config.hidden_size, width))
         self.down_proj = Linear(config, width, config.hidden_size)
 
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        """[..., hidden_size] -> the same."""
-        return self.down_proj(self.activated(x))
+    def forward(self, x: torch.Tensor, factors: Optional[torch.Tensor] = None) -> torch.Tensor:
+        """[..., hidden_size] -> the same; `factors`, [..., width] or [..., 1], act on the hidden units.
 
-    def activated(self, x: torch.Tensor) -> torch.Tensor:
-        """What the down projection takes in, [..., width]."""
-        gate, up = products(self.config, x, self.gate_proj.weight, self.up_proj.weight)
-        return gate * torch.sigmoid(gate) * up
+        Before the down projection, which is linear, so that float8 rounds there what the JAX sibling's rounds.
+        """
+        activated = self.form.activation(
+            *products(self.config, x, *(getattr(self, name).weight for name in self.form.projections))
+        )
+        return self.down_proj(activated if factors is None else activated * factors.to(x.dtype))

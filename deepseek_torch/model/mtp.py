@@ -1,6 +1,7 @@
-"""Multi-token prediction: modules that each look one token further ahead (report 2.2)."""
+"""Multi-token prediction: modules that each look one token further ahead (report 2.2), or heads side by side."""
 
 import torch
+import torch.nn.functional as F
 from torch import nn
 
 from deepseek_jax.config import ModelConfig
@@ -23,7 +24,7 @@ class MTPModule(Block):
         self.eh_proj = Linear(c, 2 * c.hidden_size, c.hidden_size)
         self.shared_head = nn.ModuleDict({"norm": RMSNorm(c, c.hidden_size, c.rms_norm_eps)})
 
-    def forward(
+    def forward(  # type: ignore[override]  # other arguments: nobody calls it as a Block's
         self,
         previous: torch.Tensor,
         rope: tuple[torch.Tensor, torch.Tensor],
@@ -44,3 +45,32 @@ class MTPModule(Block):
         hidden, output = super().forward(self.eh_proj(joined), rope, positions)
         normed = self.shared_head["norm"](hidden)
         return normed if self.config.mtp_hidden_after_norm else hidden, (normed, output)
+
+
+class MTPHead(nn.Module):
+    """Head k: predicts token i + k + 1 from the main model's state at position i alone, by a projection beside it.
+
+    Heads know nothing of each other, nor of the tokens between; the output head is the main model's.
+    """
+
+    def __init__(self, config: ModelConfig):
+        super().__init__()
+        c = config
+        self.hnorm = RMSNorm(c, c.hidden_size, c.rms_norm_eps)
+        self.proj = Linear(c, c.hidden_size, c.hidden_size)
+        self.shared_head = nn.ModuleDict({"norm": RMSNorm(c, c.hidden_size, c.rms_norm_eps)})
+
+    def forward(
+        self,
+        state: torch.Tensor,
+        rope: tuple[torch.Tensor, torch.Tensor],
+        positions: torch.Tensor,
+        embedded: torch.Tensor,
+    ) -> tuple[torch.Tensor, tuple[torch.Tensor, BlockOutput]]:
+        """The state as it is, for the next head, and the normed state for the output head; called as an `MTPModule`."""
+        ahead = state + F.silu(self.proj(self.hnorm(state)))
+        return state, (self.shared_head["norm"](ahead), BlockOutput(None))
+
+
+MTP_FORMS = {"sequential": MTPModule, "parallel": MTPHead}
+"""By `ModelConfig.mtp_form`."""

@@ -1,6 +1,9 @@
 """Which experts serve a token, and the statistics that keep their load even (report 2.1.2)."""
 
-from typing import NamedTuple
+import math
+from collections.abc import Callable
+from functools import partial
+from typing import NamedTuple, Optional
 
 import torch
 from torch import nn
@@ -15,15 +18,17 @@ class Routing(NamedTuple):
     indices: torch.Tensor
     """Chosen experts, [B, T, K], distinct within a token."""
     weights: torch.Tensor
-    """Their factors on the output, [B, T, K], at least float32."""
+    """Their factors on the output, [B, T, K], at least float32; zero for a choice that found no room."""
     counts: torch.Tensor
-    """Tokens sent to each expert, [E]."""
+    """Tokens that chose each expert, [E]."""
     balance_loss: torch.Tensor
     """Sequence-wise balance loss before its weight alpha, averaged over the sequences."""
+    dropped: Optional[torch.Tensor]
+    """Share of the choices that found no room; None where there is always room."""
 
 
 class Router(nn.Module):
-    """Sigmoid scores, a bias that acts on the selection alone, and selection limited to groups."""
+    """Scores, a bias that acts on the selection alone, selection limited to groups, and room if training limits that."""
 
     def __init__(self, config: ModelConfig):
         super().__init__()
@@ -35,13 +40,25 @@ class Router(nn.Module):
     def forward(self, x: torch.Tensor) -> Routing:
         """Route tokens [B, T, hidden_size], in at least float32."""
         c = self.config
-        scores = torch.sigmoid(x.to(self.weight.dtype) @ self.weight.T)
+        scores = SCORING_FUNCS[c.scoring_func](x.to(self.weight.dtype) @ self.weight.T)
         indices = select_experts(c, (scores + self.e_score_correction_bias).detach())
         weights = scores.gather(-1, indices)
+        dropped = None
+        if c.capacity_factor is not None and self.training:
+            served = find_room(c, indices, c.capacity_factor)
+            weights, dropped = weights * served, (~served).to(weights.dtype).mean()
         if c.norm_topk_prob:
-            weights = weights / (weights.sum(dim=-1, keepdim=True) + 1e-20)
+            weights = normalised(weights)
         counts = torch.stack([torch.bincount(row.flatten(), minlength=c.n_routed_experts) for row in indices])
-        return Routing(indices, weights * c.routed_scaling_factor, counts.sum(dim=0), balance_loss(c, scores, counts))
+        weights = weights * c.routed_scaling_factor
+        return Routing(indices, weights, counts.sum(dim=0), balance_loss(c, scores, counts), dropped)
+
+
+SCORING_FUNCS: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {
+    "sigmoid": torch.sigmoid,
+    "softmax": partial(torch.softmax, dim=-1),
+}
+"""By `ModelConfig.scoring_func`: a router's logits [..., E] to scores."""
 
 
 def select_experts(config: ModelConfig, biased_scores: torch.Tensor) -> torch.Tensor:
@@ -64,6 +81,29 @@ def _largest(x: torch.Tensor, count: int) -> tuple[torch.Tensor, torch.Tensor]:
     """The largest values of the last axis and their indices; of equal ones the first, which `topk` does not promise."""
     values, indices = x.sort(dim=-1, descending=True, stable=True)
     return values[..., :count], indices[..., :count]
+
+
+def find_room(config: ModelConfig, indices: torch.Tensor, factor: float) -> torch.Tensor:
+    """Which choices [B, T, K] are served where an expert takes at most `factor` times its even share of a sequence.
+
+    First come, first served, in the order of the tokens: what a token gets hangs on no later one.
+    """
+    c = config
+    capacity = math.ceil(factor * indices.shape[1] * c.num_experts_per_tok / c.n_routed_experts)
+    served = torch.zeros_like(indices, dtype=torch.bool)
+    for choices, room_for in zip(indices.tolist(), served):
+        taken = [0] * c.n_routed_experts
+        for token, experts in enumerate(choices):
+            for place, expert in enumerate(experts):
+                room_for[token, place] = taken[expert] < capacity
+                taken[expert] += 1
+    return served
+
+
+def normalised(weights: torch.Tensor) -> torch.Tensor:
+    """Weights [..., K] that sum to 1, or all zero where nothing is served."""
+    total = weights.sum(dim=-1, keepdim=True)
+    return weights / torch.where(total > 0, total + 1e-20, 1.0)
 
 
 def balance_loss(config: ModelConfig, scores: torch.Tensor, counts: torch.Tensor) -> torch.Tensor:

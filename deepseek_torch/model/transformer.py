@@ -5,10 +5,10 @@ released checkpoint: what Hugging Face wrote can be read here with no table in b
 table from JAX to Hugging Face serves this package too. The checkpoint's copies of embedding and head
 beside every MTP module are left out, since the modules use the main model's.
 
-Of what says how and not what to compute, only `config.precision` has an effect here.
+`config.remat`, `config.grouped_matmul` and `config.attention`, which say how and not what to compute, have no effect here.
 """
 
-from typing import NamedTuple
+from typing import NamedTuple, Optional
 
 import torch
 from torch import nn
@@ -16,7 +16,7 @@ from torch import nn
 from deepseek_jax.config import ModelConfig
 from deepseek_torch.model.block import Block, BlockOutput
 from deepseek_torch.model.layers import Embedding, Linear, RMSNorm, compute_dtype, param_dtype
-from deepseek_torch.model.mtp import MTPModule
+from deepseek_torch.model.mtp import MTP_FORMS, MTPHead, MTPModule
 from deepseek_torch.model.rope import rope_angles
 
 
@@ -28,9 +28,11 @@ class ModelOutput(NamedTuple):
     head: torch.Tensor
     """Weight of the output head, [hidden_size, vocab_size]."""
     counts: dict[str, torch.Tensor]
-    """Tokens sent to each expert, [layers, E], of the `moe_layers` and the `mtp_layers`."""
+    """Tokens that chose each expert, [layers, E], of the `moe_layers` and the `mtp_layers`, if these have experts."""
     balance_loss: torch.Tensor
     """Sum over those layers, before its weight."""
+    dropped: Optional[torch.Tensor]
+    """Share of the choices that found no room, mean over those layers; None where there is always room."""
 
 
 class DeepseekV3(nn.Module):
@@ -39,8 +41,8 @@ class DeepseekV3(nn.Module):
     def __init__(self, config: ModelConfig):
         super().__init__()
         c = self.config = config
-        layers = [Block(c, moe=layer >= c.first_k_dense_replace) for layer in range(c.num_hidden_layers)]
-        layers += [MTPModule(c) for _ in range(c.num_nextn_predict_layers)]
+        layers: list[nn.Module] = [Block(c, moe=layer >= c.first_k_dense_replace) for layer in range(c.num_hidden_layers)]
+        layers += [MTP_FORMS[c.mtp_form](c) for _ in range(c.num_nextn_predict_layers)]
         self.model = nn.ModuleDict({
             "embed_tokens": Embedding(c),
             "layers": nn.ModuleList(layers),
@@ -60,8 +62,8 @@ class DeepseekV3(nn.Module):
         return self.main_layers[self.config.first_k_dense_replace :]
 
     @property
-    def mtp_layers(self) -> list[MTPModule]:
-        """The modules of multi-token prediction, the first for depth 1."""
+    def mtp_layers(self) -> list[MTPModule | MTPHead]:
+        """The modules or heads of multi-token prediction, the first for depth 1."""
         return list(self.model["layers"])[self.config.num_hidden_layers :]
 
     def forward(self, tokens: torch.Tensor) -> ModelOutput:
@@ -76,7 +78,8 @@ class DeepseekV3(nn.Module):
         rope = rope_angles(c, positions)
         embedded = self.model["embed_tokens"](tokens)
 
-        hidden, outputs = embedded[:, :length], {"moe_layers": [], "mtp_layers": []}
+        hidden = embedded[:, :length]
+        outputs: dict[str, list[BlockOutput]] = {"moe_layers": [], "mtp_layers": []}
         for layer in self.main_layers:
             hidden, output = layer(hidden, rope, positions)
             if layer.moe:
@@ -90,7 +93,7 @@ class DeepseekV3(nn.Module):
             states.append(normed)
             outputs["mtp_layers"].append(output)
         nothing = hidden.new_zeros((), dtype=param_dtype(c))
-        return ModelOutput(torch.stack(states), self.head(), *_balance(outputs, nothing))
+        return ModelOutput(torch.stack(states), self.head(), *_routing(outputs, nothing))
 
     def hidden_states(self, tokens: torch.Tensor) -> torch.Tensor:
         """Normed states [B, T, hidden_size] of the main model for tokens [B, T]."""
@@ -113,8 +116,13 @@ def _positions(tokens: torch.Tensor) -> torch.Tensor:
     return torch.arange(tokens.shape[1], device=tokens.device).expand_as(tokens)
 
 
-def _balance(outputs: dict[str, list[BlockOutput]], nothing: torch.Tensor) -> tuple[dict[str, torch.Tensor], torch.Tensor]:
-    """Expert counts of the stacks that have experts, and the sum of their layers' balance losses from `nothing` on."""
-    counts = {name: torch.stack([o.counts for o in stack]) for name, stack in outputs.items() if stack}
-    losses = [output.balance_loss for stack in outputs.values() for output in stack]
-    return counts, sum(losses, nothing)
+def _routing(
+    outputs: dict[str, list[BlockOutput]], nothing: torch.Tensor
+) -> tuple[dict[str, torch.Tensor], torch.Tensor, Optional[torch.Tensor]]:
+    """Of the layers that have experts: their counts by stack, the sum of their balance losses, and the share dropped."""
+    counts = {name: [o.counts for o in stack if o.counts is not None] for name, stack in outputs.items()}
+    layers = [output for stack in outputs.values() for output in stack]
+    losses = [output.balance_loss for output in layers if output.balance_loss is not None]
+    shares = [output.dropped for output in layers if output.dropped is not None]
+    dropped = torch.stack(shares).mean() if shares else None
+    return {name: torch.stack(of_stack) for name, of_stack in counts.items() if of_stack}, sum(losses, nothing), dropped

@@ -27,6 +27,7 @@ class Evaluation:
     def bits_per_byte(self, model: DeepseekV3) -> float:
         """Of the text's own bytes, ends of documents counted in the bits but not in the bytes."""
         nats = 0.0
+        model.eval()  # every choice of an expert is served
         for batch in self._batches:
             tokens = torch.from_numpy(batch).long()
             hidden, targets = model.hidden_states(tokens[:, :-1]), tokens[:, 1:]

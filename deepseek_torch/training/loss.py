@@ -1,6 +1,6 @@
 """The training loss (report 2.1.2, 2.2): next token, tokens beyond it, and the experts' balance."""
 
-from typing import NamedTuple
+from typing import NamedTuple, Optional
 
 import torch
 import torch.nn.functional as F
@@ -19,7 +19,9 @@ class LossParts(NamedTuple):
     balance_loss: torch.Tensor
     """Before its weight."""
     counts: dict[str, torch.Tensor]
-    """Tokens sent to each expert, [layers, E] for each stack with experts."""
+    """Tokens that chose each expert, [layers, E] for each stack with experts."""
+    dropped: Optional[torch.Tensor] = None
+    """Share of the choices that found no room, where that is limited."""
 
 
 def training_loss(
@@ -42,7 +44,7 @@ def training_loss(
     loss = next_token + config.train.sequence_balance_weight * output.balance_loss
     if further:
         loss = loss + mtp_weight * sum(further) / len(further)
-    parts = LossParts(torch.stack(losses).detach(), output.balance_loss.detach(), output.counts)
+    parts = LossParts(torch.stack(losses).detach(), output.balance_loss.detach(), output.counts, output.dropped)
     return loss, parts
 
 
