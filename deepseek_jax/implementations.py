@@ -13,11 +13,12 @@ from deepseek_jax.config import Config
 
 BEST = {
     "grouped_matmul": {"tpu": "megablox", "gpu": "triton", "cpu": "blocked"},
+    "attention": {"tpu": "splash", "gpu": "cudnn", "cpu": "blocked"},
     "exchange": {"tpu": "ragged", "gpu": "ragged", "cpu": "rounds"},
 }
 """Operation -> platform, as JAX names it -> implementation."""
 
-WITHOUT_FLOAT64 = {"megablox": "blocked", "triton": "blocked"}
+WITHOUT_FLOAT64 = {"megablox": "blocked", "triton": "blocked", "splash": "chunked", "cudnn": "chunked"}
 """Kernels that have no float64, and what takes their place."""
 
 

@@ -5,7 +5,7 @@ released checkpoint: what Hugging Face wrote can be read here with no table in b
 table from JAX to Hugging Face serves this package too. The checkpoint's copies of embedding and head
 beside every MTP module are left out, since the modules use the main model's.
 
-`config.remat` and `config.grouped_matmul`, which say how and not what to compute, have no effect here.
+`config.remat`, `config.grouped_matmul` and `config.attention`, which say how and not what to compute, have no effect here.
 """
 
 from typing import NamedTuple, Optional
