@@ -43,9 +43,7 @@ def main() -> None:
 
 def write(args: argparse.Namespace) -> None:
     """Stream the first prompt's continuation, then print the others'."""
-    _check(args.temperature >= 0, "--temperature", args.temperature, "must be at least 0")
-    _check(0 < args.top_p <= 1, "--top-p", args.top_p, "must be in (0, 1]")
-    _check(args.max_new_tokens >= 1, "--max-new-tokens", args.max_new_tokens, "must be at least 1")
+    check_sampling(args.max_new_tokens, args.temperature, args.top_p)
     jax.config.update("jax_default_matmul_precision", "highest")
     config, tokenizer, variables = load_run(Path(args.run), args.step)
     end = end_of_document_id(tokenizer)
@@ -67,9 +65,14 @@ def write(args: argparse.Namespace) -> None:
         print(f"---\n{text}{stream.text}")
 
 
-def _check(condition: bool, name: str, value: Any, remedy: str) -> None:
-    if not condition:
-        raise UserError(f"{name}={value}: {remedy}")
+def check_sampling(max_new_tokens: int, temperature: float, top_p: float) -> None:
+    """Refuse what cannot be sampled by; raises `UserError`."""
+    if max_new_tokens < 1:
+        raise UserError(f"max_new_tokens={max_new_tokens}: must be at least 1")
+    if temperature < 0:
+        raise UserError(f"temperature={temperature}: must be at least 0")
+    if not 0 < top_p <= 1:
+        raise UserError(f"top_p={top_p}: must be in (0, 1]")
 
 
 def load_run(run_dir: Path, step: int | None = None) -> tuple[ModelConfig, Tokenizer, dict[str, Any]]:

@@ -13,7 +13,7 @@ import signal
 import sys
 from functools import partial
 from pathlib import Path
-from typing import Optional
+from typing import Any, Optional
 
 import jax
 import jax.numpy as jnp
@@ -83,8 +83,12 @@ def read_config(source: str | None, resume: bool, overrides: list[str]) -> Confi
     return load_config(path, overrides)
 
 
-def train(config: Config, resume: bool = False) -> None:
-    """Train `config` to its last step.
+def train(config: Config, resume: bool = False, variables: Optional[dict[str, Any]] = None) -> TrainState:
+    """Train `config` to its last step, and return the state then.
+
+    Args:
+        resume: go on from the run's last checkpoint.
+        variables: what a new run starts from instead of fresh weights; they stay as they are.
 
     Raises:
         UserError: for anything the user can mend; the last checkpoint stays usable.
@@ -111,7 +115,7 @@ def train(config: Config, resume: bool = False) -> None:
     checkpoints = Checkpoints(run_dir, config, shardings)
     last_step = checkpoints.latest() if resume else None
     if last_step is None:
-        state = jax.jit(partial(init_state, config), out_shardings=shardings)()
+        state = jax.jit(partial(init_state, config), out_shardings=shardings)(variables)
     else:
         state = checkpoints.restore(last_step)
     _describe(config, data, last_step)
@@ -119,7 +123,7 @@ def train(config: Config, resume: bool = False) -> None:
         print(mesh_summary(config, division, fresh, shardings), flush=True)
     processes.first_alone(lambda: write_atomically(run_dir / CONFIG_FILE, to_yaml(asked)))
     loop = _Loop(config, run_dir, data, checkpoints, last_step or 0, division)
-    loop.run(state)
+    return loop.run(state)
 
 
 def _describe(config: Config, data: PreparedData, last_step: int | None) -> None:
@@ -149,8 +153,8 @@ class _Loop:
         self._interrupted = False
         self._any = jax.jit(jnp.any)
 
-    def run(self, state: TrainState) -> None:
-        """Take every remaining step."""
+    def run(self, state: TrainState) -> TrainState:
+        """Take every remaining step; the state that is given is used up."""
         train, saved = self._config.train, self._last_step
         previous = {number: signal.signal(number, self._interrupt) for number in (signal.SIGINT, signal.SIGTERM)}
         try:
@@ -184,6 +188,7 @@ class _Loop:
             raise Interrupted(f"interrupted; step {saved} is saved: --resume run_dir={self._run_dir} goes on from it")
         self._plot()
         print(f"loss plot: {self._run_dir / PLOT_FILE}")
+        return state
 
     def _whether_to_stop(self, asked: bool | jax.Array) -> tuple[bool | jax.Array, bool]:
         """What to pass in after the next step, and whether Ctrl-C ends the run now, on all processes after the same step."""

@@ -35,9 +35,7 @@ def main() -> None:
 
 def write(args: argparse.Namespace) -> None:
     """Print every prompt with its continuation."""
-    _check(args.temperature >= 0, "--temperature", args.temperature, "must be at least 0")
-    _check(0 < args.top_p <= 1, "--top-p", args.top_p, "must be in (0, 1]")
-    _check(args.max_new_tokens >= 1, "--max-new-tokens", args.max_new_tokens, "must be at least 1")
+    check_sampling(args.max_new_tokens, args.temperature, args.top_p)
     directory = model_directory(Path(args.run))
     model, tokenizer = load_pretrained(directory), load_tokenizer(directory)
     end = end_of_document_id(tokenizer)
@@ -50,9 +48,14 @@ def write(args: argparse.Namespace) -> None:
         print(f"{separator}{text}{written}")
 
 
-def _check(condition: bool, name: str, value: object, remedy: str) -> None:
-    if not condition:
-        raise UserError(f"{name}={value}: {remedy}")
+def check_sampling(max_new_tokens: int, temperature: float, top_p: float) -> None:
+    """Refuse what cannot be sampled by; raises `UserError`."""
+    if max_new_tokens < 1:
+        raise UserError(f"max_new_tokens={max_new_tokens}: must be at least 1")
+    if temperature < 0:
+        raise UserError(f"temperature={temperature}: must be at least 0")
+    if not 0 < top_p <= 1:
+        raise UserError(f"top_p={top_p}: must be in (0, 1]")
 
 
 def model_directory(path: Path) -> Path:

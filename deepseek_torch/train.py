@@ -11,7 +11,7 @@ import math
 import shutil
 import time
 from pathlib import Path
-from typing import Any
+from typing import Any, Optional
 
 import torch
 
@@ -19,6 +19,7 @@ from deepseek_jax.config import Config, ConfigError, load_config, presets, to_ya
 from deepseek_jax.data.loader import Windows, window_length
 from deepseek_jax.data.packing import PreparedData, prepare
 from deepseek_jax.errors import UserError, run_command, write_atomically
+from deepseek_torch.model.transformer import DeepseekV3
 from deepseek_torch.pretrained import save_pretrained
 from deepseek_torch.training.evaluation import Evaluation
 from deepseek_torch.training.schedules import StepPlan, plan_steps
@@ -37,8 +38,11 @@ def main() -> None:
     run_command(lambda: train(load_config(args.config, args.overrides)))
 
 
-def train(config: Config) -> None:
+def train(config: Config, model: Optional[DeepseekV3] = None) -> None:
     """Train `config` to its last step.
+
+    Args:
+        model: what to train instead of fresh weights.
 
     Raises:
         UserError: for anything the user can mend; models saved before stay usable.
@@ -47,7 +51,7 @@ def train(config: Config) -> None:
     if (run_dir / METRICS_FILE).exists():
         raise ConfigError(f"{run_dir} already holds a run: give another run_dir")
     data = prepare(config, run_dir)
-    state = init_state(config)
+    state = init_state(config, model)
     write_atomically(run_dir / CONFIG_FILE, to_yaml(config))
     parameters = sum(p.numel() for p in state.model.parameters())
     print(f"{run_dir}: {parameters:,} parameters with MTP; {len(data.train):,} tokens to train on", flush=True)

@@ -16,6 +16,22 @@ from omegaconf.errors import OmegaConfBaseException
 from deepseek_jax.config.schema import Config, ConfigError, Phase
 from deepseek_jax.config.validation import validate
 
+OTHER_WORDS = {
+    "d_model": "hidden_size",
+    "n_heads": "num_attention_heads",
+    "num_heads": "num_attention_heads",
+    "num_layers": "num_hidden_layers",
+    "n_layers": "num_hidden_layers",
+    "d_ff": "intermediate_size for a dense layer and moe_intermediate_size for an expert",
+    "d_latent": "kv_lora_rank",
+    "num_routed_experts": "n_routed_experts",
+    "num_shared_experts": "n_shared_experts",
+    "num_activated_experts": "num_experts_per_tok",
+    "max_seq_len": "max_position_embeddings",
+    "use_fp8": "precision=fp8",
+}
+"""What others call a field, and its name here."""
+
 
 def load_config(source: str | Path, overrides: Sequence[str] = ()) -> Config:
     """Read a preset or YAML file, apply `a.b=c` overrides, check it whole.
@@ -162,5 +178,7 @@ def _field_names(kind: Any) -> str:
 
 
 def _nearest(key: Any, kind: Any) -> str:
+    if key in OTHER_WORDS:
+        return f"here it is {OTHER_WORDS[key]}"
     close = difflib.get_close_matches(str(key), [f.name for f in dataclasses.fields(kind)], n=1, cutoff=0.5)
     return f"did you mean {close[0]}?" if close else f"the fields here are {_field_names(kind)}"

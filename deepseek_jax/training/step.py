@@ -9,7 +9,7 @@ import optax
 from jax.sharding import PartitionSpec
 
 from deepseek_jax.compilation import compiler_options
-from deepseek_jax.config import MESH_AXES, Config
+from deepseek_jax.config import MESH_AXES, Config, ModelConfig
 from deepseek_jax.model.layers import param_dtype
 from deepseek_jax.model.router import updated_bias
 from deepseek_jax.model.transformer import DeepseekV3
@@ -45,12 +45,17 @@ class StepMetrics(NamedTuple):
     """Global, before clipping."""
 
 
-def init_state(config: Config) -> TrainState:
-    """Fresh parameters from train.seed, zero biases and moments."""
-    tokens = jnp.zeros((1, 1 + config.model.num_nextn_predict_layers), jnp.int32)
-    variables = DeepseekV3(config.model).init(jax.random.key(config.train.seed), tokens)
+def init_variables(config: ModelConfig, seed: int) -> dict[str, Any]:
+    """Fresh parameters and zero biases, {"params": ..., "router_state": ...}."""
+    tokens = jnp.zeros((1, 1 + config.num_nextn_predict_layers), jnp.int32)
+    return {"router_state": {}, **DeepseekV3(config).init(jax.random.key(seed), tokens)}
+
+
+def init_state(config: Config, variables: Optional[dict[str, Any]] = None) -> TrainState:
+    """Zero moments beside fresh parameters from train.seed, or beside a copy of `variables`."""
+    variables = init_variables(config.model, config.train.seed) if variables is None else jax.tree.map(jnp.copy, variables)
     params = variables["params"]
-    return TrainState(params, variables.get("router_state", {}), make_optimizer(config.train).init(params))
+    return TrainState(params, variables["router_state"], make_optimizer(config.train).init(params))
 
 
 def make_step(config: Config, division: Optional[Division] = None) -> jax.stages.Wrapped:

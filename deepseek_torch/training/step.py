@@ -1,6 +1,6 @@
 """One optimizer step: gradients, AdamW, and the routers' biases."""
 
-from typing import NamedTuple
+from typing import NamedTuple, Optional
 
 import torch
 
@@ -29,10 +29,11 @@ class StepMetrics(NamedTuple):
     """Global, before clipping."""
 
 
-def init_state(config: Config) -> TrainState:
-    """Fresh parameters from train.seed, zero biases and moments."""
-    torch.manual_seed(config.train.seed)
-    model = DeepseekV3(config.model)
+def init_state(config: Config, model: Optional[DeepseekV3] = None) -> TrainState:
+    """Zero moments beside fresh parameters from train.seed and zero biases, or beside those of `model`."""
+    if model is None:
+        torch.manual_seed(config.train.seed)
+        model = DeepseekV3(config.model)
     return TrainState(model, make_optimizer(config.train, model))
 
 

@@ -1,0 +1,191 @@
+"""Train and use a model from Python: a thin layer over what the commands use.
+
+from deepseek_jax import DeepSeekModel, DeepSeekTrainer
+
+model = DeepSeekModel(hidden_size=256, num_attention_heads=4, num_hidden_layers=4)
+history = DeepSeekTrainer(model, learning_rate=1e-3).train(texts, epochs=1, batch_size=8, max_length=256)
+ids = model.generate(model.tokenizer.encode("def ").ids, max_new_tokens=100, temperature=0.8)
+print(model.tokenizer.decode(ids))
+"""
+
+import dataclasses
+from collections.abc import Iterable
+from functools import partial
+from pathlib import Path
+from typing import Any, Optional
+
+import jax
+from tokenizers import Tokenizer
+
+from deepseek_jax.checkpoint.hf_config import CONFIG_JSON
+from deepseek_jax.checkpoint.pretrained import load_pretrained, save_pretrained
+from deepseek_jax.checkpoint.tokenizer_files import TOKENIZER_JSON
+from deepseek_jax.config import ModelConfig
+from deepseek_jax.config.sizes import model_from
+from deepseek_jax.data.texts import as_prompts, continued
+from deepseek_jax.data.tokenizer import end_of_document_id, load_tokenizer
+from deepseek_jax.generate import Generator, check_sampling, load_run
+from deepseek_jax.model.transformer import ParameterCount, count_parameters
+from deepseek_jax.precision.fp8 import require_fp8
+from deepseek_jax.train import Interrupted, train
+from deepseek_jax.training.fitting import History, plan_run
+from deepseek_jax.training.step import init_variables
+
+
+class DeepSeekModel:
+    """A model, and the tokenizer that it was trained with.
+
+    Attributes:
+        config: its sizes and forms.
+        tokenizer: of the library `tokenizers`; None before there is one.
+    """
+
+    def __init__(self, preset: Optional[str] = None, *, seed: int = 0, **sizes: Any):
+        """A model with fresh weights, which are drawn when they are first needed.
+
+        Args:
+            preset: a preset's name or a .yaml file; without one, what `sizes` do not say follows from what they do.
+            seed: of the weights.
+            sizes: fields of `ModelConfig`, such as hidden_size=1024 or scoring_func="softmax".
+
+        Raises:
+            ConfigError: one line naming the field at fault.
+        """
+        self.config: ModelConfig = model_from(preset, sizes)
+        self.tokenizer: Optional[Tokenizer] = None
+        self._tokenizer_files: Optional[Path] = None
+        self._seed, self._variables, self._generators = seed, None, {}
+        self._fits_vocabulary = preset is None and "vocab_size" not in sizes
+
+    @classmethod
+    def from_pretrained(cls, path: str | Path) -> "DeepSeekModel":
+        """The model in a Hugging Face directory, or in a run of `deepseek_jax.train` or `DeepSeekTrainer`.
+
+        Raises:
+            UserError: one line naming what cannot be read.
+        """
+        path, model = Path(path).expanduser(), cls.__new__(cls)
+        if (path / CONFIG_JSON).is_file():
+            config, variables = load_pretrained(path)
+            has_tokenizer = (path / TOKENIZER_JSON).is_file()
+            tokenizer = load_tokenizer(path) if has_tokenizer else None
+        else:
+            config, tokenizer, variables = load_run(path)
+        model.config, model._seed, model._fits_vocabulary = config, 0, False
+        model._take(variables, tokenizer, path if tokenizer else None)
+        return model
+
+    @property
+    def variables(self) -> dict[str, Any]:
+        """The weights as the module `DeepseekV3` takes them: {"params": ..., "router_state": ...}."""
+        if self._variables is None:
+            self._variables = jax.device_get(jax.jit(partial(init_variables, self.config, self._seed))())
+        return self._variables
+
+    def count_parameters(self) -> ParameterCount:
+        """How many numbers the model learns: in all, active per token, and in MTP modules."""
+        return count_parameters(self.config)
+
+    def generate(
+        self, ids: Any, max_new_tokens: int = 100, temperature: float = 0.8, top_p: float = 0.95, seed: int = 0
+    ) -> list[Any]:
+        """Go on from a prompt, or from several at once.
+
+        Args:
+            ids: token ids of a prompt, or several such: lists or arrays.
+            temperature: 0 always takes the likeliest token.
+            top_p: sample among the likeliest tokens of this total.
+
+        Returns:
+            The prompt's ids and those after it, as a list; of several a list of lists. The token that ends a document
+            ends a sequence.
+
+        Raises:
+            UserError: when the ids are none, or do not fit the context.
+        """
+        if self.config.precision == "fp8":
+            require_fp8()
+        check_sampling(max_new_tokens, temperature, top_p)
+        prompts, is_batch = as_prompts(ids, self.config.vocab_size)
+        end = None if self.tokenizer is None else end_of_document_id(self.tokenizer)
+        if len(prompts) not in self._generators:
+            self._generators = {len(prompts): Generator(self.config, self.variables, len(prompts))}
+        with jax.default_matmul_precision("highest"):
+            steps = self._generators[len(prompts)].generate(prompts, max_new_tokens, end, temperature, top_p, seed)
+            sequences = continued(prompts, steps, end)
+        return sequences if is_batch else sequences[0]
+
+    def save_pretrained(self, directory: str | Path, dtype: str = "float32") -> None:
+        """Write a Hugging Face directory with weights in float32, bfloat16 or fp8, and the tokenizer.
+
+        It is a `deepseek_v3`, which transformers loads; of forms that no such model has, it is ours alone to read.
+
+        Raises:
+            UserError: one line naming file or tensor; `directory` is then as it was before.
+        """
+        save_pretrained(directory, self.config, self.variables, dtype, self._tokenizer_files)
+
+    def _take(self, variables: dict[str, Any], tokenizer: Optional[Tokenizer], tokenizer_files: Optional[Path]) -> None:
+        """Be the model of these weights and this tokenizer, whose files are in that directory."""
+        self._variables, self._generators = variables, {}
+        self.tokenizer, self._tokenizer_files = tokenizer, tokenizer_files
+
+
+class DeepSeekTrainer:
+    """Trains a `DeepSeekModel` on texts.
+
+    Args:
+        model: changed by training.
+        tokenizer: ours or any of Hugging Face's, see `data.texts.as_tokenizer`; None keeps the model's own, or trains one
+            on the texts if it has none.
+        precision: of the products with weights, such as "bfloat16" or "fp8"; None leaves the model's.
+        fields: more fields of `TrainConfig`, such as warmup_steps=100 or weight_decay=0.01.
+    """
+
+    def __init__(
+        self,
+        model: DeepSeekModel,
+        tokenizer: Any = None,
+        learning_rate: float = 2e-4,
+        precision: Optional[str] = None,
+        **fields: Any,
+    ):
+        self.model, self._tokenizer = model, tokenizer
+        self._precision, self._fields = precision, {"learning_rate": learning_rate, **fields}
+
+    def train(
+        self,
+        train_texts: Iterable[str],
+        epochs: float = 1,
+        batch_size: int = 8,
+        max_length: int = 512,
+        save_path: Optional[str | Path] = None,
+    ) -> History:
+        """Train, and show progress and evaluations along the way.
+
+        Args:
+            train_texts: a small part is held out to evaluate on.
+            epochs: how often to see each sequence of the rest.
+            batch_size: sequences of a step.
+            max_length: tokens of a sequence; texts follow each other in them.
+            save_path: becomes a run directory as `deepseek_jax.train` makes them, with the checkpoints, the metrics and the
+                picture of the loss; by default a new one in runs/.
+
+        Raises:
+            UserError: one line on what the user can mend; on Ctrl-C too, after saving. The model is then as of that step.
+        """
+        model = self.model
+        asked = model.config if self._precision is None else dataclasses.replace(model.config, precision=self._precision)
+        fields = {**self._fields, "batch_size": batch_size, "sequence_length": max_length}
+        tokenizer = model.tokenizer if self._tokenizer is None else self._tokenizer
+        fits = model._fits_vocabulary and model._variables is None
+        config = plan_run(asked, fields, train_texts, tokenizer, epochs, save_path, fits)
+        model.config, run_dir = config.model, Path(config.run_dir)
+        try:
+            state = train(config, variables=model.variables)
+        except Interrupted:
+            model._take(load_run(run_dir)[2], load_tokenizer(run_dir), run_dir)
+            raise
+        variables = {"params": state.params, "router_state": state.router_state}
+        model._take(jax.device_get(variables), load_tokenizer(run_dir), run_dir)
+        return History(run_dir)
