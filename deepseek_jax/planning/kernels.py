@@ -30,8 +30,8 @@ def kernel_name(instruction: Instruction) -> str | None:
     if target is None or not any(word in target[1] for word in ("tpu_custom_call", "triton", "mosaic_gpu", "fmha", "cublas")):
         return None
     if "triton" in target[1]:
-        named = re.search(r'op_name="[^"]*?([^"/]+)/pallas_call"', instruction.rest)
-        return named[1] if named else target[1]
+        path = re.search(r'op_name="[^"]*?([^"/]+)/pallas_call"', instruction.rest)
+        return path[1] if path else target[1]
     return target[1] if "fmha" in target[1] or "cublas" in target[1] else re.sub(r"[.\d]+$", "", instruction.name)
 
 
