@@ -116,11 +116,12 @@ def test_without_rows_everything_is_zero():
         assert not result.any()
 
 
-def test_one_input_of_two_weights():
+@pytest.mark.parametrize("product", [DENSE["dot_general"], DENSE["triton"]], ids=["dot_general", "triton"])
+def test_one_input_of_two_weights(product):
     """As two products, but for the sum of the input's two gradients."""
     x, w, dy = problem(130, 140, 150)
     weights, gradients = (w, 2 * w[:, :50]), (dy, dy[:, :50].copy())
-    outputs, dx, dw = jax_vjp(fp8_matmul, x, weights, gradients)
+    outputs, dx, dw = jax_vjp(product, x, weights, gradients)
     apart = [torch_vjp(torch_matmul, x, *each) for each in zip(weights, gradients)]
     for i, (y, _, one_dw) in enumerate(apart):
         assert_close([outputs[i], dw[i]], [y, one_dw])
@@ -132,10 +133,11 @@ def test_one_input_of_two_weights():
     assert_close([*outputs, dx], [*(y.detach() for y in theirs), leaf.grad])
 
 
-def test_grouped_matmul_of_two_weights():
+@pytest.mark.parametrize("product", [GROUPED["dot_general"], GROUPED["triton"]], ids=["dot_general", "triton"])
+def test_grouped_matmul_of_two_weights(product):
     x, w, dy = problem(130, 140, 30, experts=3)
     sizes, weights = np.array([20, 0, 110], np.int32), (w, 2 * w[..., ::-1])
-    outputs, dx, dw = jax_vjp(fp8_grouped_matmul, x, weights, (dy, dy), sizes)
+    outputs, dx, dw = jax_vjp(product, x, weights, (dy, dy), sizes)
     leaf, *leaves = (torch.tensor(each.copy(), requires_grad=True) for each in (x, *weights))
     theirs = torch_grouped_matmul(leaf, tuple(leaves), sizes)
     torch.autograd.backward(theirs, (torch.from_numpy(dy),) * 2)

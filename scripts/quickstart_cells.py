@@ -17,7 +17,7 @@ if "QUICK" in os.environ:  # to see that it works
 texts = [inspect.getsource(importlib.import_module(name)) for name in names]
 
 # %% A model, from sizes or a preset's name; what is not given follows from what is.
-from deepseek_jax import DeepSeekModel, DeepSeekTrainer  # noqa: E402
+from deepseek_jax import DeepSeekModel, DeepSeekTrainer
 
 model = DeepSeekModel(
     vocab_size=1024,

@@ -103,7 +103,8 @@ class ModelConfig:
     """What the backward pass recomputes: nothing (`none`), all but products with weights and attention (`products`),
     or every layer (`full`)."""
     grouped_matmul: str = "auto"
-    """Implementation of the routed experts' product; `auto` takes the platform's best."""
+    """Implementation of the routed experts' product, and in fp8, if it is `triton`, of all products; `auto` takes the
+    platform's best."""
     attention: str = "auto"
     """Implementation of the softmax attention; `auto` takes the platform's best: `splash` on TPU, `cudnn` on GPU (where it
     lacks something, such as float32 or documents, `chunked`), `blocked` on CPU."""

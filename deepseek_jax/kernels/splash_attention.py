@@ -26,9 +26,8 @@ def splash_attention(q: jax.Array, k: jax.Array, v: jax.Array, scale: float, seg
     block = block_size(length, q.dtype)
     whole = length + -length % block
     q, k, v = (_filled(x, whole).swapaxes(1, 2) for x in (q * jnp.asarray(scale, q.dtype), k, v))
-    if segment_ids is not None:
-        segment_ids = splash.SegmentIds(*[_filled(segment_ids, whole)] * 2)
-    return jax.vmap(_kernel(heads, whole, block))(q, k, v, segment_ids).swapaxes(1, 2)[:, :length]
+    documents = None if segment_ids is None else splash.SegmentIds(*[_filled(segment_ids, whole)] * 2)
+    return jax.vmap(_kernel(heads, whole, block))(q, k, v, documents).swapaxes(1, 2)[:, :length]
 
 
 def block_size(length: int, dtype: jnp.dtype) -> int:

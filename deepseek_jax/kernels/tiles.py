@@ -68,7 +68,9 @@ def span(first: Any, size: int, end: Any) -> Span:
 def load(ref: Any, rows: Span, columns: Span, *group: jax.Array) -> jax.Array:
     """Part of a matrix, or of a group's of several; zero where there is none."""
     mask = _mask(rows, columns)
-    return plgpu.load(ref.at[(*group, rows.slice, columns.slice)], mask=mask, other=None if mask is None else 0)
+    return plgpu.load(
+        ref.at[(*group, rows.slice, columns.slice)], mask=mask, other=None if mask is None else jnp.zeros((), ref.dtype)
+    )
 
 
 def store(ref: Any, value: jax.Array, rows: Span, columns: Span, *group: jax.Array) -> None:

@@ -5,13 +5,14 @@ dequantises the stored 1 x 128 tiles of x and quantises them again along tokens;
 precision, is quantised along both axes. In blocks of 128 x 128 it would lose the tokens beside an outlier.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial, reduce
 from typing import NamedTuple, TypeVar
 
 import jax
 import jax.numpy as jnp
 
+from deepseek_jax.precision import fp8_kernels
 from deepseek_jax.precision.fp8 import (
     SMALLEST_GRADIENT_AMAX,
     TILE,
@@ -31,7 +32,8 @@ class Quantized(NamedTuple):
 
 Weights = TypeVar("Weights", jax.Array, tuple[jax.Array, ...])
 Kept = tuple[Quantized, list[Quantized]]
-Multiply = Callable[[Quantized, Quantized, tuple[int, int]], jax.Array]
+Multiply = Callable[[Sequence[tuple[Quantized, Quantized]], tuple[int, int], jnp.dtype], jax.Array]
+"""(pairs of matrices, contracted axis of each, type) -> sum of their products, [left's free axis, right's free axis]."""
 
 
 def fp8_matmul(x: jax.Array, w: Weights, implementation: str = "dot_general") -> Weights:
@@ -59,16 +61,16 @@ def _matmul(x: jax.Array, weights: list[jax.Array], implementation: str) -> list
 def _forward(x: jax.Array, weights: list[jax.Array], implementation: str) -> tuple[list[jax.Array], Kept]:
     multiply = IMPLEMENTATIONS[implementation]
     kept = Quantized(*quantize_tiles(x, axis=1)), [Quantized(*quantize_blocks(w)) for w in weights]
-    return [multiply(kept[0], w, (1, 0)).astype(x.dtype) for w in kept[1]], kept
+    return [multiply([(kept[0], w)], (1, 0), x.dtype) for w in kept[1]], kept
 
 
 def _backward(implementation: str, kept: Kept, gradients: list[jax.Array]) -> tuple[jax.Array, list[jax.Array]]:
     multiply = IMPLEMENTATIONS[implementation]
     x, weights = kept
-    dx = reduce(jnp.add, (multiply(quantize_gradient(dy, axis=1), w, (1, 1)) for dy, w in zip(gradients, weights)))
+    pairs = [(quantize_gradient(dy, axis=1), w) for dy, w in zip(gradients, weights)]
+    dx = multiply(pairs, (1, 1), gradients[0].dtype)
     x = retile(x)
-    dw = [multiply(x, quantize_gradient(dy, axis=0), (0, 0)) for dy in gradients]
-    return dx.astype(gradients[0].dtype), dw
+    return dx, [multiply([(x, quantize_gradient(dy, axis=0))], (0, 0), jnp.float32) for dy in gradients]
 
 
 _matmul.defvjp(_forward, _backward)
@@ -119,8 +121,23 @@ def multiply_blocks(lhs: Quantized, rhs: Quantized, contracted: tuple[int, int])
     return jax.lax.fori_loop(0, blocks, add_block, jnp.zeros(free, jnp.float32))
 
 
-IMPLEMENTATIONS: dict[str, Multiply] = {"reference": multiply_dequantized, "dot_general": multiply_blocks}
-"""One signature, so that a hardware kernel can stand beside these: (lhs, rhs, contracted axes) -> float32."""
+def _summed(multiply: Callable[[Quantized, Quantized, tuple[int, int]], jax.Array]) -> Multiply:
+    """Of several pairs, from the float32 product of one."""
+
+    def multiply_pairs(
+        pairs: Sequence[tuple[Quantized, Quantized]], contracted: tuple[int, int], dtype: jnp.dtype
+    ) -> jax.Array:
+        return reduce(jnp.add, (multiply(*pair, contracted) for pair in pairs)).astype(dtype)
+
+    return multiply_pairs
+
+
+IMPLEMENTATIONS: dict[str, Multiply] = {
+    "reference": _summed(multiply_dequantized),
+    "dot_general": _summed(multiply_blocks),
+    "triton": fp8_kernels.multiply,
+}
+"""One signature: the meaning, XLA's own products anywhere, kernels for GPUs."""
 
 
 def _axes(contracted: tuple[int, int]) -> tuple[tuple[int], tuple[int]]:
