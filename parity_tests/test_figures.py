@@ -239,3 +239,18 @@ def test_a_program_reads_the_same():
     assert flops["forward"] == sum(of["forward"] for of in flops["by_part"].values())
     assert read["cache_bytes_per_token"]["ratio"] == found.cache.ratio
     assert read["checkpoint_bytes"] == found.checkpoints
+
+
+def test_every_form_is_counted():
+    """The guide's forms have weights of their own; none is left out."""
+    forms = [
+        "feed_forward=gelu",
+        "shared_expert_gate=true",
+        "n_shared_experts=2",
+        "mtp_form=parallel",
+        "num_nextn_predict_layers=2",
+    ]
+    model = load_config("tiny", [f"model.{form}" for form in forms]).model
+    params = jax.eval_shape(partial(init_state, Config(model=model))).params
+    count = count_parameters(model)
+    assert count.total + count.mtp == sum(leaf.size for leaf in jax.tree.leaves(params))

@@ -1,6 +1,6 @@
 """Causal attention on TPU by JAX's splash attention: blocks of scores that never leave the core."""
 
-from typing import Optional
+from typing import Any, Optional
 
 import jax
 import jax.numpy as jnp
@@ -27,7 +27,8 @@ def splash_attention(q: jax.Array, k: jax.Array, v: jax.Array, scale: float, seg
     whole = length + -length % block
     q, k, v = (_filled(x, whole).swapaxes(1, 2) for x in (q * jnp.asarray(scale, q.dtype), k, v))
     documents = None if segment_ids is None else splash.SegmentIds(*[_filled(segment_ids, whole)] * 2)
-    return jax.vmap(_kernel(heads, whole, block))(q, k, v, documents).swapaxes(1, 2)[:, :length]
+    attended: Any = jax.vmap(_kernel(heads, whole, block))(q, k, v, documents)  # an array, unless residuals are asked for
+    return attended.swapaxes(1, 2)[:, :length]
 
 
 def block_size(length: int, dtype: jnp.dtype) -> int:
@@ -44,8 +45,8 @@ def _kernel(heads: int, length: int, block: int) -> splash.splash_attention_kern
     """
     mask = splash.MultiHeadMask([splash.CausalMask((length, length))] * heads)
     names = ("block_q", "block_kv", "block_q_dkv", "block_kv_dkv", "block_q_dq", "block_kv_dq")
-    sizes = splash.BlockSizes(**dict.fromkeys(names, block))
-    return splash.make_splash_mha_single_device(mask, block_sizes=sizes, residual_checkpoint_name=KEPT)
+    sizes: dict[str, Any] = dict.fromkeys(names, block)
+    return splash.make_splash_mha_single_device(mask, block_sizes=splash.BlockSizes(**sizes), residual_checkpoint_name=KEPT)
 
 
 def _filled(x: jax.Array, length: int) -> jax.Array:

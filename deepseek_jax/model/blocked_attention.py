@@ -6,7 +6,7 @@ logarithm of each row's normalizer, and makes the weights again.
 """
 
 from functools import partial
-from typing import Optional
+from typing import Any, Optional
 
 import jax
 import jax.numpy as jnp
@@ -17,7 +17,7 @@ from deepseek_jax.model.products import keep
 QUERY_BLOCKS = 4
 """More of them spare more products, and compile longer."""
 
-Residuals = tuple[Optional[jax.Array], ...]
+Residuals = tuple[Any, ...]
 
 
 def blocked_attention(q: jax.Array, k: jax.Array, v: jax.Array, scale: float, segment_ids: Optional[jax.Array]) -> jax.Array:

@@ -5,11 +5,10 @@ the backward pass makes the weights again from the logarithm of that sum. For ac
 """
 
 from functools import partial
-from typing import Optional
+from typing import Any, Optional
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from jax import lax
 
 from deepseek_jax.model.layers import widen
@@ -18,7 +17,7 @@ from deepseek_jax.model.products import keep
 CHUNK = 512
 """Queries and keys of a block: enough that products dominate, and scores are far smaller than what they are made of."""
 
-Residuals = tuple[Optional[jax.Array], ...]
+Residuals = tuple[Any, ...]
 
 
 def chunked_attention(q: jax.Array, k: jax.Array, v: jax.Array, scale: float, segment_ids: Optional[jax.Array]) -> jax.Array:
@@ -57,7 +56,7 @@ def _forward(
         return tuple(_put(x, block, i, size) for x, block in zip(carry, new)), None
 
     rows = (*q.shape[:3], 1)
-    start = jnp.zeros(v.shape, wide), jnp.full(rows, -jnp.inf, wide), jnp.zeros(rows, wide)
+    start: tuple[jax.Array, ...] = jnp.zeros(v.shape, wide), jnp.full(rows, -jnp.inf, wide), jnp.zeros(rows, wide)
     (out, largest, total), _ = lax.scan(visit, start, _pairs(q.shape[2] // size))
     out, normalizer = keep((out / total).astype(v.dtype)), keep(largest + jnp.log(total))
     return out, (q, k, v, segment_ids, out, normalizer)
@@ -84,15 +83,16 @@ def _backward(scale: float, size: int, kept: Residuals, gradient: jax.Array) -> 
 
     start = tuple(jnp.zeros(x.shape, wide) for x in (q, k, v))
     gradients, _ = lax.scan(visit, start, _pairs(q.shape[2] // size))
-    return *(total.astype(q.dtype) for total in gradients), None
+    dq, dk, dv = (total.astype(q.dtype) for total in gradients)
+    return dq, dk, dv, None
 
 
 _attend.defvjp(_forward, _backward)
 
 
-def _pairs(blocks: int) -> np.ndarray:
+def _pairs(blocks: int) -> jax.Array:
     """Each block of queries with every block of keys that it sees, its own first, so that no maximum stays infinite."""
-    return np.array([(i, j) for i in range(blocks) for j in range(i, -1, -1)])
+    return jnp.array([(i, j) for i in range(blocks) for j in range(i, -1, -1)])
 
 
 def _block(x: jax.Array, index: jax.Array, size: int, axis: int = 2) -> jax.Array:

@@ -26,17 +26,19 @@ from deepseek_jax.training.optimizer import make_optimizer
 MTP = "mtp"
 PROJECTIONS, CORE = "attention/projections", "attention/core"
 MAIN_PARTS = ("embedding", PROJECTIONS, CORE, "dense", "router", "experts", "shared_experts", "norms", "head")
-MTP_PARTS = ("eh_proj", PROJECTIONS, CORE, "router", "experts", "shared_experts", "norms", "head")
+MTP_PARTS = ("projection", PROJECTIONS, CORE, "router", "experts", "shared_experts", "norms", "head")
 PARTS = (*MAIN_PARTS, *(f"{MTP}/{part}" for part in MTP_PARTS), "optimizer")
 """In the order of a step. Of the head, which MTP modules share, the parameters count once and the products each time."""
 
 _PART_OF_MODULE = {
     "embed_tokens": "embedding",
     "lm_head": "head",
-    "eh_proj": "eh_proj",
+    "eh_proj": "projection",
+    "proj": "projection",
     "self_attn": PROJECTIONS,
     "experts": "experts",
     "shared_experts": "shared_experts",
+    "shared_expert_gate": "shared_experts",
     "gate": "router",
     "dense_layers": "dense",
 }
@@ -144,7 +146,7 @@ def parameters_by_part(model: ModelConfig) -> dict[str, Parameters]:
     found: dict[str, list[Parameters]] = {}
     for path, size in _weights(model):
         found.setdefault(part_of(path), []).append(Parameters(size, _active(model, path, size)))
-    return {part: Parameters(*map(sum, zip(*found[part]))) for part in PARTS if part in found}
+    return {part: Parameters(*map(sum, zip(*found[part]))) for part in sorted(found, key=PARTS.index)}
 
 
 def flops_by_part(model: ModelConfig, sequence_length: int) -> dict[str, Flops]:
@@ -166,12 +168,13 @@ def flops_by_part(model: ModelConfig, sequence_length: int) -> dict[str, Flops]:
         if not part.endswith(("embedding", "norms", "head")):
             is_last = "down_proj" in path and not part.startswith(MTP)
             add(part, 2 * _active(model, path, size), is_made_again=not is_last)
-    layers = {CORE: model.num_hidden_layers, f"{MTP}/{CORE}": model.num_nextn_predict_layers}
+    in_mtp = model.num_nextn_predict_layers if model.mtp_form == "sequential" else 0
+    layers = {CORE: model.num_hidden_layers, f"{MTP}/{CORE}": in_mtp}
     for part, times in layers.items():
         add(part, sequence_length * _keys_and_values(model), is_made_again=True, times=times)
     for part, times in {"head": 1, f"{MTP}/head": model.num_nextn_predict_layers}.items():
         add(part, 2 * model.hidden_size * model.vocab_size, is_made_again=False, times=times)
-    return {part: Flops(*map(sum, zip(*found[part]))) for part in PARTS if found.get(part)}
+    return {part: Flops(*map(sum, zip(*found[part]))) for part in sorted(filter(found.get, found), key=PARTS.index)}
 
 
 def cache_bytes(model: ModelConfig) -> CacheBytes:

@@ -27,7 +27,7 @@ PARTS = {
     "exchange": r"exchange|ragged_all_to_all",
     "router": r"gate|GateLogit|get_topk",
     "experts": r"experts|RoutedMoE",
-    "shared_experts": r"shared_experts|RoutedAndSharedMoE/MlpBlock",
+    "shared_experts": r"shared_experts|shared_expert_gate|RoutedAndSharedMoE/MlpBlock",
     "norms": r"\w*(?:norm|layernorm)(?:_\d)?|RMSNorm",
     "attention": r"self_attn|MLA|splash_\w+",
     "dense": r"mlp|MlpBlock",
