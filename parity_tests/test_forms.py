@@ -16,9 +16,10 @@ from deepseek_jax.checkpoint.hf_config import require_deepseek_v3
 from deepseek_jax.checkpoint.pretrained import load_pretrained as load_jax
 from deepseek_jax.checkpoint.pretrained import save_pretrained as save_jax
 from deepseek_jax.checkpoint.tensors import CheckpointError
-from deepseek_jax.config import ConfigError, load_config
+from deepseek_jax.config import ConfigError, load_config, presets
 from deepseek_jax.generate import Generator
 from deepseek_jax.model.router import dropless
+from deepseek_jax.model.transformer import count_parameters
 from deepseek_torch.generate import generate
 from deepseek_torch.model.layers import FeedForward
 from deepseek_torch.pretrained import load_pretrained as load_torch
@@ -193,3 +194,11 @@ def test_saved_under_a_name_of_our_own(tmp_path):
 def test_a_form_that_there_is_not(field, complaint):
     with pytest.raises(ConfigError, match=complaint):
         load_config("tiny", [f"model.{field}"])
+
+
+@pytest.mark.parametrize("name", ["guide_mini", "guide_small"])
+def test_the_guides_presets_come_to_what_their_headers_say(name):
+    count = count_parameters(load_config(name).model)
+    header = presets()[name].read_text().partition("model:")[0]
+    assert f"comes to {count.total:,} parameters" in header and f"{count.active:,} of them" in header
+    assert load_config(name, ["train.steps=7"]).model.capacity_factor == 1.25
