@@ -10,6 +10,13 @@ os.environ["XLA_FLAGS"] = (
 os.environ.setdefault("ALLOW_MULTIPLE_LIBTPU_LOAD", "1")  # it only compiles here, so that several processes may have it
 
 import pytest
+from hypothesis import HealthCheck, settings
+
+# How long an example takes depends on the machine and on what else it does; its files are overwritten by the next.
+settings.register_profile(
+    "any machine", deadline=None, suppress_health_check=[HealthCheck.too_slow, HealthCheck.function_scoped_fixture]
+)
+settings.load_profile("any machine")
 
 
 @pytest.fixture(autouse=True, scope="module")

@@ -6,7 +6,7 @@ import shutil
 
 import numpy as np
 import pytest
-from hypothesis import HealthCheck, given, settings
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from deepseek_jax.checkpoint.hf_config import read_config_json, to_config_json
@@ -113,7 +113,7 @@ KEYS = sorted(to_config_json(WIDE, "fp8", {}))
 ROPE_KEYS = [*dataclasses.asdict(WIDE.rope_scaling), "type", "rope_type", "rope_theta"]
 
 
-@settings(max_examples=150, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=150)
 @given(st.sampled_from(KEYS), VALUES | st.dictionaries(st.sampled_from(ROPE_KEYS), VALUES | st.just("yarn"), max_size=4))
 def test_any_value_in_a_config_is_taken_or_refused_in_one_line(tmp_path, key, value):
     (tmp_path / "config.json").write_text(json.dumps(to_config_json(WIDE, "fp8", {}) | {key: value}))

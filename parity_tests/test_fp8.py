@@ -56,7 +56,7 @@ def assert_same_bits(ours, theirs) -> None:
         np.testing.assert_array_equal(bits(mine), bits(other))
 
 
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=100)
 @given(awkward(), st.booleans(), st.booleans())
 @example(one_of_everything(), False, False)
 @example(one_of_everything(), True, True)
@@ -71,7 +71,7 @@ def test_quantisers_agree_bit_for_bit(x, power_of_two, is_gradient):
     assert_same_bits(ours, torch_fp8.quantize_blocks(torch.from_numpy(x), power_of_two))
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(awkward(), st.booleans())
 @example(one_of_everything(), False)
 @example(one_of_everything(), True)

@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax.extend.core import jaxprs_in_params
 
 from deepseek_jax.config import Config, ConfigError, ParallelConfig, Phase, load_config
 from deepseek_jax.parallel.mesh import resolve
@@ -184,9 +185,10 @@ def types_of_sums_and_gathers(jaxpr, matrices: set[tuple[int, int]]) -> tuple[se
         elif equation.primitive.name == "all_gather":
             gathered |= {each.aval.dtype for each in equation.outvars if each.aval.shape[-2:] in matrices}
         elif equation.primitive.name == "scan":
-            carried = equation.outvars[: equation.params["num_carry"]]
+            (body,) = jaxprs_in_params(equation.params)  # what is not carried comes out with one more axis
+            carried = [out for out, inner in zip(equation.outvars, body.outvars) if out.aval.ndim == inner.aval.ndim]
             summed |= {each.aval.dtype for each in carried if each.aval.shape[-2:] in matrices}
-        for inner in jax.extend.core.jaxprs_in_params(equation.params):
+        for inner in jaxprs_in_params(equation.params):
             for known, more in zip((summed, gathered), types_of_sums_and_gathers(inner, matrices)):
                 known |= more
     return summed, gathered

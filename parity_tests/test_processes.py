@@ -150,6 +150,6 @@ def test_when_one_dies_the_others_stop_and_say_which(victim, tmp_path):
 @pytest.mark.parametrize("failing, complaint", [(0, "error: "), (1, "error: process 1: ")])
 def test_a_failure_in_one_process_is_told_once(failing, complaint, tmp_path):
     running = launch(2, 1, "-c", WAITING, failing, tmp_path)
-    _, complaints = running.communicate(timeout=60)
+    _, complaints = running.communicate(timeout=200)
     said = [line for line in complaints.splitlines() if line.startswith("error: ")]
     assert running.returncode == 1 and said == [complaint + "the disk of this process is full"], complaints

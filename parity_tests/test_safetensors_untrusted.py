@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import safetensors
 import safetensors.numpy
-from hypothesis import HealthCheck, example, given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from deepseek_jax.checkpoint.safetensors_reader import INDEX_FILE, SINGLE_FILE, SafetensorsDirectory
@@ -107,9 +107,7 @@ def open_untrusted(file: Path, content: bytes) -> None:
         assert list(array.shape) == theirs[name]["shape"] and entry.dtype == theirs[name]["dtype"]
 
 
-fuzzing = settings(
-    max_examples=400, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow]
-)
+fuzzing = settings(max_examples=400)
 json_values = st.recursive(
     st.none() | st.booleans() | st.integers(-(2**70), 2**70) | st.floats() | st.text(max_size=5),
     lambda inner: st.lists(inner, max_size=4) | st.dictionaries(st.text(max_size=5), inner, max_size=4),

@@ -11,7 +11,7 @@ from deepseek_jax.data import packing
 
 TEXT = Path(packing.__file__).read_text() * 2
 VOCAB_SIZE = 320
-SMALL = settings(max_examples=60, deadline=None)
+SMALL = settings(max_examples=60)
 
 
 def tiny(*inputs: Path | str, **data) -> Config:
