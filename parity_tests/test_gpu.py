@@ -45,3 +45,23 @@ def test_grouped_matmul_compiles_for_gpu():
         kernels = re.findall(r'custom_call_target="__gpu\$xla.gpu.triton".*?op_name="[^"]*/(\w+)/pallas_call', text)
         assert sorted(kernels) == ["grouped_matmul", "grouped_matmul_of_rows", "grouped_matmul_transposed"]
         assert " while(" not in text
+
+
+def attention_program():
+    """Forward and gradients with DeepSeek-V3's head sizes: its calls of kernels, and temporaries in bytes."""
+    chip = h100()
+    import jax
+
+    from parity_tests.test_attention import output_and_gradients
+
+    place = jax.sharding.SingleDeviceSharding(chip)
+    q, v = (jax.ShapeDtypeStruct((1, 4096, 128, width), "bfloat16", sharding=place) for width in (192, 128))
+    compiled = output_and_gradients.lower(q, q, v, v, None, "cudnn").compile()
+    return compiled.as_text(), compiled.memory_analysis().temp_size_in_bytes
+
+
+def test_attention_of_cudnn_compiles_for_gpu():
+    text, temporaries = elsewhere(attention_program)
+    calls = re.findall(r'custom_call_target="([^"]*)"', text)
+    assert calls == ["__cudnn$fmhaSoftmax", "__cudnn$fmhaSoftmaxBackward"]
+    assert temporaries < 4e6  # the softmax' logarithms, a number for each row of scores
