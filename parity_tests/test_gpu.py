@@ -83,3 +83,22 @@ def test_float8_products_run_on_the_tensor_cores():
     assert set(re.findall(r"\bw?g?mma\S*\.f32\.\w+\.\w+", assembly)) == {
         "wgmma.mma_async.sync.aligned.m64n128k32.f32.e4m3.e4m3"
     }
+
+
+def attention_program():
+    """Forward and gradients with DeepSeek-V3's head sizes: its calls of kernels, and temporaries in bytes."""
+    place = on_an_h100()
+    import jax
+
+    from parity_tests.test_attention import output_and_gradients
+
+    q, v = (jax.ShapeDtypeStruct((1, 4096, 128, width), "bfloat16", sharding=place) for width in (192, 128))
+    compiled = output_and_gradients.lower(q, q, v, v, None, "cudnn").compile()
+    return compiled.as_text(), compiled.memory_analysis().temp_size_in_bytes
+
+
+def test_attention_of_cudnn_compiles_for_gpu():
+    text, temporaries = elsewhere(attention_program)
+    calls = re.findall(r'custom_call_target="([^"]*)"', text)
+    assert calls == ["__cudnn$fmhaSoftmax", "__cudnn$fmhaSoftmaxBackward"]
+    assert temporaries < 4e6  # the softmax' logarithms, a number for each row of scores

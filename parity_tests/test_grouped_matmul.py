@@ -2,6 +2,7 @@
 
 from contextlib import ExitStack, contextmanager
 from functools import partial
+from unittest import mock
 
 import jax
 import jax.numpy as jnp
@@ -11,6 +12,7 @@ from jax.experimental.pallas import tpu as pltpu
 from jax.sharding import AxisType, PartitionSpec
 
 from deepseek_jax.errors import UserError
+from deepseek_jax.kernels import megablox
 from deepseek_jax.model.grouped_matmul import grouped_matmul
 
 SUPPORTED = [
@@ -31,11 +33,13 @@ GROUPS = {
 
 @contextmanager
 def settings(implementation, dtype):
-    """float64 where it is asked for, and the TPU's kernel emulated."""
+    """float64 where it is asked for, and the TPU's kernel emulated in tiles of 128, of which several make an array."""
     with ExitStack() as stack:
         stack.enter_context(jax.enable_x64(dtype == "float64"))
         if implementation == "megablox":
             stack.enter_context(pltpu.force_tpu_interpret_mode())
+            stack.enter_context(mock.patch.object(megablox, "FEWER_ROWS", 128))
+            stack.enter_context(mock.patch.object(megablox, "WIDEST_BYTES", 128 * jnp.dtype(dtype).itemsize))
         yield
 
 
@@ -210,12 +214,22 @@ def test_megablox_compiles_for_tpu(topology, dtype):
 
     chip = topologies.get_topology_desc(platform="tpu", topology_name=topology).devices[0]
     place = jax.sharding.SingleDeviceSharding(chip)
-    for rows, experts, width_in, width_out in [(8192, 16, 512, 256), (1000, 5, 200, 72)]:
+    for rows, experts, width_in, width_out in [(4096, 2, 7168, 2048), (1000, 5, 200, 72)]:
         shapes = (rows, width_in), (experts, width_in, width_out), (rows, width_out)
         arguments = [jax.ShapeDtypeStruct(shape, dtype, sharding=place) for shape in shapes]
         sizes = jax.ShapeDtypeStruct((experts,), "int32", sharding=place)
         text = product_and_gradients.lower(*arguments, sizes, "megablox").compile().as_text()
         assert text.count('custom_call_target="tpu_custom_call"') == 3
+
+
+@pytest.mark.parametrize(
+    "rows, experts, widths, dtype, expected",
+    [(40960, 32, (7168, 2048), "bfloat16", (512, 1024, 1024)), (32768, 256, (7168, 2048), "bfloat16", (256, 1024, 1024)),
+     (32768, 4, (2048, 7168), "float32", (512, 512, 512)), (700, 4, (130, 33), "float32", (256, 130, 33)),
+     (1, 2, (1536, 1300), "bfloat16", (128, 768, 768))],
+)  # fmt: skip
+def test_megablox_tiles_follow_from_the_shapes(rows, experts, widths, dtype, expected):
+    assert megablox.tiles(rows, experts, *widths, dtype) == expected
 
 
 def test_unusable_choices_are_named():

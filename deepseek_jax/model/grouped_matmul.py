@@ -21,9 +21,6 @@ LEAST_ROWS = {512: 385, 128: 65, 32: 9, 4: 1}
 """Rows multiplied at once by the blocked form, and for how many that is worth it: a block that is partly another
 group's costs less than the several smaller ones that would fit exactly."""
 
-TILE = 128
-"""Side of megablox' tiles; a width that is smaller is one tile."""
-
 
 def grouped_matmul(x: jax.Array, weights: Arrays, group_sizes: jax.Array, implementation: str = "auto") -> Arrays:
     """Multiply each group of rows by its own matrix, for one or more such sets of matrices.
@@ -185,38 +182,17 @@ def _over_blocks(rows: int, start: jax.Array, end: jax.Array, carry: Any, visit:
 
 
 def _megablox(x: jax.Array, weights: Arrays, group_sizes: jax.Array) -> Arrays:
-    return [_megablox_rows_by_weight(x, weight, group_sizes, False) for weight in weights]
+    """Imported late: only TPUs should load Pallas."""
+    from deepseek_jax.kernels.megablox import rows_by_weight
+
+    return [rows_by_weight(x, weight, group_sizes) for weight in weights]
 
 
 def _megablox_gradients(x: jax.Array, weights: Arrays, group_sizes: jax.Array, gradients: Arrays) -> tuple[jax.Array, Arrays]:
-    dx = (_megablox_rows_by_weight(dy, weight, group_sizes, True) for dy, weight in zip(gradients, weights))
-    return reduce(jnp.add, dx), [_megablox_rows_by_rows(x, dy, group_sizes) for dy in gradients]
+    from deepseek_jax.kernels.megablox import rows_by_rows, rows_by_weight
 
-
-def _megablox_rows_by_weight(x: jax.Array, weight: jax.Array, group_sizes: jax.Array, transpose: bool) -> jax.Array:
-    """[N, K] by [E, K, M], or with `transpose` by [E, M, K] -> [N, M] (imported late: only TPUs should load Pallas)."""
-    from jax.experimental.pallas.ops.tpu.megablox.gmm import gmm
-
-    rows, width = x.shape[0], weight.shape[1 if transpose else 2]
-    padded = _whole_tiles(x)
-    tiling = (TILE, min(TILE, x.shape[1]), min(TILE, width))
-    y = gmm(padded, weight, group_sizes, x.dtype, tiling, transpose_rhs=transpose)[:rows]
-    # The kernel leaves memory that it does not write as it found it.
-    return jnp.where(jnp.arange(rows)[:, None] < jnp.sum(group_sizes), y, 0)
-
-
-def _megablox_rows_by_rows(x: jax.Array, gradient: jax.Array, group_sizes: jax.Array) -> jax.Array:
-    """For every group the product of its columns of xᵀ and its rows of the gradient, [E, K, M]."""
-    from jax.experimental.pallas.ops.tpu.megablox.gmm import tgmm
-
-    left, right = _whole_tiles(x), _whole_tiles(gradient)
-    tiling = (TILE, min(TILE, x.shape[1]), min(TILE, gradient.shape[1]))
-    return tgmm(left.T, right, group_sizes, x.dtype, tiling)
-
-
-def _whole_tiles(x: jax.Array) -> jax.Array:
-    """Zero rows added up to whole tiles."""
-    return jnp.pad(x, ((0, -x.shape[0] % TILE), (0, 0)))
+    dx = (rows_by_weight(dy, weight, group_sizes, transpose=True) for dy, weight in zip(gradients, weights))
+    return reduce(jnp.add, dx), [rows_by_rows(x, dy, group_sizes) for dy in gradients]
 
 
 def _triton(x: jax.Array, weights: Arrays, group_sizes: jax.Array) -> Arrays:
