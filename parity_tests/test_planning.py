@@ -237,6 +237,22 @@ def test_work_of_our_grouped_kernels():
     assert kernel_work("grouped_matmul_of_rows", gradient, (table, rows, dy), 100).flops == 2 * 100 * 16 * 8
 
 
+def test_work_of_our_float8_kernels():
+    """Scales are no operands of a product; tiles of 128 rows count as their rows."""
+    rest = ', custom_call_target="__gpu$xla.gpu.triton"'
+    rows, weights = (Array("f8e4m3fn", shape) for shape in ((1000, 256), (4, 512, 256)))
+    scales = Array("f32", (1000, 2)), Array("f32", (4, 4, 2))
+    product = Instruction("pallas_call.1", "custom-call", (Array("bf16", (1000, 512)),), (), rest)
+    for even, counted in ((None, 1000), (800, 800)):
+        assert kernel_work("grouped_matmul_fp8", product, (rows, scales[0], weights, scales[1]), even).flops == (
+            2 * counted * 512 * 256
+        )
+    tiles = Array("f8e4m3fn", (9, 256, 128)), Array("f32", (9, 256)), Array("f8e4m3fn", (9, 512, 128)), Array("f32", (9, 512))
+    gradient = Instruction("pallas_call.2", "custom-call", (Array("f32", (4, 256, 512)),), (), rest)
+    for even, counted in ((None, 9 * 128), (800, 800)):
+        assert kernel_work("grouped_matmul_of_rows_fp8", gradient, tiles, even).flops == 2 * counted * 256 * 512
+
+
 def test_links():
     """The whole of an array of n bytes gathered over 8 GPUs of one host, and over two hosts of 4."""
     mesh = jax.make_mesh((8,), ("fsdp",), axis_types=(AxisType.Auto,), devices=jax.devices()[:8])

@@ -30,20 +30,19 @@ def rows_by_weights(rows: Sequence[Scaled], weights: Sequence[Scaled], group_siz
     """Sum of products of rows and their groups' weights.
 
     Args:
-        rows: each codes [N, K], sorted by group, and float32 scales [N, ceil(K/128)].
+        rows: each codes [N, K], sorted by group, and float32 scales [N, ceil(K/128)]; K may differ.
         weights: for each of them codes [E, M, K] and float32 scales [E, ceil(M/128), ceil(K/128)].
         group_sizes: [E], together at most N.
 
     Returns:
         [N, M]; zero for rows of no group.
     """
-    count, depth = rows[0][0].shape
-    groups, width = weights[0][0].shape[:2]
-    shape = LARGEST.cut(pl.cdiv(count, groups), width, depth)
+    count, groups, width = rows[0][0].shape[0], *weights[0][0].shape[:2]
+    shape = LARGEST.cut(pl.cdiv(count, groups), width, max(codes.shape[1] for codes, _ in rows))
     tiles = make_tiles(group_sizes, count, shape.rows)
     return call(
         partial(_rows_by_weights_kernel, shape, groups),
-        "fp8_grouped_matmul",
+        f"{_matmul(groups)}_fp8",
         (pl.cdiv(width, shape.columns), tiles.group.size),
         jax.ShapeDtypeStruct((count, width), dtype),
         PARAMETERS,
@@ -60,9 +59,7 @@ def _rows_by_weights_kernel(
     tile, column = pl.program_id(1), pl.program_id(0) * shape.columns
     group, first, end = (each[tile] for each in tiles)
     these, those = span(first, shape.rows, end), span(column, shape.columns, y.shape[1])
-    depth = rows[0][0].shape[1]
-    is_needed = (group < groups) & (first < end)
-    steps = pl.cdiv(depth, shape.depth) * is_needed.astype(jnp.int32)
+    is_needed = ((group < groups) & (first < end)).astype(jnp.int32)
     total = jnp.zeros((shape.rows, shape.columns), jnp.float32)
     for (x, x_scales), (weight, weight_scales) in zip(rows, weights):
 
@@ -74,12 +71,12 @@ def _rows_by_weights_kernel(
             w: Any = weight,
             w_scales: Any = weight_scales,
         ) -> jax.Array:
-            inner = span(step * shape.depth, shape.depth, depth)
+            inner = span(step * shape.depth, shape.depth, x.shape[1])
             scales = _load_scales(x_scales, these, step, axis=0) * w_scales[group, column // TILE, step]
             product = float8_dot(load(x, these, inner), load(w, those, inner, group))
             return total + product * scales[:, None]
 
-        total = lax.fori_loop(0, steps, add, total)
+        total = lax.fori_loop(0, is_needed * pl.cdiv(x.shape[1], shape.depth), add, total)
     store(y, total, these, those)
 
 
@@ -98,7 +95,7 @@ def rows_by_rows(x: Scaled, dy: Scaled, tile_ends: jax.Array) -> jax.Array:
     shape = LARGEST.cut(height, width, TILE)
     return call(
         partial(_rows_by_rows_kernel, shape),
-        "fp8_grouped_matmul_of_rows",
+        f"{_matmul(groups)}_of_rows_fp8",
         (pl.cdiv(width, shape.columns), pl.cdiv(height, shape.rows), groups),
         jax.ShapeDtypeStruct((groups, height, width), jnp.float32),
         PARAMETERS,
@@ -125,6 +122,11 @@ def _rows_by_rows_kernel(shape: Shape, counts: Any, ends: Any, x: Any, dy: Any, 
     total = jnp.zeros((shape.rows, shape.columns), jnp.float32)
     total = lax.fori_loop(end - counts[group], end, add, total)
     store(dw, total, these, those, group)
+
+
+def _matmul(groups: int) -> str:
+    """In a kernel's name, by which a plan knows what even routing means for it."""
+    return "grouped_matmul" if groups > 1 else "matmul"
 
 
 def _load_scales(ref: Any, places: Span, other: jax.Array, axis: int) -> jax.Array:

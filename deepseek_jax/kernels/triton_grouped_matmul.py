@@ -29,16 +29,15 @@ def rows_by_weights(
     """Sum of products of rows and their groups' weights.
 
     Args:
-        rows: each [N, K], sorted by group.
+        rows: each [N, K], sorted by group; K may differ.
         weights: for each of them [E, K, M], or with `transpose` [E, M, K].
         group_sizes: [E], together at most N.
 
     Returns:
         [N, M], summed in float32; zero for rows of no group.
     """
-    count, depth = rows[0].shape
-    groups, width = weights[0].shape[0], weights[0].shape[1 if transpose else 2]
-    shape = _shape(rows[0].dtype, pl.cdiv(count, groups), width, depth)
+    count, groups, width = rows[0].shape[0], weights[0].shape[0], weights[0].shape[1 if transpose else 2]
+    shape = _shape(rows[0].dtype, pl.cdiv(count, groups), width, max(x.shape[1] for x in rows))
     tiles = make_tiles(group_sizes, count, shape.rows)
     return call(
         partial(_rows_by_weights_kernel, shape, groups, transpose),
@@ -59,18 +58,16 @@ def _rows_by_weights_kernel(
     tile, column = pl.program_id(1), pl.program_id(0) * shape.columns
     group, first, end = (each[tile] for each in tiles)
     these, those = span(first, shape.rows, end), span(column, shape.columns, y.shape[1])
-    depth = rows[0].shape[1]
-    is_needed = (group < groups) & (first < end)
-    steps = pl.cdiv(depth, shape.depth) * is_needed.astype(jnp.int32)
+    is_needed = ((group < groups) & (first < end)).astype(jnp.int32)
     total = jnp.zeros((shape.rows, shape.columns), jnp.float32)
     for x, weight in zip(rows, weights):
 
         def add(step: jax.Array, total: jax.Array, x: Any = x, weight: Any = weight) -> jax.Array:
-            inner = span(step * shape.depth, shape.depth, depth)
+            inner = span(step * shape.depth, shape.depth, x.shape[1])
             right = load(weight, *((those, inner) if transpose else (inner, those)), group)
             return total + _dot(load(x, these, inner), right, trans_b=transpose)
 
-        total = lax.fori_loop(0, steps, add, total)
+        total = lax.fori_loop(0, is_needed * pl.cdiv(x.shape[1], shape.depth), add, total)
     store(y, total, these, those)
 
 

@@ -51,15 +51,25 @@ def kernel_work(name: str, instruction: Instruction, operands: Operands, even_ro
     else:
         return None
     if even_rows is not None and any(word in name for word in GROUPED):
-        rows = _rows(operands)
-        if "tgmm" in name:  # reads the rows' transpose
-            rows = max([rows, *(array.shape[-1] for array in operands if len(array.shape) == 2)])
-        flops = flops * even_rows // max(rows, even_rows)
+        flops = flops * even_rows // max(_rows_worked_on(name, operands), even_rows)
     return Work(flops, moved)
+
+
+def _rows_worked_on(name: str, operands: Operands) -> int:
+    if "of_rows_fp8" in name:
+        tiles = _codes(operands)[0]
+        return tiles.shape[0] * tiles.shape[2]
+    if "tgmm" in name:  # reads the rows' transpose as well
+        return max((max(array.shape) for array in operands if len(array.shape) == 2), default=0)
+    return _rows(operands)
 
 
 def _rows(operands: Operands) -> int:
     return max((array.shape[0] for array in operands if len(array.shape) == 2), default=0)
+
+
+def _codes(operands: Operands) -> list[Array]:
+    return [array for array in operands if array.dtype.startswith("f8")]
 
 
 def _attention(widths: Callable[[int, int, bool], int]) -> Callable[[Operands, Operands], int]:
@@ -84,10 +94,24 @@ def _grouped(operands: Operands, results: Operands) -> int:
     return sum(2 * _rows(operands) * math.prod(array.shape[1:]) for array in (*operands, *results) if len(array.shape) == 3)
 
 
+def _fp8(operands: Operands, results: Operands) -> int:
+    """As above; scales multiply nothing."""
+    return _grouped(_codes(operands), ())
+
+
+def _fp8_of_rows(operands: Operands, results: Operands) -> int:
+    """[T, K, 128] by [T, M, 128]: every tile's rows give a product [K, M]."""
+    left, right = _codes(operands)
+    return 2 * math.prod(left.shape) * right.shape[1]
+
+
 GROUPED = ("gmm", "grouped_matmul")
 """Part of the name of a kernel that multiplies rows by the weights of their groups."""
 FORMULAS = {
-    "grouped_matmul": _grouped,  # of ours: JAX does not pass a Triton kernel's own estimate on
+    # Of ours; JAX does not pass a Triton kernel's own estimate on.
+    "of_rows_fp8": _fp8_of_rows,
+    "matmul_fp8": _fp8,
+    "grouped_matmul": _grouped,
     "splash_mha_fwd": _attention(lambda d, v, _: d + v),
     "splash_mha_dkv": _attention(lambda d, v, is_fused: 3 * d + 2 * v if is_fused else 2 * d + 2 * v),
     "splash_mha_dq": _attention(lambda d, v, _: 2 * d + v),  # MaxText's default: makes scores again, as dkv does
