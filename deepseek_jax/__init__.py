@@ -6,6 +6,10 @@ with the package.
 
 from typing import Any
 
+from deepseek_jax.absent_devices import keep_quiet
+
+keep_quiet()
+
 
 def __getattr__(name: str) -> Any:
     if name in ("DeepSeekModel", "DeepSeekTrainer"):

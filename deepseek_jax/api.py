@@ -25,7 +25,7 @@ from deepseek_jax.config.sizes import model_from
 from deepseek_jax.data.texts import as_prompts, continued
 from deepseek_jax.data.tokenizer import end_of_document_id, load_tokenizer
 from deepseek_jax.generate import Generator, check_sampling, load_run
-from deepseek_jax.model.transformer import ParameterCount, count_parameters
+from deepseek_jax.planning.figures import ParameterCount, count_parameters
 from deepseek_jax.precision.fp8 import require_fp8
 from deepseek_jax.train import Interrupted, train
 from deepseek_jax.training.fitting import History, plan_run
@@ -54,7 +54,9 @@ class DeepSeekModel:
         self.config: ModelConfig = model_from(preset, sizes)
         self.tokenizer: Optional[Tokenizer] = None
         self._tokenizer_files: Optional[Path] = None
-        self._seed, self._variables, self._generators = seed, None, {}
+        self._seed = seed
+        self._variables: Optional[dict[str, Any]] = None
+        self._generators: dict[Any, Generator] = {}
         self._fits_vocabulary = preset is None and "vocab_size" not in sizes
 
     @classmethod

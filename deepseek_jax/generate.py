@@ -19,7 +19,7 @@ from deepseek_jax.compilation import compiler_options
 from deepseek_jax.config import ModelConfig, load_config
 from deepseek_jax.data.tokenizer import end_of_document_id, load_tokenizer
 from deepseek_jax.errors import UserError, run_command
-from deepseek_jax.model.decoding import Cache, decode, prefill, prepare
+from deepseek_jax.model.decoding import Cache, Weights, decode, prefill, prepare
 from deepseek_jax.precision.fp8 import require_fp8
 from deepseek_jax.training.checkpoint import Checkpoints
 
@@ -163,13 +163,19 @@ def _rounded_up(length: int) -> int:
     return int(-(-length // LENGTH_MULTIPLE) * LENGTH_MULTIPLE)
 
 
-def _first(config, weights, tokens, lengths, settings, key, cache_length, greedy) -> tuple[jax.Array, Cache]:
+def _first(
+    config: ModelConfig, weights: Weights, tokens: jax.Array, lengths: jax.Array, settings: tuple[jax.Array, jax.Array],
+    key: jax.Array, cache_length: int, greedy: bool,
+) -> tuple[jax.Array, Cache]:  # fmt: skip
     """Read the prompts [B, P] and choose the first new token of each."""
     logits, cache = prefill(config, weights, tokens, lengths, cache_length)
     return sample_token(logits, *settings, key, greedy), cache
 
 
-def _following(config, weights, cache, token, positions, settings, key, greedy) -> tuple[jax.Array, Cache]:
+def _following(
+    config: ModelConfig, weights: Weights, cache: Cache, token: jax.Array, positions: jax.Array,
+    settings: tuple[jax.Array, jax.Array], key: jax.Array, greedy: bool,
+) -> tuple[jax.Array, Cache]:  # fmt: skip
     """Take in the tokens [B] at positions [B] and choose the ones after them."""
     logits, cache = decode(config, weights, cache, token, positions)
     return sample_token(logits, *settings, key, greedy), cache
@@ -192,7 +198,8 @@ class TextStream:
     """Turns tokens into text as they come, holding back characters that are not complete yet."""
 
     def __init__(self, tokenizer: Tokenizer):
-        self._tokenizer, self._tokens = tokenizer, []
+        self._tokenizer = tokenizer
+        self._tokens: list[int] = []
         self.text = ""
 
     def push(self, token: int) -> str:

@@ -5,18 +5,20 @@ before it makes anything, and what a module finds as `auto` is for the devices a
 """
 
 import dataclasses
+from typing import Any
 
 import jax
 
 from deepseek_jax.config import Config
 
 BEST = {
-    "grouped_matmul": {"tpu": "megablox", "gpu": "blocked", "cpu": "blocked"},
+    "grouped_matmul": {"tpu": "megablox", "gpu": "triton", "cpu": "blocked"},
+    "attention": {"tpu": "splash", "gpu": "cudnn", "cpu": "blocked"},
     "exchange": {"tpu": "ragged", "gpu": "ragged", "cpu": "rounds"},
 }
 """Operation -> platform, as JAX names it -> implementation."""
 
-WITHOUT_FLOAT64 = {"megablox": "blocked"}
+WITHOUT_FLOAT64 = {"megablox": "blocked", "triton": "blocked", "splash": "chunked", "cudnn": "chunked"}
 """Kernels that have no float64, and what takes their place."""
 
 
@@ -30,8 +32,9 @@ def choose(config: Config, platform: str) -> Config:
     """`config` with every `auto` replaced by the best there is for `platform`."""
     is_float64 = config.model.precision == "float64"
 
-    def chosen(section: object) -> dict[str, str]:
+    def chosen(section: object) -> dict[str, Any]:
         return {name: best(name, platform, is_float64) for name in BEST if getattr(section, name, None) == "auto"}
 
-    model, parallel = (dataclasses.replace(part, **chosen(part)) for part in (config.model, config.parallel))
+    model = dataclasses.replace(config.model, **chosen(config.model))
+    parallel = dataclasses.replace(config.parallel, **chosen(config.parallel))
     return dataclasses.replace(config, model=model, parallel=parallel)

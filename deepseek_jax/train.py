@@ -23,11 +23,12 @@ from deepseek_jax.config import Config, ConfigError, load_config, presets, to_ya
 from deepseek_jax.data.loader import Windows
 from deepseek_jax.data.packing import PreparedData, is_prepared, open_prepared, prepare
 from deepseek_jax.errors import UserError, run_command, write_atomically
-from deepseek_jax.model.transformer import count_parameters
+from deepseek_jax.implementations import choose
 from deepseek_jax.parallel import processes
 from deepseek_jax.parallel.mesh import resolve
 from deepseek_jax.parallel.sharding import Division, place_batch
 from deepseek_jax.parallel.summary import mesh_summary
+from deepseek_jax.planning.figures import count_parameters
 from deepseek_jax.precision.fp8 import require_fp8
 from deepseek_jax.training.checkpoint import Checkpoints
 from deepseek_jax.training.evaluation import Evaluation
@@ -49,8 +50,12 @@ def main() -> None:
     )
     parser.add_argument("--config", help=f"a .yaml file or a preset ({', '.join(presets())})")
     parser.add_argument("--resume", action="store_true", help="go on from the last checkpoint of run_dir")
-    parser.add_argument("--distributed", action="store_true", help="one of several processes that SLURM, a TPU pod, Kubernetes "
-                        "or mpirun started; scripts/launch_local needs no such word")  # fmt: skip
+    parser.add_argument(
+        "--distributed",
+        action="store_true",
+        help="one of several processes that SLURM, a TPU pod, Kubernetes or mpirun started; "
+        "scripts/launch_local needs no such word",
+    )
     parser.add_argument("overrides", nargs="*", metavar="section.field=value", help="fields of the config to change")
     args = parser.parse_intermixed_args()
     run_command(lambda: start(args))
@@ -93,9 +98,10 @@ def train(config: Config, resume: bool = False, variables: Optional[dict[str, An
     # The default would cut float32 products down to bfloat16 or TF32 on a TPU or GPU.
     jax.config.update("jax_default_matmul_precision", "highest")
     asked, config = config, dataclasses.replace(config, parallel=resolve(config, jax.device_count()))
+    config = choose(config, jax.default_backend())
     fresh = jax.eval_shape(partial(init_state, config))
     division = Division(config.parallel, fresh.params) if jax.device_count() > 1 else None
-    shardings = division and division.shardings(fresh, make_optimizer(config.train))
+    shardings = None if division is None else division.shardings(fresh, make_optimizer(config.train))
     run_dir = Path(config.run_dir)
     if not resume and (run_dir / METRICS_FILE).exists():
         raise ConfigError(f"{run_dir} already holds a run: add --resume to go on with it, or give another run_dir")
@@ -153,7 +159,7 @@ class _Loop:
         previous = {number: signal.signal(number, self._interrupt) for number in (signal.SIGINT, signal.SIGTERM)}
         try:
             told: tuple[StepPlan, StepMetrics] | None = None
-            asked = False
+            asked: bool | jax.Array = False
             for plan in plan_steps(train):
                 if plan.step <= self._last_step:
                     continue

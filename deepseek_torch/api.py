@@ -51,7 +51,8 @@ class DeepSeekModel:
         self.config: ModelConfig = model_from(preset, sizes)
         self.tokenizer: Optional[Tokenizer] = None
         self._tokenizer_files: Optional[Path] = None
-        self._seed, self._module = seed, None
+        self._seed = seed
+        self._module: Optional[DeepseekV3] = None
         self._fits_vocabulary = preset is None and "vocab_size" not in sizes
 
     @classmethod

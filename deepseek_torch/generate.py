@@ -101,18 +101,18 @@ def generate(
     padded = torch.tensor([[*prompt, *[0] * (longest - len(prompt))] for prompt in prompts])
     positions = torch.tensor(lengths)
     random = torch.Generator().manual_seed(seed)
+    end = -1 if end_of_document is None else end_of_document  # -1 is no token
     ended = [False] * len(prompts)
     logits, cache = prefill(model, padded, positions, cache_length=longest + steps)
-    for step in range(steps):
-        if step:
-            logits, cache = decode(model, cache, chosen, positions)
-            positions = positions + 1
+    for step in range(1, steps + 1):
         chosen = sample_token(logits, temperature, top_p, random)
-        told = [end_of_document if over else token for over, token in zip(ended, chosen.tolist())]
+        told = [end if over else token for over, token in zip(ended, chosen.tolist())]
         yield told
-        ended = [token == end_of_document for token in told]
-        if all(ended):
+        ended = [token == end for token in told]
+        if all(ended) or step == steps:
             return
+        logits, cache = decode(model, cache, chosen, positions)
+        positions = positions + 1
 
 
 def sample_token(logits: torch.Tensor, temperature: float, top_p: float, random: torch.Generator) -> torch.Tensor:

@@ -94,7 +94,7 @@ def _read(directory: Path) -> dict[str, torch.Tensor]:
         weight_map = read_object(file_inside(directory, INDEX_FILE, str(directory))).get("weight_map")
         if not isinstance(weight_map, dict):
             raise CheckpointError(f"{index}: weight_map must map tensors to files")
-        files = dict.fromkeys(weight_map.values())
+        files = list(dict.fromkeys(weight_map.values()))
     tensors: dict[str, torch.Tensor] = {}
     for name in files:
         path = file_inside(directory, name, str(directory))

@@ -10,6 +10,13 @@ os.environ["XLA_FLAGS"] = (
 os.environ.setdefault("ALLOW_MULTIPLE_LIBTPU_LOAD", "1")  # it only compiles here, so that several processes may have it
 
 import pytest
+from hypothesis import HealthCheck, settings
+
+# How long an example takes depends on the machine and on what else it does; its files are overwritten by the next.
+settings.register_profile(
+    "any machine", deadline=None, suppress_health_check=[HealthCheck.too_slow, HealthCheck.function_scoped_fixture]
+)
+settings.load_profile("any machine")
 
 
 @pytest.fixture(autouse=True, scope="module")
@@ -28,3 +35,41 @@ def x64():
 
     with jax.enable_x64(True):
         yield
+
+
+@pytest.fixture(scope="session")
+def run(tmp_path_factory):
+    """A run directory, of the model `WIDE`; to be read only."""
+    from parity_tests.checkpoints import WIDE
+    from parity_tests.conversions import make_run
+
+    return make_run(tmp_path_factory.mktemp("runs") / "wide", WIDE)
+
+
+@pytest.fixture(scope="session")
+def exported(run):
+    """The same model for Hugging Face, in float32 and several files; to be read only."""
+    from deepseek_jax.convert import convert
+
+    destination = run.parent / "exported"
+    convert(run, destination, max_shard_size="300KB", verify=True)
+    return destination
+
+
+@pytest.fixture(scope="session")
+def tokenizer():
+    """Trained on `texts.TEXT`."""
+    from deepseek_jax.data.tokenizer import train_tokenizer
+    from parity_tests.texts import TEXT, VOCAB_SIZE
+
+    return train_tokenizer([TEXT], VOCAB_SIZE)
+
+
+@pytest.fixture
+def text_file(tmp_path):
+    """`texts.TEXT` in a file of its own."""
+    from parity_tests.texts import TEXT
+
+    path = tmp_path / "text.txt"
+    path.write_text(TEXT)
+    return path

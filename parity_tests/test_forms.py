@@ -19,7 +19,7 @@ from deepseek_jax.checkpoint.tensors import CheckpointError
 from deepseek_jax.config import ConfigError, load_config, presets
 from deepseek_jax.generate import Generator
 from deepseek_jax.model.router import dropless
-from deepseek_jax.model.transformer import count_parameters
+from deepseek_jax.planning.figures import count_parameters
 from deepseek_torch.generate import generate
 from deepseek_torch.model.layers import FeedForward
 from deepseek_torch.pretrained import load_pretrained as load_torch
@@ -83,8 +83,8 @@ def test_room_is_given_in_the_order_of_tokens_and_by_sequence():
     config = dataclasses.replace(GUIDE, n_routed_experts=3, num_experts_per_tok=2, capacity_factor=0.75)
     indices = np.array([[[0, 1], [0, 2], [1, 0], [0, 1]], [[2, 1], [0, 2], [2, 0], [1, 2]]], np.int32)
     expected = np.array([[[1, 1], [1, 1], [1, 0], [0, 0]], [[1, 1], [1, 1], [0, 1], [1, 0]]], bool)
-    assert np.array_equal(jax_router.find_room(config, indices), expected)
-    assert np.array_equal(torch_router.find_room(config, torch.from_numpy(indices)), expected)
+    assert np.array_equal(jax_router.find_room(config, indices, config.capacity_factor), expected)
+    assert np.array_equal(torch_router.find_room(config, torch.from_numpy(indices), config.capacity_factor), expected)
 
 
 def test_a_token_without_any_room_is_served_by_nothing_and_has_no_gradient():

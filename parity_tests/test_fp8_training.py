@@ -10,12 +10,11 @@ import numpy as np
 import pytest
 import torch
 
-import deepseek_torch.model.layers as torch_layers
+from deepseek_jax.checkpoint.layout import layout
 from deepseek_jax.checkpoint.safetensors_reader import SafetensorsDirectory
 from deepseek_jax.config import Config, ConfigError, ModelConfig, TrainConfig, load_config, to_yaml
 from deepseek_jax.convert import convert
 from deepseek_jax.generate import load_run
-from deepseek_jax.model import layers, rope, transformer
 from deepseek_jax.model.block import Block
 from deepseek_jax.model.rope import rope_angles
 from deepseek_jax.model.transformer import DeepseekV3
@@ -25,6 +24,8 @@ from deepseek_jax.training.checkpoint import Checkpoints
 from deepseek_jax.training.optimizer import make_optimizer
 from deepseek_jax.training.schedules import plan_steps
 from deepseek_jax.training.step import Scalars, TrainState, train_step
+from deepseek_torch.precision import fp8 as torch_fp8
+from deepseek_torch.precision import fp8_matmul as torch_fp8_matmul
 from deepseek_torch.training.optimizer import make_optimizer as make_torch_optimizer
 from deepseek_torch.training.step import TrainState as TorchTrainState
 from deepseek_torch.training.step import train_step as torch_train_step
@@ -82,48 +83,58 @@ def test_ten_fp8_steps_in_lockstep():
     assert ours[-1] < ours[0] - 0.08
 
 
-def test_the_same_products_are_in_float8(monkeypatch):
-    """With float32 around the products, the states of both depths differ by a few codes; one Linear more or less in
-    float8 would move them by over 1e-2.
-    """
-    config = fp8_config().model
-    monkeypatch.setitem(torch_layers.DTYPES, "fp8", torch.float32)
-    for module in (layers, rope, transformer):
-        monkeypatch.setattr(module, "compute_dtype", lambda config: jnp.dtype("float32"))
-    pair = Siblings(config)
-    tokens = batch(fp8_config(), seed=0)[0, :4, :-1]
-    states = jax.jit(lambda variables: pair.jax.apply(variables, tokens).hidden, compiler_options=COMPILE_QUICKLY)
-    ours = np.asarray(states(pair.variables))
-    with torch.no_grad():
-        theirs = pair.torch(torch.from_numpy(tokens)).hidden.numpy()
-    for depth in range(2):
-        apart = np.linalg.norm(ours[depth] - theirs[depth]) / np.linalg.norm(theirs[depth])
-        assert apart < 2e-3
+Codes = set[tuple[tuple[int, ...], bytes, bytes]]
+"""Matrices [in, out] in float8: the shape, the codes and the scales of each."""
 
 
-def codes_used(config: ModelConfig, variables: dict, monkeypatch) -> set[tuple]:
-    """Every matrix as the model's products use it: its shape, codes and scales, [in, out]."""
-    used = set()
+def codes_used(config: ModelConfig, variables: dict, monkeypatch) -> Codes:
+    """Every matrix that the model multiplies by in float8."""
+    used: Codes = set()
 
-    def record(codes: np.ndarray, scales: np.ndarray) -> None:
-        for matrix, its_scales in zip(codes, scales):
-            used.add((matrix.shape, matrix.tobytes(), its_scales.tobytes()))
+    def record(codes: np.ndarray, scales: np.ndarray) -> np.ndarray:
+        matrices = zip(codes.reshape(-1, *codes.shape[-2:]), scales.reshape(-1, *scales.shape[-2:]))
+        used.update((matrix.shape, matrix.tobytes(), its_scales.tobytes()) for matrix, its_scales in matrices)
+        return codes
 
     def recording(w: jax.Array) -> tuple[jax.Array, jax.Array]:
         codes, scales = fp8.quantize_blocks(w)
-        matrices = jax.lax.bitcast_convert_type(codes, jnp.uint8).reshape(-1, *codes.shape[-2:])
-        jax.debug.callback(record, matrices, scales.reshape(-1, *scales.shape[-2:]))
-        return codes, scales
+        as_bytes = jax.lax.bitcast_convert_type(codes, jnp.uint8)
+        # What it returns goes into the product, so that no one leaves it out.
+        as_bytes = jax.pure_callback(record, as_bytes, as_bytes, scales)
+        return jax.lax.bitcast_convert_type(as_bytes, codes.dtype), scales
 
     for module in (fp8_matmul, fp8_grouped_matmul):
         monkeypatch.setattr(module, "quantize_blocks", recording)
     tokens = batch(fp8_config(), seed=0)[0, :1, :20]
     jax.block_until_ready(jax.jit(DeepseekV3(config).apply, compiler_options=COMPILE_QUICKLY)(variables, tokens))
-    jax.effects_barrier()
     return used
 
 
-def codes_written(directory: Path) -> set[tuple]:
+def codes_used_by_torch(model: torch.nn.Module, monkeypatch) -> Codes:
+    """The same of the sibling."""
+    used: Codes = set()
+
+    def recording(w: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        codes, scales = torch_fp8.quantize_blocks(w)
+        used.add((tuple(w.shape), codes.view(torch.uint8).numpy().tobytes(), scales.numpy().tobytes()))
+        return codes, scales
+
+    monkeypatch.setattr(torch_fp8_matmul, "quantize_blocks", recording)
+    with torch.no_grad():
+        model(torch.from_numpy(batch(fp8_config(), seed=0)[0, :1, :20]).long())
+    return used
+
+
+def test_the_same_products_are_in_float8(monkeypatch):
+    """By the matrices that they multiply by: those of DeepSeek's form and MTP's projection, and no others."""
+    config = fp8_config().model
+    pair = Siblings(config)
+    ours, theirs = codes_used(config, pair.variables, monkeypatch), codes_used_by_torch(pair.torch, monkeypatch)
+    assert ours == theirs
+    assert len(ours) == sum(place.quantized for place in layout(config)) + config.num_nextn_predict_layers
+
+
+def codes_written(directory: Path) -> Codes:
     """The same of a Hugging Face directory, whose matrices are [out, in]."""
     tensors = SafetensorsDirectory(directory)
     suffix = "_scale_inv"

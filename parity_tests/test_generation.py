@@ -90,7 +90,7 @@ def test_the_context_is_the_limit():
     prompt = [list(range(36))]
     assert from_torch(prompt, 100) == from_jax(prompt, 100) == [[token] for token in without_cache(prompt[0], 5)]
     for from_sibling in (from_torch, from_jax):
-        with pytest.raises(UserError, match="41 tokens; the context .* is 40"):
+        with pytest.raises(UserError, match=r"41 tokens; the context .* is 40"):
             from_sibling([list(range(41))], 1)
 
 

@@ -2,6 +2,7 @@
 
 from contextlib import ExitStack, contextmanager
 from functools import partial
+from unittest import mock
 
 import jax
 import jax.numpy as jnp
@@ -11,12 +12,12 @@ from jax.experimental.pallas import tpu as pltpu
 from jax.sharding import AxisType, PartitionSpec
 
 from deepseek_jax.errors import UserError
+from deepseek_jax.kernels import megablox
 from deepseek_jax.model.grouped_matmul import grouped_matmul
 
 SUPPORTED = [
     *((name, dtype) for name in ("reference", "blocked") for dtype in ("float64", "float32", "bfloat16")),
-    ("megablox", "float32"),
-    ("megablox", "bfloat16"),
+    *((name, dtype) for name in ("megablox", "triton") for dtype in ("float32", "bfloat16")),
 ]
 ROWS, WIDTH_IN, WIDTH_OUT = 700, 130, 33
 GROUPS = {
@@ -32,11 +33,13 @@ GROUPS = {
 
 @contextmanager
 def settings(implementation, dtype):
-    """float64 where it is asked for, and the TPU's kernel emulated."""
+    """float64 where it is asked for, and the TPU's kernel emulated in tiles of 128, of which several make an array."""
     with ExitStack() as stack:
         stack.enter_context(jax.enable_x64(dtype == "float64"))
         if implementation == "megablox":
             stack.enter_context(pltpu.force_tpu_interpret_mode())
+            stack.enter_context(mock.patch.object(megablox, "FEWER_ROWS", 128))
+            stack.enter_context(mock.patch.object(megablox, "WIDEST_BYTES", 128 * jnp.dtype(dtype).itemsize))
         yield
 
 
@@ -98,7 +101,9 @@ def test_product_and_gradients(implementation, dtype):
                 raise AssertionError(f"{name}: {error}") from error
 
 
-@pytest.mark.parametrize("implementation, dtype", [("reference", "float64"), ("blocked", "float64"), ("megablox", "float32")])
+@pytest.mark.parametrize(
+    "implementation, dtype", [("reference", "float64"), ("blocked", "float64"), ("megablox", "float32"), ("triton", "float32")]
+)
 def test_two_weights(implementation, dtype):
     """Two weights read the same rows: two products, two gradients, and the sum of what either gives x."""
     with settings(implementation, dtype):
@@ -125,10 +130,12 @@ def test_few_rows(implementation, dtype, rows, group_sizes):
         check(actual, arguments, group_sizes)
 
 
-def test_one_row_of_megablox():
-    with settings("megablox", "float32"):
-        arguments = arrays(1, [0, 1], "float32")
-        check(product_and_gradients(*arguments, jnp.array([0, 1], jnp.int32), "megablox"), arguments, [0, 1])
+@pytest.mark.parametrize("implementation, group_sizes", [("megablox", [0, 1]), ("triton", [0, 1]), ("triton", [2] * 16)])
+def test_few_rows_of_kernels(implementation, group_sizes):
+    with settings(implementation, "float32"):
+        arguments = arrays(sum(group_sizes), group_sizes, "float32")
+        actual = product_and_gradients(*arguments, jnp.array(group_sizes, jnp.int32), implementation)
+        check(actual, arguments, group_sizes)
 
 
 @pytest.mark.parametrize("seed", range(5))
@@ -207,7 +214,7 @@ def test_megablox_compiles_for_tpu(topology, dtype):
 
     chip = topologies.get_topology_desc(platform="tpu", topology_name=topology).devices[0]
     place = jax.sharding.SingleDeviceSharding(chip)
-    for rows, experts, width_in, width_out in [(8192, 16, 512, 256), (1000, 5, 200, 72)]:
+    for rows, experts, width_in, width_out in [(4096, 2, 7168, 2048), (1000, 5, 200, 72)]:
         shapes = (rows, width_in), (experts, width_in, width_out), (rows, width_out)
         arguments = [jax.ShapeDtypeStruct(shape, dtype, sharding=place) for shape in shapes]
         sizes = jax.ShapeDtypeStruct((experts,), "int32", sharding=place)
@@ -215,9 +222,20 @@ def test_megablox_compiles_for_tpu(topology, dtype):
         assert text.count('custom_call_target="tpu_custom_call"') == 3
 
 
+@pytest.mark.parametrize(
+    "rows, experts, widths, dtype, expected",
+    [(40960, 32, (7168, 2048), "bfloat16", (512, 1024, 1024)), (32768, 256, (7168, 2048), "bfloat16", (256, 1024, 1024)),
+     (32768, 4, (2048, 7168), "float32", (512, 512, 512)), (700, 4, (130, 33), "float32", (256, 130, 33)),
+     (1, 2, (1536, 1300), "bfloat16", (128, 768, 768))],
+)  # fmt: skip
+def test_megablox_tiles_follow_from_the_shapes(rows, experts, widths, dtype, expected):
+    assert megablox.tiles(rows, experts, *widths, dtype) == expected
+
+
 def test_unusable_choices_are_named():
     x, weight, group_sizes = jnp.ones((2, 3)), jnp.ones((1, 3, 4)), jnp.array([2], jnp.int32)
-    with pytest.raises(UserError, match="grouped_matmul=dense: choose one of auto, reference, blocked, megablox"):
+    with pytest.raises(UserError, match="grouped_matmul=dense: choose one of auto, reference, blocked, megablox, triton"):
         grouped_matmul(x, [weight], group_sizes, "dense")
-    with jax.enable_x64(True), pytest.raises(UserError, match="megablox: has no float64"):
-        grouped_matmul(x.astype("float64"), [weight.astype("float64")], group_sizes, "megablox")
+    for name in ("megablox", "triton"):
+        with jax.enable_x64(True), pytest.raises(UserError, match=f"{name}: has no float64"):
+            grouped_matmul(x.astype("float64"), [weight.astype("float64")], group_sizes, name)

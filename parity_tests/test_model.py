@@ -77,10 +77,10 @@ def test_weights_cross_exactly(name):
 def test_a_tensor_missing_or_left_over_is_an_error():
     config = CONFIGS[PLAIN]
     state_dict = TorchDeepseekV3(config).state_dict()
-    with pytest.raises(KeyError, match="model.extra"):
+    with pytest.raises(KeyError, match=r"model\.extra"):
         from_torch({**state_dict, "model.extra": torch.zeros(1)}, config)
     del state_dict["model.norm.weight"]
-    with pytest.raises(KeyError, match="model.norm.weight"):
+    with pytest.raises(KeyError, match=r"model\.norm\.weight"):
         from_torch(state_dict, config)
 
 

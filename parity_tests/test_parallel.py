@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax.extend.core import jaxprs_in_params
 
 from deepseek_jax.config import Config, ConfigError, ParallelConfig, Phase, load_config
 from deepseek_jax.parallel.mesh import resolve
@@ -184,17 +185,18 @@ def types_of_sums_and_gathers(jaxpr, matrices: set[tuple[int, int]]) -> tuple[se
         elif equation.primitive.name == "all_gather":
             gathered |= {each.aval.dtype for each in equation.outvars if each.aval.shape[-2:] in matrices}
         elif equation.primitive.name == "scan":
-            carried = equation.outvars[: equation.params["num_carry"]]
+            (body,) = jaxprs_in_params(equation.params)  # what is not carried comes out with one more axis
+            carried = [out for out, inner in zip(equation.outvars, body.outvars) if out.aval.ndim == inner.aval.ndim]
             summed |= {each.aval.dtype for each in carried if each.aval.shape[-2:] in matrices}
-        for inner in jax.core.jaxprs_in_params(equation.params):
+        for inner in jaxprs_in_params(equation.params):
             for known, more in zip((summed, gathered), types_of_sums_and_gathers(inner, matrices)):
                 known |= more
     return summed, gathered
 
 
 @pytest.mark.parametrize(("fields", "mesh"), [
-    (dict(tie_word_embeddings=True, q_lora_rank=None, num_nextn_predict_layers=0, first_k_dense_replace=0, num_hidden_layers=3),
-     dict(pipe=2, data=2, fsdp=2)),
+    (dict(tie_word_embeddings=True, q_lora_rank=None, num_nextn_predict_layers=0, first_k_dense_replace=0,
+          num_hidden_layers=3), dict(pipe=2, data=2, fsdp=2)),
     (dict(first_k_dense_replace=2, num_hidden_layers=2, num_nextn_predict_layers=0), dict(data=4, fsdp=2)),
     (dict(scoring_func="softmax", capacity_factor=1.0, n_shared_experts=2, shared_expert_gate=True, feed_forward="gelu",
           mtp_form="parallel", num_hidden_layers=4), dict(pipe=2, fsdp=2, expert=2)),

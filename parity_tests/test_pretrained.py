@@ -125,7 +125,7 @@ def test_truncated_files_and_foreign_copies(tmp_path):
     whole = path.read_bytes()
     path.write_bytes(whole[:-1])
     for sibling in (in_jax, in_torch):
-        with pytest.raises(UserError, match="model.safetensors"):
+        with pytest.raises(UserError, match=r"model\.safetensors"):
             sibling.load_pretrained(source)
     tensors = SafetensorsDirectory(write_huggingface_directory(tmp_path / "other", TINY))
     copy = tensors.entries[f"model.layers.{TINY.num_hidden_layers}.embed_tokens.weight"]
@@ -133,5 +133,5 @@ def test_truncated_files_and_foreign_copies(tmp_path):
     changed[copy.start + 2] ^= 1
     path.write_bytes(changed)
     for sibling in (in_jax, in_torch):
-        with pytest.raises(UserError, match="embed_tokens.weight: is not equal to model.embed_tokens.weight"):
+        with pytest.raises(UserError, match=r"embed_tokens\.weight: is not equal to model\.embed_tokens\.weight"):
             sibling.load_pretrained(source)

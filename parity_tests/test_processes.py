@@ -101,7 +101,7 @@ def test_four_processes(alone):
 
 
 def test_a_mistake_is_told_once(tmp_path):
-    told, complaints, code = train(tmp_path, "run", 2, 1, "parallel.data=3")
+    _, complaints, code = train(tmp_path, "run", 2, 1, "parallel.data=3")
     assert code == 1
     assert [line for line in complaints.splitlines() if line.startswith("error")] == [
         "error: parallel: pipe 1 x data 3 x fsdp 1 x expert 1 does not make the 2 devices that are here; nearest "
@@ -150,6 +150,6 @@ def test_when_one_dies_the_others_stop_and_say_which(victim, tmp_path):
 @pytest.mark.parametrize("failing, complaint", [(0, "error: "), (1, "error: process 1: ")])
 def test_a_failure_in_one_process_is_told_once(failing, complaint, tmp_path):
     running = launch(2, 1, "-c", WAITING, failing, tmp_path)
-    _, complaints = running.communicate(timeout=60)
+    _, complaints = running.communicate(timeout=200)
     said = [line for line in complaints.splitlines() if line.startswith("error: ")]
     assert running.returncode == 1 and said == [complaint + "the disk of this process is full"], complaints

@@ -6,8 +6,8 @@ import pytest
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 from deepseek_jax.config import load_config
-from deepseek_jax.parallel.collectives import collectives
 from deepseek_jax.parallel.exchange import AXIS, plan_journey, send, send_back
+from deepseek_jax.planning.collectives import collectives
 from deepseek_jax.training.ahead import compile_step
 
 pytest.importorskip("libtpu", reason="libtpu, the TPU's compiler, is not installed")

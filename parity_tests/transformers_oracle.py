@@ -16,7 +16,7 @@ from transformers.cache_utils import MtpCache
 from transformers.modeling_layers import MtpModel
 from transformers.models.deepseek_v3 import modeling_deepseek_v3
 
-from deepseek_jax.config import ModelConfig
+from deepseek_jax.config import HOW_COMPUTED, ModelConfig
 
 
 class _WideTorch:
@@ -38,7 +38,7 @@ def float64_islands() -> Iterator[None]:
 
 def transformers_config(config: ModelConfig) -> DeepseekV3Config:
     """Our config in transformers' words, with its plainest implementations."""
-    ours = ("mtp_hidden_after_norm", "precision", "remat", "grouped_matmul", "rope_scaling", "rope_theta")
+    ours = (*HOW_COMPUTED, "mtp_hidden_after_norm", "rope_scaling", "rope_theta")
     fields = {name: getattr(config, name) for name in config.__dataclass_fields__ if name not in ours}
     rope = {"rope_type": "default", "rope_theta": config.rope_theta}
     if config.rope_scaling is not None:

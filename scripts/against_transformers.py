@@ -16,7 +16,7 @@ os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # else the idle side's thre
 import numpy as np
 
 from deepseek_jax.checkpoint.layout import layout
-from deepseek_jax.config import Config
+from deepseek_jax.config import HOW_COMPUTED, Config
 
 
 class Side:
@@ -70,7 +70,7 @@ def transformers_model(config: Config, folder: Path, experts: str):
     import torch
     from transformers import DeepseekV3Config, DeepseekV3ForCausalLM
 
-    ours = ("mtp_hidden_after_norm", "precision", "remat", "grouped_matmul", "num_nextn_predict_layers", "rope_scaling")
+    ours = (*HOW_COMPUTED, "mtp_hidden_after_norm", "num_nextn_predict_layers", "rope_scaling")
     names = {field: getattr(config.model, field) for field in config.model.__dataclass_fields__ if field not in ours}
     rope = {"rope_type": "default", "rope_theta": names.pop("rope_theta")}
     special = dict(pad_token_id=None, bos_token_id=None, eos_token_id=None)

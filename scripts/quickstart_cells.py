@@ -2,7 +2,7 @@
 # # A DeepSeek-V3 of one's own, in Python
 # Run it cell by cell in an editor or notebook that knows `# %%`, or as a whole:
 #
-#     .venv/bin/python scripts/quickstart_cells.py
+#     scripts/python scripts/quickstart_cells.py
 #
 # `from deepseek_torch import DeepSeekModel, DeepSeekTrainer` does the same in PyTorch.
 
@@ -17,7 +17,7 @@ if "QUICK" in os.environ:  # to see that it works
 texts = [inspect.getsource(importlib.import_module(name)) for name in names]
 
 # %% A model, from sizes or a preset's name; what is not given follows from what is.
-from deepseek_jax import DeepSeekModel, DeepSeekTrainer  # noqa: E402
+from deepseek_jax import DeepSeekModel, DeepSeekTrainer
 
 model = DeepSeekModel(
     vocab_size=1024,

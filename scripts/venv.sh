@@ -1,19 +1,21 @@
 # Sourced by the scripts that need an environment; sets `root` and `python`.
+# PYTHON=python3.12 and JAX=0.12.0 choose others than the machine's first Python and the newest jax that it can have,
+# each choice in an environment of its own; VENV says where that is.
 root=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
-venv=${VENV:-$root/.venv}
+venv=${VENV:-$root/.venv${PYTHON:+-${PYTHON##*/}}${JAX:+-jax$JAX}}
 [[ $venv = /* ]] || venv=$PWD/$venv
 python=$venv/bin/python
 
 # A Python that can make the environment, printed: 3.11 or newer, with the modules venv and ensurepip.
 find_python() {
     local candidate
-    for candidate in python3 python3.13 python3.12 python3.11 python3.14 python; do
+    for candidate in ${PYTHON:-python3 python3.13 python3.12 python3.11 python3.14 python}; do
         if "$candidate" -c 'import sys, venv, ensurepip; sys.exit(sys.version_info < (3, 11))' 2>/dev/null; then
             echo "$candidate"
             return
         fi
     done
-    echo "$0: no Python >= 3.11 with venv on PATH; install one (on Debian and Ubuntu also the package python3-venv)" >&2
+    echo "$0: no ${PYTHON:-Python} >= 3.11 with venv on PATH; install one (on Debian and Ubuntu also the package python3-venv)" >&2
     return 1
 }
 
@@ -32,6 +34,6 @@ ensure_venv() {
     fi
     echo "installing deepseek-jax${extra:+[$extra]} into $venv" >&2
     rm -f "$stamp"
-    "$python" -m pip install --quiet --disable-pip-version-check -e "$root${extra:+[$extra]}"
+    "$python" -m pip install --quiet --disable-pip-version-check -e "$root${extra:+[$extra]}" ${JAX:+"jax==$JAX"}
     echo "$wanted" >"$stamp"
 }

@@ -17,13 +17,11 @@ from typing import Any
 from deepseek_jax.checkpoint.fp8_blocks import BLOCK
 from deepseek_jax.checkpoint.tensors import CheckpointError
 from deepseek_jax.checkpoint.untrusted import file_inside, model_config, read_object, shown
-from deepseek_jax.config import ModelConfig, RopeScaling
+from deepseek_jax.config import HOW_COMPUTED, ModelConfig, RopeScaling
 
 CONFIG_JSON = "config.json"
 MODEL_TYPE, OWN_MODEL_TYPE = "deepseek_v3", "deepseek_jax"
 
-_HOW_COMPUTED = {"precision", "remat", "grouped_matmul", "capacity_factor"}
-"""Fields of `ModelConfig` that a checkpoint says nothing of: how it is computed, and what training alone limits."""
 _OUR_FORMS = {"feed_forward": "swiglu", "shared_expert_gate": False, "mtp_form": "sequential"}
 """Fields of `ModelConfig` that Hugging Face does not know, and what deepseek_v3 computes."""
 _V3_FORMS = {"scoring_func": "sigmoid", **_OUR_FORMS}
@@ -53,8 +51,10 @@ def require_deepseek_v3(config: ModelConfig, where: str) -> None:
         CheckpointError: one line that names `where` and every field at fault.
     """
     if faults := _other_forms(config):
-        raise CheckpointError(f"{where}: Hugging Face's {MODEL_TYPE} has no {', '.join(faults)}; keep it as a run, or write it "
-                              f"with save_pretrained as model_type {OWN_MODEL_TYPE}, which only we read")  # fmt: skip
+        raise CheckpointError(
+            f"{where}: Hugging Face's {MODEL_TYPE} has no {', '.join(faults)}; keep it as a run, or write it with "
+            f"save_pretrained as model_type {OWN_MODEL_TYPE}, which only we read"
+        )
 
 
 def _other_forms(config: ModelConfig) -> list[str]:
@@ -73,7 +73,7 @@ def to_config_json(config: ModelConfig, form: str, token_ids: Mapping[str, Any])
     """
     scaling = None if config.rope_scaling is None else dataclasses.asdict(config.rope_scaling)
     is_own = bool(_other_forms(config))
-    left_out = _HOW_COMPUTED | {"rope_theta", "rope_scaling"} | (set() if is_own else set(_OUR_FORMS))
+    left_out = {*HOW_COMPUTED, "rope_theta", "rope_scaling", *(() if is_own else _OUR_FORMS)}
     fields = {
         field.name: getattr(config, field.name) for field in dataclasses.fields(ModelConfig) if field.name not in left_out
     }
@@ -119,7 +119,7 @@ def read_config_json(directory: Path) -> ModelConfig:
     if content.get("num_key_value_heads") is not None:
         _require(path, "num_key_value_heads", content["num_key_value_heads"], heads)
     _check_quantization(path, content.get("quantization_config"))
-    names = {field.name for field in dataclasses.fields(ModelConfig)} - _HOW_COMPUTED
+    names = {field.name for field in dataclasses.fields(ModelConfig)}.difference(HOW_COMPUTED)
     fields = {name: content[name] for name in names if name in content}
     # transformers has a second name for it.
     if "num_mtp_layers" in content:
@@ -182,7 +182,7 @@ def _scaling(path: Path, key: str, parameters: dict[str, Any], context: Any) -> 
     for name, value in parameters.items():
         if name not in known and value is not None:
             raise CheckpointError(f"{path}: {key}.{name} is {shown(value)}; it is not supported")
-    given = {name: value for name in _ROPE_FIELDS if (value := parameters.get(name)) is not None}
+    given = {name: parameters[name] for name in _ROPE_FIELDS if parameters.get(name) is not None}
     if "factor" not in given:
         raise CheckpointError(f"{path}: {key}.factor is missing")
     # What transformers takes for those that are left out; without mscale the factor alone counts.

@@ -73,7 +73,7 @@ class HuggingFaceSource:
         if place.name not in self._float8:
             return weights
         where = f"{self._tensors.entries[place.name].file}: {place.name}"
-        return dequantize_blocks(weights, self.scales(place), where)
+        return dequantize_blocks(weights, self._tensors.read(place.name + SCALE_SUFFIX), where)
 
     def scales(self, place: TensorPlace) -> np.ndarray | None:
         """See `Source.scales`."""

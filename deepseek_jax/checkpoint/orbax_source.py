@@ -136,7 +136,7 @@ def _open_arrays(folder: Path, arrays: dict[tuple[str, ...], StackedArray]) -> d
 
 
 def _open(folder: Path, name: str) -> Any:
-    home = {"driver": "file", "path": f"{folder.absolute()}/"}
+    home: dict[str, Any] = {"driver": "file", "path": f"{folder.absolute()}/"}
     if (folder / "manifest.ocdbt").exists():
         kvstore = {"driver": "ocdbt", "base": home, "path": f"{name}/"}
     else:
@@ -152,10 +152,10 @@ def _open(folder: Path, name: str) -> Any:
 def _saved_names(folder: Path) -> list[str]:
     """Names of the arrays that orbax says it saved."""
     path = file_inside(folder, "_METADATA", str(folder.parent))
-    tree = read_object(path).get("tree_metadata")
+    content = read_object(path)
     try:
         # An empty mapping, such as the state of no router, is listed too.
-        entries = [value for value in tree.values() if value["value_metadata"]["value_type"] != "Dict"]
+        entries = [value for value in content["tree_metadata"].values() if value["value_metadata"]["value_type"] != "Dict"]
         return [".".join(part["key"] for part in entry["key_metadata"]) for entry in entries]
     except (AttributeError, KeyError, TypeError):
         raise CheckpointError(f"{path}: tree_metadata is not as orbax writes it") from None

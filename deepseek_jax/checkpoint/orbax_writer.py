@@ -105,7 +105,8 @@ def _write_scales(folder: Path, source: Source) -> None:
     specs = [stored_as(place, "fp8", quantized)[1] for place in places]
     with disk_errors(folder):
         folder.mkdir()
-    write_tensors(folder, specs, (source.scales(place) for place in places))
+    kept = (source.scales(place) for place in places)
+    write_tensors(folder, specs, (scales for scales in kept if scales is not None))
 
 
 def _save_template(step: Path, arrays: dict[tuple[str, ...], StackedArray], config: ModelConfig) -> None:

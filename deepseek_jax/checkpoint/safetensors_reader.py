@@ -77,7 +77,7 @@ class SafetensorsDirectory:
         # Bytes are copied rather than mapped: a mapped file that is cut short while it is being
         # read kills the process, and its pages count as the process's memory.
         array = np.empty(entry.shape, entry.numpy_dtype)
-        rest = memoryview(array.reshape(-1).view(np.uint8))
+        rest = array.reshape(-1).view(np.uint8).data
         try:
             with open(entry.file, "rb", buffering=0) as file:
                 file.seek(entry.start)

@@ -100,7 +100,7 @@ def write_tensors(
 def _write_shard(path: Path, shard: list[TensorSpec], supply: Iterator[np.ndarray], progress: Callable[[int], None]) -> None:
     header, offsets = _header(path, shard)
     with disk_errors(path):
-        file = open(path, "xb", buffering=0)
+        file = open(path, "xb", buffering=0)  # noqa: SIM115 (entered below, where errors are not the disk's)
     with file:
         with disk_errors(path):
             _write_all(file, memoryview(header))
@@ -174,7 +174,7 @@ def _pieces(array: np.ndarray) -> Iterator[memoryview]:
     rows = max(1, CHUNK_BYTES // (array.nbytes // len(array)))
     for start in range(0, len(array), rows):
         piece = np.ascontiguousarray(array[start : start + rows])
-        yield memoryview(piece.reshape(-1).view(np.uint8))
+        yield piece.reshape(-1).view(np.uint8).data
 
 
 def _write_index(path: Path, shards: dict[str, list[TensorSpec]], total: int) -> None:

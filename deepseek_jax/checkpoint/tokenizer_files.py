@@ -66,8 +66,7 @@ def write_tokenizer(directory: Path, tokenizer: Path | None, context: int) -> di
         UserError: one line naming the file that is no tokenizer or cannot be written.
     """
     token_ids: dict[str, Any] = {"bos_token_id": None, "eos_token_id": None}
-    kept = tokenizer is not None and (tokenizer / CONFIG_JSON).is_file()
-    if kept:
+    if tokenizer is not None and (tokenizer / CONFIG_JSON).is_file():
         for name in COMPANIONS:
             if name != CONFIG_JSON and (tokenizer / name).is_file():
                 with disk_errors(directory / name):
@@ -80,8 +79,8 @@ def write_tokenizer(directory: Path, tokenizer: Path | None, context: int) -> di
         token_ids = {"bos_token_id": end, "eos_token_id": end}
         with disk_errors(directory / TOKENIZER_JSON):
             shutil.copyfile(tokenizer / TOKENIZER_JSON, directory / TOKENIZER_JSON)
-        name = loaded.id_to_token(end)
-        fields = {"tokenizer_class": "PreTrainedTokenizerFast", "eos_token": name, "bos_token": name, "pad_token": name}
+        fields: dict[str, Any] = dict.fromkeys(("eos_token", "bos_token", "pad_token"), loaded.id_to_token(end))
+        fields |= {"tokenizer_class": "PreTrainedTokenizerFast"}
         fields |= {"model_max_length": context, "clean_up_tokenization_spaces": False}
         write_json(directory / TOKENIZER_CONFIG, fields)
     if not (directory / GENERATION_CONFIG).exists():

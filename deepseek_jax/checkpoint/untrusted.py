@@ -7,6 +7,7 @@ one printable line however odd the content.
 import json
 import os
 import reprlib
+from collections import Counter
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -44,8 +45,7 @@ def parse_object(content: bytes, where: str) -> dict[str, Any]:
     def each_key_once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
         mapping = dict(pairs)
         if len(mapping) < len(pairs):
-            seen: set[str] = set()
-            twice = next(key for key, _ in pairs if key in seen or seen.add(key))
+            twice = next(key for key, count in Counter(key for key, _ in pairs).items() if count > 1)
             raise CheckpointError(f"{where}: the key {shown(twice)} is given twice")
         return mapping
 

@@ -7,9 +7,11 @@ holds and what would be right.
 
 from deepseek_jax.config.reading import find_config, from_mapping, load_config, presets, to_yaml
 from deepseek_jax.config.schema import (
+    ATTENTIONS,
     EXCHANGES,
     FEED_FORWARDS,
     GROUPED_MATMULS,
+    HOW_COMPUTED,
     MESH_AXES,
     MTP_FORMS,
     PRECISIONS,
@@ -27,9 +29,11 @@ from deepseek_jax.config.schema import (
 from deepseek_jax.config.validation import validate
 
 __all__ = [
+    "ATTENTIONS",
     "EXCHANGES",
     "FEED_FORWARDS",
     "GROUPED_MATMULS",
+    "HOW_COMPUTED",
     "MESH_AXES",
     "MTP_FORMS",
     "PRECISIONS",

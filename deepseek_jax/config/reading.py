@@ -5,6 +5,7 @@ import difflib
 import types
 import typing
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -48,12 +49,12 @@ def load_config(source: str | Path, overrides: Sequence[str] = ()) -> Config:
 
 def from_mapping(content: Mapping[str, Any], overrides: Sequence[str] = (), where: str = "config") -> Config:
     """Build a checked `Config` from nested mappings; see `load_config`."""
-    content = OmegaConf.to_container(OmegaConf.create(dict(content)))
+    fields: Any = OmegaConf.to_container(OmegaConf.create(dict(content)))
     for override in overrides:
-        _apply_override(content, override)
-    content = _canonical(Config, content, "", where)
+        _apply_override(fields, override)
+    fields = _canonical(Config, fields, "", where)
     try:
-        config = OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(Config), content))
+        config: Any = OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(Config), fields))
     except OmegaConfBaseException as error:
         name = getattr(error, "full_key", None) or "config"
         raise ConfigError(f"{where}: {name}: {str(error).splitlines()[0]}") from None
@@ -150,10 +151,8 @@ def _canonical(kind: Any, value: Any, name: str, where: str) -> Any:
 
 def _scalar(kind: type, value: Any, name: str, where: str) -> Any:
     if kind in (int, float) and isinstance(value, str):
-        try:  # YAML reads 1e-3 as text, for want of a dot.
+        with suppress(ValueError):  # YAML reads 1e-3 as text, for want of a dot.
             value = float(value)
-        except ValueError:
-            pass
     if kind is int and isinstance(value, float) and value.is_integer():
         value = int(value)
     if kind is float and _is_number(value):

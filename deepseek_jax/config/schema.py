@@ -11,7 +11,10 @@ from deepseek_jax.errors import UserError
 
 PRECISIONS = ("float64", "float32", "bfloat16", "fp8")
 REMAT_CHOICES = ("none", "products", "full")
-GROUPED_MATMULS = ("auto", "reference", "blocked", "megablox")
+GROUPED_MATMULS = ("auto", "reference", "blocked", "megablox", "triton")
+ATTENTIONS = ("auto", "reference", "blocked", "chunked", "splash", "cudnn")
+HOW_COMPUTED = ("precision", "remat", "grouped_matmul", "attention", "capacity_factor")
+"""Fields of `ModelConfig` that a checkpoint says nothing of: how it is computed, and what training alone limits."""
 MOMENT_DTYPES = ("float32", "bfloat16")
 EXCHANGES = ("auto", "rounds", "ragged")
 SCORING_FUNCS = ("sigmoid", "softmax")
@@ -100,7 +103,11 @@ class ModelConfig:
     """What the backward pass recomputes: nothing (`none`), all but products with weights and attention (`products`),
     or every layer (`full`)."""
     grouped_matmul: str = "auto"
-    """Implementation of the routed experts' product; `auto` takes the platform's best."""
+    """Implementation of the routed experts' product, and in fp8, if it is `triton`, of all products; `auto` takes the
+    platform's best."""
+    attention: str = "auto"
+    """Implementation of the softmax attention; `auto` takes the platform's best: `splash` on TPU, `cudnn` on GPU (where it
+    lacks something, such as float32 or documents, `chunked`), `blocked` on CPU."""
 
 
 @dataclass(frozen=True)

@@ -4,6 +4,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from deepseek_jax.config.schema import (
+    ATTENTIONS,
     EXCHANGES,
     FEED_FORWARDS,
     GROUPED_MATMULS,
@@ -94,6 +95,7 @@ def _validate_model(m: ModelConfig) -> None:
     _choice("model.precision", m.precision, PRECISIONS)
     _choice("model.remat", m.remat, REMAT_CHOICES)
     _choice("model.grouped_matmul", m.grouped_matmul, GROUPED_MATMULS)
+    _choice("model.attention", m.attention, ATTENTIONS)
 
 
 def _validate_data(d: DataConfig) -> None:

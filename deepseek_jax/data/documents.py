@@ -99,18 +99,19 @@ def read_documents(inputs: Sequence[str], cache_dir: Path | None = None) -> "Dat
     datasets.disable_progress_bars()
     datasets.logging.set_verbosity_error()
     temporary = None if cache_dir else tempfile.TemporaryDirectory(prefix="documents-")
+    folder = str(cache_dir if temporary is None else temporary.name)
     try:
         dataset = datasets.Dataset.from_generator(
             _documents,
             features=datasets.Features({"text": datasets.Value("large_string")}),
-            cache_dir=str(cache_dir or temporary.name),
+            cache_dir=folder,
             gen_kwargs={"paths": tuple(files)},
         )
     except (datasets.exceptions.DatasetGenerationError, OSError) as error:
         cause = error.__cause__ or error
         if isinstance(cause, DataError):
             raise cause from None
-        raise DataError(f"{cache_dir or temporary.name}: documents cannot be stored there: {cause}") from None
+        raise DataError(f"{folder}: documents cannot be stored there: {cause}") from None
     finally:
         datasets.logging.set_verbosity(verbosity)
         if not quiet:
@@ -142,9 +143,9 @@ def _read_text(path: Path) -> Iterator[str]:
 
 def _read_jsonl(path: Path) -> Iterator[str]:
     with path.open("rb") as lines:
-        for number, line in enumerate(lines, 1):
+        for number, content in enumerate(lines, 1):
             where = f"{path}:{number}"
-            line = _decode(line, where)
+            line = _decode(content, where)
             if not line.strip():
                 continue
             try:

@@ -20,7 +20,7 @@ from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, T
 from tokenizers import Tokenizer
 
 from deepseek_jax.config import Config
-from deepseek_jax.data.documents import DataError, find_files, read_documents, split_documents
+from deepseek_jax.data.documents import DataError, Texts, find_files, read_documents, split_documents
 from deepseek_jax.data.loader import window_length
 from deepseek_jax.data.tokenizer import (
     end_of_document_id,
@@ -81,7 +81,7 @@ def is_prepared(config: Config, directory: Path) -> bool:
     return _agrees(Path(directory), _fingerprint(config))
 
 
-def write_tokens(texts: Collection[str], tokenizer: Tokenizer, path: Path, title: str = "tokenizing") -> int:
+def write_tokens(texts: Texts | Collection[str], tokenizer: Tokenizer, path: Path, title: str = "tokenizing") -> int:
     """Write the tokens of `texts`, an end-of-document token after each, to one flat .npy file.
 
     The file appears whole or not at all; uint16 if the vocabulary allows, else uint32.
@@ -135,7 +135,7 @@ def _batches(texts: Iterable[str]) -> Iterator[list[tuple[str, bool]]]:
         yield batch
 
 
-def _progress(texts: Collection[str], title: str) -> Iterator[str]:
+def _progress(texts: Texts | Collection[str], title: str) -> Iterator[str]:
     """`texts`, with a bar on the terminal while they last."""
     console = Console(stderr=True)
     columns = (TextColumn(title), BarColumn(), TaskProgressColumn(), TimeRemainingColumn())

@@ -111,7 +111,7 @@ class MultiHeadLatentAttention(nn.Module):
         k_rope = jnp.broadcast_to(latents.k_rope[:, :, None], q_rope.shape)
         q = jnp.concatenate([q_nope, q_rope], axis=-1)
         k = jnp.concatenate([k_nope, k_rope], axis=-1)
-        return causal_attention(q, k, v, softmax_scale(c))
+        return causal_attention(q, k, v, softmax_scale(c), implementation=c.attention)
 
     def _absorbed(self, q_nope: jax.Array, q_rope: jax.Array, cache: Latents, positions: jax.Array) -> jax.Array:
         """Attention in the latent space: W_uk goes into the query, W_uv into the output."""

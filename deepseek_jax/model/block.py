@@ -16,6 +16,7 @@ class BlockOutput(NamedTuple):
     """What a layer tells besides its hidden state; a dense layer has no counts and nothing after them."""
 
     latents: Optional[Latents]
+    """None of several layers at once."""
     counts: Optional[jax.Array] = None
     """Tokens that chose each expert, [E]."""
     balance_loss: Optional[jax.Array] = None
@@ -40,7 +41,7 @@ class Block(nn.Module):
         self.input_layernorm = RMSNorm(c, c.rms_norm_eps)
         self.self_attn = MultiHeadLatentAttention(c)
         self.post_attention_layernorm = RMSNorm(c, c.rms_norm_eps)
-        self.mlp = MoE(c, self.division) if self.moe else FeedForward(c, c.intermediate_size)
+        self.mlp: nn.Module = MoE(c, self.division) if self.moe else FeedForward(c, c.intermediate_size)
 
     def __call__(
         self, x: jax.Array, rope: tuple[jax.Array, jax.Array], positions: jax.Array, cache: Optional[Latents] = None

@@ -1,100 +1,82 @@
-"""Softmax attention of every token to itself and those before it, in memory linear in the length.
+"""Softmax attention of every token to itself and those before it: one signature, several forms."""
 
-Queries go in blocks, each of which meets only the keys up to its end: that spares most of the
-products which the mask would void. As in FlashAttention, the backward pass keeps the output and the
-logarithm of each row's normalizer, and makes the weights again.
-"""
-
-from functools import partial
+from collections.abc import Callable
+from typing import Optional
 
 import jax
 import jax.numpy as jnp
 
+from deepseek_jax.config import ATTENTIONS
+from deepseek_jax.errors import UserError
+from deepseek_jax.implementations import best
+from deepseek_jax.model.blocked_attention import blocked_attention
+from deepseek_jax.model.chunked_attention import chunked_attention
 from deepseek_jax.model.layers import widen
-from deepseek_jax.model.products import keep
-
-QUERY_BLOCKS = 4
-"""More of them spare more products, and compile longer."""
-
-Residuals = tuple[jax.Array, ...]
 
 
-def causal_attention(q: jax.Array, k: jax.Array, v: jax.Array, scale: float) -> jax.Array:
-    """Attend within each sequence.
+def causal_attention(
+    q: jax.Array,
+    k: jax.Array,
+    v: jax.Array,
+    scale: float,
+    segment_ids: Optional[jax.Array] = None,
+    implementation: str = "auto",
+) -> jax.Array:
+    """Attend within each sequence, or within each of its documents.
 
     Args:
         q, k: [B, T, H, D].
         v: [B, T, H, V].
         scale: factor on the scores.
+        segment_ids: [B, T] int32, the document of each token; a token sees only earlier tokens of its own.
+        implementation: one of `ATTENTIONS`, of which `auto` is the best for the devices at hand. Inside `shard_map`
+            splash and cudnn need `check_vma=False`.
 
     Returns:
         [B, T, H, V]. The softmax is taken in at least float32.
+
+    Raises:
+        UserError: the implementation is unknown, or cannot compute here or in q's dtype.
     """
-    heads_first = [x.swapaxes(1, 2) for x in (q, k, v)]
-    return _attend(*heads_first, scale).swapaxes(1, 2)
+    if implementation not in ATTENTIONS:
+        raise UserError(f"model.attention={implementation}: choose one of {', '.join(ATTENTIONS)}")
+    if implementation == "auto":
+        implementation = best("attention", is_float64=q.dtype == jnp.float64)
+    return _IMPLEMENTATIONS[implementation](q, k, v, scale, segment_ids)
 
 
-@partial(jax.custom_vjp, nondiff_argnums=(3,))
-def _attend(q: jax.Array, k: jax.Array, v: jax.Array, scale: float) -> jax.Array:
-    return _forward(q, k, v, scale)[0]
+def _reference(q: jax.Array, k: jax.Array, v: jax.Array, scale: float, segment_ids: Optional[jax.Array]) -> jax.Array:
+    """The definition: all scores, those of tokens not seen taken out."""
+    scores = jnp.einsum("bthd,bshd->bhts", q, k, preferred_element_type=widen(q.dtype)) * scale
+    seen = jnp.tril(jnp.ones(scores.shape[2:], bool))
+    if segment_ids is not None:
+        seen &= (segment_ids[:, :, None] == segment_ids[:, None])[:, None]
+    weights = jax.nn.softmax(jnp.where(seen, scores, -jnp.inf), axis=-1)
+    return jnp.einsum("bhts,bshv->bthv", weights.astype(v.dtype), v)
 
 
-def _forward(q: jax.Array, k: jax.Array, v: jax.Array, scale: float) -> tuple[jax.Array, Residuals]:
-    """Output [B, H, T, V], and what the backward pass needs."""
-    outputs, normalizers = [], []
-    for start, end in _blocks(q.shape[2]):
-        scores = _scores(q[:, :, start:end], k[:, :, :end], _seen(start, end), scale)
-        largest = jnp.max(scores, axis=-1, keepdims=True)
-        weights = jnp.exp(scores - largest)
-        total = jnp.sum(weights, axis=-1, keepdims=True)
-        attended = jnp.einsum("bhts,bhsv->bhtv", weights.astype(v.dtype), v[:, :, :end], preferred_element_type=total.dtype)
-        outputs.append((attended / total).astype(v.dtype))
-        normalizers.append(largest + jnp.log(total))
-    out = keep(jnp.concatenate(outputs, axis=2))
-    normalizer = keep(jnp.concatenate(normalizers, axis=2))
-    return out, (keep(q), keep(k), keep(v), out, normalizer)
+def _splash(q: jax.Array, k: jax.Array, v: jax.Array, scale: float, segment_ids: Optional[jax.Array]) -> jax.Array:
+    """Imported late: only TPUs should load Pallas."""
+    from deepseek_jax.kernels.splash_attention import splash_attention
+
+    if q.dtype == jnp.float64:
+        raise UserError("model.attention=splash: has no float64; choose chunked or model.precision=float32")
+    return splash_attention(q, k, v, scale, segment_ids)
 
 
-def _backward(scale: float, kept: Residuals, gradient: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
-    q, k, v, out, normalizer = kept
-    wide = normalizer.dtype
-    # What the softmax takes off every weight's gradient.
-    mean = jnp.sum(gradient.astype(wide) * out.astype(wide), axis=-1, keepdims=True)
-    q_gradients, k_gradient, v_gradient = [], jnp.zeros(k.shape, wide), jnp.zeros(v.shape, wide)
-    for start, end in _blocks(q.shape[2]):
-        block = slice(start, end)
-        queries, keys, values, of_block = q[:, :, block], k[:, :, :end], v[:, :, :end], gradient[:, :, block]
-        # Keys before queries: then one of the three last products, not two, contracts its operands' rows, slow on CPU.
-        scores = _scores(keys, queries, _seen(start, end).T, scale)
-        weights = jnp.exp(scores - normalizer[:, :, block].swapaxes(2, 3))
-        of_weights = jnp.einsum("bhsv,bhtv->bhst", values, of_block, preferred_element_type=wide)
-        of_scores = (weights * (of_weights - mean[:, :, block].swapaxes(2, 3)) * scale).astype(q.dtype)
-        weights = weights.astype(v.dtype)
-        q_gradients.append(jnp.einsum("bhst,bhsd->bhtd", of_scores, keys))
-        k_gradient = k_gradient.at[:, :, :end].add(
-            jnp.einsum("bhst,bhtd->bhsd", of_scores, queries, preferred_element_type=wide)
-        )
-        v_gradient = v_gradient.at[:, :, :end].add(
-            jnp.einsum("bhst,bhtv->bhsv", weights, of_block, preferred_element_type=wide)
-        )
-    return jnp.concatenate(q_gradients, axis=2), k_gradient.astype(k.dtype), v_gradient.astype(v.dtype)
+def _cudnn(q: jax.Array, k: jax.Array, v: jax.Array, scale: float, segment_ids: Optional[jax.Array]) -> jax.Array:
+    """What cuDNN does not have is chunked."""
+    from deepseek_jax.kernels.cudnn_attention import cudnn_attention, is_supported
+
+    if segment_ids is None and is_supported(q, v):
+        return cudnn_attention(q, k, v, scale)
+    return chunked_attention(q, k, v, scale, segment_ids)
 
 
-_attend.defvjp(_forward, _backward)
-
-
-def _blocks(length: int) -> list[tuple[int, int]]:
-    """First query of each block and the one after its last."""
-    size = -(-length // QUERY_BLOCKS)
-    return [(start, min(start + size, length)) for start in range(0, length, size)]
-
-
-def _seen(start: int, end: int) -> jax.Array:
-    """Whether a block's queries see the keys up to its end, [end - start, end]."""
-    return jnp.arange(end) <= jnp.arange(start, end)[:, None]
-
-
-def _scores(rows: jax.Array, columns: jax.Array, seen: jax.Array, scale: float) -> jax.Array:
-    """Scaled products of queries and keys, either as the rows: [B, H, R, C], minus infinity where not `seen` [R, C]."""
-    scores = jnp.einsum("bhrd,bhcd->bhrc", rows, columns, preferred_element_type=widen(rows.dtype))
-    return jnp.where(seen, scores * scale, -jnp.inf)
+_IMPLEMENTATIONS: dict[str, Callable[..., jax.Array]] = {
+    "reference": _reference,
+    "blocked": blocked_attention,
+    "chunked": chunked_attention,
+    "splash": _splash,
+    "cudnn": _cudnn,
+}

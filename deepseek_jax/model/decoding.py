@@ -5,6 +5,7 @@ handful of tokens, so that slicing a stack, a copy of all weights for each token
 much as the arithmetic; here each layer has its own arrays.
 """
 
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -68,7 +69,7 @@ def cut_layer(config: ModelConfig, layer: dict[str, Any], sequences: int) -> dic
     even = c.moe_intermediate_size % COLUMNS == 0 == c.hidden_size % COLUMNS
     experts = even and c.n_routed_experts / c.num_experts_per_tok <= sequences <= FEW
     for path, weight in flatten_dict(layer["params"]).items():
-        if path[-2] == "experts" and experts or path[-2] in LINEAR and weight.shape[1] % COLUMNS == 0:
+        if (path[-2] == "experts" and experts) or (path[-2] in LINEAR and weight.shape[1] % COLUMNS == 0):
             del params[path]
             panels[path] = cut(weight.reshape(-1, c.hidden_size) if path[-2:] == EXPERTS_DOWN else weight)
     return layer | {"params": unflatten_dict(params), PANELS: unflatten_dict(panels)}
@@ -127,7 +128,7 @@ def decode(
 
 
 def _run(
-    config: ModelConfig, weights: Weights, tokens: jax.Array, positions: jax.Array, cache: list[Latents | None]
+    config: ModelConfig, weights: Weights, tokens: jax.Array, positions: jax.Array, cache: Sequence[Latents | None]
 ) -> tuple[jax.Array, Cache]:
     """Hidden states [B, T, d] before the final norm, and every layer's latents or updated cache."""
     rope = rope_angles(config, positions)

@@ -1,11 +1,11 @@
 """Matrix products over rows sorted by group, each group with its own weight: one signature, several forms.
 
 XLA's `ragged_dot` multiplies every row by every weight on CPU and on CUDA. The blocked form does
-only the work that is there, with loops whose length depends on the groups; megablox does so on TPU.
+only the work that is there, with loops whose length depends on the groups; megablox does so on TPU, Triton kernels on GPU.
 """
 
 from collections.abc import Callable
-from functools import partial
+from functools import partial, reduce
 from typing import Any, NamedTuple
 
 import jax
@@ -14,15 +14,12 @@ from jax import lax
 
 from deepseek_jax.config import GROUPED_MATMULS
 from deepseek_jax.errors import UserError
-from deepseek_jax.implementations import best
+from deepseek_jax.implementations import WITHOUT_FLOAT64, best
 from deepseek_jax.model.matmul import Arrays, columns
 
 LEAST_ROWS = {512: 385, 128: 65, 32: 9, 4: 1}
 """Rows multiplied at once by the blocked form, and for how many that is worth it: a block that is partly another
 group's costs less than the several smaller ones that would fit exactly."""
-
-TILE = 128
-"""Side of megablox' tiles; a width that is smaller is one tile."""
 
 
 def grouped_matmul(x: jax.Array, weights: Arrays, group_sizes: jax.Array, implementation: str = "auto") -> Arrays:
@@ -33,7 +30,7 @@ def grouped_matmul(x: jax.Array, weights: Arrays, group_sizes: jax.Array, implem
         weights: each [E, K, M] in x's dtype, a matrix per group; they share the reading of x.
         group_sizes: [E] int32, how many rows each group has; their sum is at most N.
         implementation: one of `GROUPED_MATMULS`, of which `auto` is the best for the devices at hand. Inside
-            `shard_map` megablox needs `check_vma=False`, the others nothing.
+            `shard_map` megablox and triton need `check_vma=False`, the others nothing.
 
     Returns:
         For each of the weights [N, M] in x's dtype, summed in at least float32. Rows that belong to no group
@@ -44,8 +41,8 @@ def grouped_matmul(x: jax.Array, weights: Arrays, group_sizes: jax.Array, implem
     """
     if implementation not in GROUPED_MATMULS:
         raise UserError(f"model.grouped_matmul={implementation}: choose one of {', '.join(GROUPED_MATMULS)}")
-    if implementation == "megablox" and x.dtype == jnp.float64:
-        raise UserError("model.grouped_matmul=megablox: has no float64; choose blocked or model.precision=float32")
+    if implementation in WITHOUT_FLOAT64 and x.dtype == jnp.float64:
+        raise UserError(f"model.grouped_matmul={implementation}: has no float64; choose blocked or model.precision=float32")
     if implementation == "auto":
         implementation = best("grouped_matmul", is_float64=x.dtype == jnp.float64)
     x, group_sizes, *weights = _vary_alike(x, group_sizes, *weights)
@@ -79,7 +76,8 @@ def _fast_forward(x: jax.Array, weights: Arrays, group_sizes: jax.Array, impleme
 
 
 def _fast_backward(implementation: str, kept: Any, gradients: Arrays) -> tuple[jax.Array, Arrays, None]:
-    return *_IMPLEMENTATIONS[implementation][1](*kept, gradients), None
+    x, weights, group_sizes = kept
+    return *_IMPLEMENTATIONS[implementation][1](x, weights, group_sizes, gradients), None
 
 
 _fast.defvjp(_fast_forward, _fast_backward)
@@ -111,7 +109,8 @@ def _blocked_gradients(x: jax.Array, weights: Arrays, group_sizes: jax.Array, gr
             dx, of_group = totals
             x_columns = columns(jnp.where(block.member, block.read(x), 0))
             rows = [jnp.where(block.member, block.read(gradient), 0) for gradient in gradients]
-            dx = block.write(dx, sum(_product(dy, matrix, (1, 1)) for dy, matrix in zip(rows, matrices)))
+            of_rows = reduce(jnp.add, (_product(dy, matrix, (1, 1)) for dy, matrix in zip(rows, matrices)))
+            dx = block.write(dx, of_rows)
             return dx, [total + _product(x_columns, dy, (1, 0)) for total, dy in zip(of_group, rows)]
 
         zeros = [jnp.zeros_like(x, _wide(x.dtype), matrix.shape) for matrix in matrices]
@@ -175,48 +174,45 @@ def _over_blocks(rows: int, start: jax.Array, end: jax.Array, carry: Any, visit:
             index = first + jnp.arange(size, dtype=first.dtype)[:, None]
             return here + size, visit(carry, Block(first, (here <= index) & (index < end)))
 
-        start, carry = lax.while_loop(lambda state, least=least: state[0] + least <= end, step, (start, carry))
+        def is_worth(state: tuple[jax.Array, Any], least: int = least) -> jax.Array:
+            return state[0] + least <= end
+
+        start, carry = lax.while_loop(is_worth, step, (start, carry))
     return carry
 
 
 def _megablox(x: jax.Array, weights: Arrays, group_sizes: jax.Array) -> Arrays:
-    return [_megablox_rows_by_weight(x, weight, group_sizes, False) for weight in weights]
+    """Imported late: only TPUs should load Pallas."""
+    from deepseek_jax.kernels.megablox import rows_by_weight
+
+    return [rows_by_weight(x, weight, group_sizes) for weight in weights]
 
 
 def _megablox_gradients(x: jax.Array, weights: Arrays, group_sizes: jax.Array, gradients: Arrays) -> tuple[jax.Array, Arrays]:
-    dx = sum(_megablox_rows_by_weight(dy, weight, group_sizes, True) for dy, weight in zip(gradients, weights))
-    return dx, [_megablox_rows_by_rows(x, dy, group_sizes) for dy in gradients]
+    from deepseek_jax.kernels.megablox import rows_by_rows, rows_by_weight
+
+    dx = (rows_by_weight(dy, weight, group_sizes, transpose=True) for dy, weight in zip(gradients, weights))
+    return reduce(jnp.add, dx), [rows_by_rows(x, dy, group_sizes) for dy in gradients]
 
 
-def _megablox_rows_by_weight(x: jax.Array, weight: jax.Array, group_sizes: jax.Array, transpose: bool) -> jax.Array:
-    """[N, K] by [E, K, M], or with `transpose` by [E, M, K] -> [N, M] (imported late: only TPUs should load Pallas)."""
-    from jax.experimental.pallas.ops.tpu.megablox.gmm import gmm
+def _triton(x: jax.Array, weights: Arrays, group_sizes: jax.Array) -> Arrays:
+    from deepseek_jax.kernels.triton_grouped_matmul import rows_by_weights
 
-    rows, width = x.shape[0], weight.shape[1 if transpose else 2]
-    padded = _whole_tiles(x)
-    tiling = (TILE, min(TILE, x.shape[1]), min(TILE, width))
-    y = gmm(padded, weight, group_sizes, x.dtype, tiling, transpose_rhs=transpose)[:rows]
-    # The kernel leaves memory that it does not write as it found it.
-    return jnp.where(jnp.arange(rows)[:, None] < jnp.sum(group_sizes), y, 0)
+    return [rows_by_weights([x], [weight], group_sizes) for weight in weights]
 
 
-def _megablox_rows_by_rows(x: jax.Array, gradient: jax.Array, group_sizes: jax.Array) -> jax.Array:
-    """For every group the product of its columns of xᵀ and its rows of the gradient, [E, K, M]."""
-    from jax.experimental.pallas.ops.tpu.megablox.gmm import tgmm
+def _triton_gradients(x: jax.Array, weights: Arrays, group_sizes: jax.Array, gradients: Arrays) -> tuple[jax.Array, Arrays]:
+    """That of x is one sum in float32 over all weights."""
+    from deepseek_jax.kernels.triton_grouped_matmul import rows_by_rows, rows_by_weights
 
-    left, right = _whole_tiles(x), _whole_tiles(gradient)
-    tiling = (TILE, min(TILE, x.shape[1]), min(TILE, gradient.shape[1]))
-    return tgmm(left.T, right, group_sizes, x.dtype, tiling)
-
-
-def _whole_tiles(x: jax.Array) -> jax.Array:
-    """Zero rows added up to whole tiles."""
-    return jnp.pad(x, ((0, -x.shape[0] % TILE), (0, 0)))
+    dx = rows_by_weights(gradients, weights, group_sizes, transpose=True)
+    return dx, [rows_by_rows(x, dy, group_sizes) for dy in gradients]
 
 
 _IMPLEMENTATIONS = {
     "blocked": (_blocked, _blocked_gradients),
     "megablox": (_megablox, _megablox_gradients),
+    "triton": (_triton, _triton_gradients),
 }
 
 
@@ -230,5 +226,5 @@ def _vary_alike(*arrays: jax.Array) -> list[jax.Array]:
     Loops and custom gradients want this spelt out; the gradient of what was alike on all devices
     is then summed over them.
     """
-    zero = sum(jnp.zeros_like(array, jnp.int32, shape=()) for array in arrays)
+    zero = reduce(jnp.add, (jnp.zeros_like(array, jnp.int32, shape=()) for array in arrays))
     return [jnp.where(True, array, zero.astype(array.dtype)) for array in arrays]

@@ -8,6 +8,7 @@ import jax
 from jax.ad_checkpoint import checkpoint_name
 
 from deepseek_jax.config import ModelConfig
+from deepseek_jax.implementations import best
 from deepseek_jax.model.grouped_matmul import grouped_matmul
 from deepseek_jax.model.matmul import matmul
 from deepseek_jax.model.panels import Panels, times
@@ -26,20 +27,27 @@ def keep(x: jax.Array, name: str = KEPT) -> jax.Array:
 
 def products(config: ModelConfig, x: jax.Array, *weights: jax.Array | Panels) -> list[jax.Array]:
     """x [..., K] times each of the weights [K, M], whole or cut: a list of [..., M] in x's type."""
-    if any(isinstance(weight, Panels) for weight in weights):
+    whole = tuple(weight for weight in weights if not isinstance(weight, Panels))
+    if len(whole) < len(weights):
         return [times(x, weight) for weight in weights]
     if config.precision == "fp8":
-        results = fp8_matmul(x, weights)
+        results = list(fp8_matmul(x, whole, _fp8_implementation(config)))
     else:
-        results = matmul(x, [weight.astype(x.dtype) for weight in weights])
+        results = matmul(x, [weight.astype(x.dtype) for weight in whole])
     return [keep(result) for result in results]
 
 
 def grouped_products(config: ModelConfig, x: jax.Array, group_sizes: jax.Array, *weights: jax.Array) -> list[jax.Array]:
     """Rows x [N, K], sorted by group, times each of the weights [E, K, M]: a list of [N, M] in x's type."""
     if config.precision == "fp8":
-        results = fp8_grouped_matmul(x, weights, group_sizes)
+        results = list(fp8_grouped_matmul(x, weights, group_sizes, _fp8_implementation(config)))
     else:
-        weights = [weight.astype(x.dtype) for weight in weights]
-        results = grouped_matmul(x, weights, group_sizes, config.grouped_matmul)
+        narrow = [weight.astype(x.dtype) for weight in weights]
+        results = grouped_matmul(x, narrow, group_sizes, config.grouped_matmul)
     return [keep(result, KEPT_ROWS) for result in results]
+
+
+def _fp8_implementation(config: ModelConfig) -> str:
+    """Kernels where `grouped_matmul` names those for GPUs."""
+    grouped = best("grouped_matmul") if config.grouped_matmul == "auto" else config.grouped_matmul
+    return "triton" if grouped == "triton" else "dot_general"

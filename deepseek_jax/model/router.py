@@ -50,7 +50,7 @@ class Router(nn.Module):
         weights = jnp.take_along_axis(scores, indices, axis=-1)
         dropped = None
         if c.capacity_factor is not None:
-            served = find_room(c, indices)
+            served = find_room(c, indices, c.capacity_factor)
             weights, dropped = weights * served, jnp.mean(~served, dtype=dtype)
         if c.norm_topk_prob:
             weights = normalised(weights)
@@ -79,13 +79,13 @@ def select_experts(config: ModelConfig, biased_scores: jax.Array) -> jax.Array:
     return jax.lax.top_k(biased_scores, c.num_experts_per_tok)[1]
 
 
-def find_room(config: ModelConfig, indices: jax.Array) -> jax.Array:
-    """Which choices [B, T, K] are served where an expert takes at most capacity_factor times its even share of a sequence.
+def find_room(config: ModelConfig, indices: jax.Array, factor: float) -> jax.Array:
+    """Which choices [B, T, K] are served where an expert takes at most `factor` times its even share of a sequence.
 
     First come, first served, in the order of the tokens: what a token gets hangs on no later one.
     """
     c, tokens = config, indices.shape[1]
-    capacity = math.ceil(c.capacity_factor * tokens * c.num_experts_per_tok / c.n_routed_experts)
+    capacity = math.ceil(factor * tokens * c.num_experts_per_tok / c.n_routed_experts)
     chosen = jnp.sum(jax.nn.one_hot(indices, c.n_routed_experts, dtype=jnp.int32), axis=2)
     earlier = jnp.cumsum(chosen, axis=1) - chosen
     return jnp.take_along_axis(earlier, indices, axis=-1) < capacity

@@ -4,7 +4,6 @@ Layers of one kind are one scanned module whose parameters are stacked, so that 
 grow with depth.
 """
 
-import math
 from functools import partial
 from typing import Any, NamedTuple, Optional
 
@@ -119,6 +118,7 @@ class DeepseekV3(nn.Module):
 
         The output has this stage's layers and speaks of all sequences that came through it.
         """
+        assert self.division is not None
         c, parallel = self.config, self.division.parallel
         rounds, size = x.shape[0] // parallel.microbatch_size, parallel.microbatch_size
         layers = assign_layers(c.num_hidden_layers - c.first_k_dense_replace, parallel)
@@ -144,10 +144,10 @@ class DeepseekV3(nn.Module):
         return outputs.reshape(x.shape), BlockOutput(None, counts, *means)
 
     def _stacked(self, name: str, layer: type[nn.Module], length: int) -> type[nn.Module]:
-        """`layer` scanned `length` times over the stacked parameters called `name`, recomputed in the backward pass if
-        so configured.
+        """`layer` scanned `length` times over the stacked parameters called `name`.
 
-        Rope and positions are the same for every layer; the remaining argument has an entry for each.
+        Recomputed in the backward pass if so configured. Rope and positions are the same for every layer; the
+        remaining argument has an entry for each.
         """
         c, division = self.config, self.division
         per_layer = {"params": 0, ROUTER_STATE: 0}
@@ -170,39 +170,14 @@ def _routing(
     config: ModelConfig, outputs: dict[str, BlockOutput]
 ) -> tuple[dict[str, jax.Array], jax.Array, Optional[jax.Array]]:
     """Of the stacks that have experts: their counts, the sum of their layers' balance losses, and the share dropped."""
-    routed = {name: output for name, output in outputs.items() if output.counts is not None}
     zero = jnp.zeros((), param_dtype(config))
-    balance_loss = sum((jnp.sum(output.balance_loss) for output in routed.values()), zero)
-    shares = [output.dropped for output in routed.values() if output.dropped is not None]
-    dropped = sum(map(jnp.sum, shares), zero) / _expert_layers(config) if shares else None
-    return {name: output.counts for name, output in routed.items()}, balance_loss, dropped
+    counts = {name: output.counts for name, output in outputs.items() if output.counts is not None}
+    losses = [jnp.sum(output.balance_loss) for output in outputs.values() if output.balance_loss is not None]
+    shares = [jnp.sum(output.dropped) for output in outputs.values() if output.dropped is not None]
+    return counts, sum(losses, zero), sum(shares, zero) / _expert_layers(config) if shares else None
 
 
 def _expert_layers(config: ModelConfig) -> int:
     """Layers with experts, in the main model and in MTP modules."""
     in_mtp = config.num_nextn_predict_layers if config.mtp_form == "sequential" else 0
     return config.num_hidden_layers - config.first_k_dense_replace + in_mtp
-
-
-class ParameterCount(NamedTuple):
-    """How many numbers a model learns."""
-
-    total: int
-    """Without MTP."""
-    active: int
-    """Those a token meets: all but the routed experts, and its share of these."""
-    mtp: int
-    """Of the MTP modules, which share embedding and head with the main model."""
-
-
-def count_parameters(config: ModelConfig) -> ParameterCount:
-    """Count from the shapes the module itself would allocate, without allocating them."""
-    tokens = jax.ShapeDtypeStruct((1, 1 + config.num_nextn_predict_layers), jnp.int32)
-    params = jax.eval_shape(DeepseekV3(config).init, jax.random.key(0), tokens)["params"]
-    sizes = {jax.tree_util.keystr(path, simple=True, separator="/"): math.prod(leaf.shape)
-             for path, leaf in jax.tree_util.tree_leaves_with_path(params)}  # fmt: skip
-    main = {path: size for path, size in sizes.items() if not path.startswith("mtp_layers/")}
-    routed = sum(size for path, size in main.items() if "/experts/" in path)
-    total = sum(main.values())
-    active = total - routed + routed * config.num_experts_per_tok // config.n_routed_experts
-    return ParameterCount(total, active, sum(sizes.values()) - total)

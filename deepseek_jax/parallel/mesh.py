@@ -3,8 +3,10 @@
 import dataclasses
 import math
 from collections.abc import Sequence
+from typing import Any
 
 import jax
+from jax.experimental import mesh_utils
 from jax.sharding import AxisType, Mesh
 
 from deepseek_jax.config import MESH_AXES, Config, ConfigError, ParallelConfig
@@ -49,9 +51,12 @@ def resolve(config: Config, devices: int) -> ParallelConfig:
 def make_mesh(parallel: ParallelConfig, devices: Sequence[jax.Device] | None = None) -> Mesh:
     """The mesh of a resolved config.
 
-    Neighbours along the last axis, `expert`, are the nearest devices: its all-to-all in every layer moves the most.
+    Neighbours along the last axis, `expert`, are the nearest devices: its all-to-all in every layer moves the most. An axis
+    may take a part of one side of a TPU's torus, where no whole sides make its size.
     """
-    return jax.make_mesh(mesh_shape(parallel), MESH_AXES, axis_types=(AxisType.Auto,) * 4, devices=devices)
+    devices = jax.devices() if devices is None else devices
+    placed = mesh_utils.create_device_mesh(mesh_shape(parallel), devices, allow_split_physical_axes=True)
+    return Mesh(placed, MESH_AXES, axis_types=(AxisType.Auto,) * len(MESH_AXES))
 
 
 def mesh_shape(parallel: ParallelConfig) -> tuple[int, ...]:
@@ -64,7 +69,8 @@ def _filled(config: Config, devices: int) -> ParallelConfig:
     shape = mesh_shape(parallel)
     known = math.prod(size for size in shape if size != -1)
     if -1 in shape and devices % known == 0:
-        return dataclasses.replace(parallel, **{MESH_AXES[shape.index(-1)]: devices // known})
+        rest: dict[str, Any] = {MESH_AXES[shape.index(-1)]: devices // known}
+        return dataclasses.replace(parallel, **rest)
     if known == devices:
         return parallel
     asked = " x ".join(f"{axis} {'rest' if size == -1 else size}" for axis, size in zip(MESH_AXES, shape))

@@ -32,8 +32,10 @@ def assign_layers(layers: int, parallel: ParallelConfig) -> np.ndarray:
 
 
 def bubble(layers: int, parallel: ParallelConfig, rounds: int) -> float:
-    """Share of the stages' time in which they compute no layer for a micro-batch; `rounds` is the micro-batches that each
-    device reads. Absent layers take their time, too."""
+    """Share of the stages' time in which they compute no layer for a micro-batch.
+
+    `rounds` is the micro-batches that each device reads. Absent layers take their time, too.
+    """
     microbatches = rounds * parallel.pipe
     ticks = microbatches * parallel.pipe_interleave + parallel.pipe - 1
     return 1 - microbatches * layers / (ticks * assign_layers(layers, parallel)[:, 0].size)
@@ -61,7 +63,7 @@ def run_pipeline(
     def tick(carry: tuple, time: jax.Array) -> tuple[tuple, None]:
         passed, arriving, leaving, outputs, totals = carry
         work = time - stage
-        busy = (0 <= work) & (work < rounds * period)
+        busy = (work >= 0) & (work < rounds * period)
         number = work % period // stages
         # Every device offers its next micro-batch at the same time; it reaches the first stage when its turn comes.
         offered = inputs[jnp.clip(time // period, 0, rounds - 1)]

@@ -44,9 +44,8 @@ def join(on_cluster: bool) -> None:
         return
     jax.config.update("jax_cpu_collectives_implementation", "gloo")
     try:
-        numbers = {argument: int(os.environ[name]) for argument, name in (("num_processes", COUNT), ("process_id", INDEX))
-                   if name in os.environ}  # fmt: skip
-        jax.distributed.initialize(**numbers, heartbeat_timeout_seconds=2 * SILENCE)
+        count, index = (int(os.environ[name]) if name in os.environ else None for name in (COUNT, INDEX))
+        jax.distributed.initialize(num_processes=count, process_id=index, heartbeat_timeout_seconds=2 * SILENCE)
     except Exception as error:  # of many kinds, by cluster
         reason = next(iter(str(error).splitlines()), type(error).__name__)
         raise UserError(

@@ -113,7 +113,7 @@ class Division:
 
 def place_batch(
     division: Optional[Division], shape: tuple[int, ...], axis: int, read: Callable[[int, int], np.ndarray]
-) -> jax.Array:
+) -> jax.Array | np.ndarray:
     """An array whose `axis` holds sequences; every process reads its own alone.
 
     Args:
@@ -122,12 +122,16 @@ def place_batch(
     if division is None:
         return read(0, shape[axis])
     sharding = NamedSharding(division.mesh, division.batch_spec(axis))
-    return jax.make_array_from_callback(shape, sharding, lambda index: read(*index[axis].indices(shape[axis])[:2]))
+
+    def part(index: Any) -> np.ndarray:
+        return read(*index[axis].indices(shape[axis])[:2])
+
+    return jax.make_array_from_callback(shape, sharding, part)
 
 
 def logical_axes(path: tuple[str, ...], ndim: int) -> tuple[str, ...]:
     """Of a parameter, by its path: keys of `TABLE`."""
-    leading = ("layers",) if path[0].endswith("_layers") else ()
+    leading: tuple[str, ...] = ("layers",) if path[0].endswith("_layers") else ()
     if "experts" in path:
         leading += ("experts",)
     return leading + ("features",) * (ndim - len(leading))

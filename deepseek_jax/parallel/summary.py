@@ -29,11 +29,12 @@ def mesh_summary(config: Config, division: Division, state: Any, shardings: Any)
     if division.parallel.pipe > 1:
         lines.append(_pipeline(config, division))
     masters, moments = (bytes_per_device(getattr(state, name), getattr(shardings, name)) for name in ("params", "optimizer"))
-    weights, gradients = _bytes_in_step(division, config.model, state.params)
+    weights, gradients = bytes_in_step(division, config.model, state.params)
     total = sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(state))
     lines.append(
-        f"each device holds: parameters {_size(masters)}, optimizer {_size(moments)}; in a step also gathered weights "
-        f"{_size(weights)}, gradients {_size(gradients)}; the whole state is {_size(total)}"
+        f"each device holds: parameters {readable_bytes(masters)}, optimizer {readable_bytes(moments)}; in a step also "
+        f"gathered weights {readable_bytes(weights)}, gradients {readable_bytes(gradients)}; the whole state is "
+        f"{readable_bytes(total)}"
     )
     return "\n".join(lines)
 
@@ -51,9 +52,11 @@ def _pipeline(config: Config, division: Division) -> str:
     )
 
 
-def _bytes_in_step(division: Division, config: ModelConfig, params: Any) -> tuple[int, int]:
-    """Of the weights as `collect` gathers them, and of the gradients while they are summed on each device: cut where
-    weights are gathered layer by layer, by expert and by stage."""
+def bytes_in_step(division: Division, config: ModelConfig, params: Any) -> tuple[int, int]:
+    """Of the weights as `collect` gathers them, and of the gradients while they are summed on each device.
+
+    Both are cut where weights are gathered layer by layer, by expert and by stage.
+    """
     sizes = division.mesh.shape
 
     def one(path: tuple[str, ...], place: Place, leaf: jax.ShapeDtypeStruct) -> np.ndarray:
@@ -65,14 +68,14 @@ def _bytes_in_step(division: Division, config: ModelConfig, params: Any) -> tupl
         itemsizes = (step_type(division, config, path, place, leaf.dtype).itemsize, leaf.dtype.itemsize)
         return size // cuts * np.array(itemsizes)
 
-    return tuple(sum(jax.tree.leaves(division.map(one, params))))
+    weights, gradients = np.sum(jax.tree.leaves(division.map(one, params)), axis=0)
+    return int(weights), int(gradients)
 
 
-def _size(count: int) -> str:
+def readable_bytes(count: float) -> str:
+    """`12345678` as `12.3 MB`."""
     for unit in ("B", "kB", "MB", "GB"):
         if count < 1000:
-            break
+            return f"{count:.3g} {unit}"
         count /= 1000
-    else:
-        unit = "TB"
-    return f"{count:.3g} {unit}"
+    return f"{count:.3g} TB"

@@ -67,7 +67,8 @@ def gather_layer(division: Division, config: ModelConfig, path: tuple[str, ...],
         cuts = tuple((axis, dim - stacked) for axis, dim in _cuts(place, layer_axes(division, names)))
         return _gather(leaf, cuts, _product_type(config, names, leaf.dtype)) if cuts else leaf
 
-    return jax.tree_util.tree_map_with_path(one, places, params)
+    with jax.named_scope("weights"):
+        return jax.tree_util.tree_map_with_path(one, places, params)
 
 
 def gather_unstacked(division: Division, config: ModelConfig, params: Any) -> Any:

@@ -82,13 +82,13 @@ def require_fp8(platform: str | None = None) -> None:
         ConfigError: float8 products do not compile, do not run or come out wrong here.
     """
     where = platform or jax.default_backend()
+    fault = ""
     try:
-        correct = _float8_product_is_right(jax.devices(where)[0])
+        if not _float8_product_is_right(jax.devices(where)[0]):
+            fault = "they come out wrong"
     # Backends refuse in exceptions of many kinds; whichever it is, float8 cannot be used.
     except Exception as error:
         fault = (str(error).strip() or type(error).__name__).splitlines()[0][:120]
-    else:
-        fault = None if correct else "they come out wrong"
     if fault:
         raise ConfigError(
             f"model.precision=fp8: no float8 products on {where} with jax {jax.__version__} ({fault}); "

@@ -7,13 +7,16 @@ reach past its expert's last row, and what it wrote there the next block writes 
 
 from collections.abc import Callable, Sequence
 from functools import partial
+from typing import TypeVar
 
 import jax
 import jax.numpy as jnp
 
-from deepseek_jax.precision.fp8 import TILE, quantize_blocks, quantize_tiles
+from deepseek_jax.precision import fp8_kernels
+from deepseek_jax.precision.fp8 import SMALLEST_GRADIENT_AMAX, TILE, quantize_blocks, quantize_tiles
 from deepseek_jax.precision.fp8_matmul import IMPLEMENTATIONS, Kept, Quantized, Weights, quantize_gradient, retile
 
+Rows = TypeVar("Rows", Quantized, jax.Array)
 Block = Callable[[jax.Array, jax.Array, jax.Array, jax.Array], jax.Array]
 
 
@@ -54,6 +57,8 @@ def _backward(
     (x, weights), group_sizes = kept
     pairs = [(quantize_gradient(dy, axis=1), w) for dy, w in zip(gradients, weights)]
     dx = _rows_times_weights(pairs, (1, 1), group_sizes, implementation, gradients[0].dtype)
+    if implementation == "triton":
+        return dx, fp8_kernels.weight_gradients(x, gradients, group_sizes, SMALLEST_GRADIENT_AMAX), None
     dw = [_weight_gradient(x, dy, group_sizes, implementation) for dy in gradients]
     return dx, dw, None
 
@@ -69,15 +74,17 @@ def _rows_times_weights(
     dtype: jnp.dtype,
 ) -> jax.Array:
     """Sum over pairs ([N, C] rows, [E, ...] weights) of each row times its expert's weight: [N, M]."""
+    if implementation == "triton":
+        return fp8_kernels.rows_times_weights(pairs, contracted, group_sizes, dtype)
     multiply = IMPLEMENTATIONS[implementation]
     rows, columns = pairs[0][0].codes.shape[0], pairs[0][1].codes.shape[2 - contracted[1]]
     pairs = [(_pad_rows(row_tiles), weights) for row_tiles, weights in pairs]
 
     def multiply_block(outputs: jax.Array, expert: jax.Array, first: jax.Array, mine: jax.Array) -> jax.Array:
-        product = sum(
-            multiply(_take_rows(row_tiles, first), jax.tree.map(lambda each: each[expert], weights), contracted)
-            for row_tiles, weights in pairs
-        )
+        taken = [
+            (_take_rows(row_tiles, first), jax.tree.map(lambda each: each[expert], weights)) for row_tiles, weights in pairs
+        ]
+        product = multiply(taken, contracted, jnp.float32)
         return jax.lax.dynamic_update_slice_in_dim(outputs, jnp.where(mine, product, 0).astype(dtype), first, 0)
 
     return _for_each_block(multiply_block, jnp.zeros((rows + TILE, columns), dtype), group_sizes)[:rows]
@@ -92,7 +99,7 @@ def _weight_gradient(x: Quantized, dy: jax.Array, group_sizes: jax.Array, implem
         codes, scales = _take_rows(x, first)
         tile = retile(Quantized(jnp.where(mine, codes, 0), jnp.where(mine, scales, 0)))
         dy_tile = quantize_gradient(jnp.where(mine, _take_rows(dy, first), 0), axis=0)
-        return gradient.at[expert].add(multiply(tile, dy_tile, (0, 0)))
+        return gradient.at[expert].add(multiply([(tile, dy_tile)], (0, 0), jnp.float32))
 
     shape = (group_sizes.shape[0], x.codes.shape[1], dy.shape[1])
     return _for_each_block(add_block, jnp.zeros(shape, jnp.float32), group_sizes)
@@ -113,10 +120,10 @@ def _for_each_block(body: Block, carry: jax.Array, group_sizes: jax.Array) -> ja
     return jax.lax.fori_loop(0, ends[-1], visit, carry)
 
 
-def _pad_rows(tree: Quantized | jax.Array) -> Quantized | jax.Array:
+def _pad_rows(tree: Rows) -> Rows:
     """128 more rows, so that a block that starts at any row lies within."""
     return jax.tree.map(lambda each: jnp.pad(each, ((0, TILE), (0, 0))), tree)
 
 
-def _take_rows(tree: Quantized | jax.Array, first: jax.Array) -> Quantized | jax.Array:
+def _take_rows(tree: Rows, first: jax.Array) -> Rows:
     return jax.tree.map(lambda each: jax.lax.dynamic_slice_in_dim(each, first, TILE, 0), tree)

@@ -5,13 +5,14 @@ dequantises the stored 1 x 128 tiles of x and quantises them again along tokens;
 precision, is quantised along both axes. In blocks of 128 x 128 it would lose the tokens beside an outlier.
 """
 
-from collections.abc import Callable
-from functools import partial
-from typing import NamedTuple
+from collections.abc import Callable, Sequence
+from functools import partial, reduce
+from typing import NamedTuple, TypeVar
 
 import jax
 import jax.numpy as jnp
 
+from deepseek_jax.precision import fp8_kernels
 from deepseek_jax.precision.fp8 import (
     SMALLEST_GRADIENT_AMAX,
     TILE,
@@ -29,9 +30,10 @@ class Quantized(NamedTuple):
     scales: jax.Array
 
 
-Weights = jax.Array | tuple[jax.Array, ...]
+Weights = TypeVar("Weights", jax.Array, tuple[jax.Array, ...])
 Kept = tuple[Quantized, list[Quantized]]
-Multiply = Callable[[Quantized, Quantized, tuple[int, int]], jax.Array]
+Multiply = Callable[[Sequence[tuple[Quantized, Quantized]], tuple[int, int], jnp.dtype], jax.Array]
+"""(pairs of matrices, contracted axis of each, type) -> sum of their products, [left's free axis, right's free axis]."""
 
 
 def fp8_matmul(x: jax.Array, w: Weights, implementation: str = "dot_general") -> Weights:
@@ -59,16 +61,16 @@ def _matmul(x: jax.Array, weights: list[jax.Array], implementation: str) -> list
 def _forward(x: jax.Array, weights: list[jax.Array], implementation: str) -> tuple[list[jax.Array], Kept]:
     multiply = IMPLEMENTATIONS[implementation]
     kept = Quantized(*quantize_tiles(x, axis=1)), [Quantized(*quantize_blocks(w)) for w in weights]
-    return [multiply(kept[0], w, (1, 0)).astype(x.dtype) for w in kept[1]], kept
+    return [multiply([(kept[0], w)], (1, 0), x.dtype) for w in kept[1]], kept
 
 
 def _backward(implementation: str, kept: Kept, gradients: list[jax.Array]) -> tuple[jax.Array, list[jax.Array]]:
     multiply = IMPLEMENTATIONS[implementation]
     x, weights = kept
-    dx = sum(multiply(quantize_gradient(dy, axis=1), w, (1, 1)) for dy, w in zip(gradients, weights))
+    pairs = [(quantize_gradient(dy, axis=1), w) for dy, w in zip(gradients, weights)]
+    dx = multiply(pairs, (1, 1), gradients[0].dtype)
     x = retile(x)
-    dw = [multiply(x, quantize_gradient(dy, axis=0), (0, 0)) for dy in gradients]
-    return dx.astype(gradients[0].dtype), dw
+    return dx, [multiply([(x, quantize_gradient(dy, axis=0))], (0, 0), jnp.float32) for dy in gradients]
 
 
 _matmul.defvjp(_forward, _backward)
@@ -86,8 +88,8 @@ def quantize_gradient(dy: jax.Array, axis: int) -> Quantized:
 
 def multiply_dequantized(lhs: Quantized, rhs: Quantized, contracted: tuple[int, int]) -> jax.Array:
     """Dequantise and multiply in float32: the plain meaning of `multiply_blocks`; same arguments."""
-    operands = (each.codes.astype(jnp.float32) * _full_scales(each) for each in (lhs, rhs))
-    return jax.lax.dot_general(*operands, (_axes(contracted), ((), ())), precision=jax.lax.Precision.HIGHEST)
+    left, right = (each.codes.astype(jnp.float32) * _full_scales(each) for each in (lhs, rhs))
+    return jax.lax.dot_general(left, right, (_axes(contracted), ((), ())), precision=jax.lax.Precision.HIGHEST)
 
 
 def multiply_blocks(lhs: Quantized, rhs: Quantized, contracted: tuple[int, int]) -> jax.Array:
@@ -108,19 +110,34 @@ def multiply_blocks(lhs: Quantized, rhs: Quantized, contracted: tuple[int, int])
     codes = [_pad(each.codes, axis, blocks * TILE) for each, axis in sides]
 
     def add_block(i: jax.Array, total: jax.Array) -> jax.Array:
-        tiles = [jax.lax.dynamic_slice_in_dim(c, i * TILE, TILE, axis) for c, axis in zip(codes, contracted)]
-        product = jax.lax.dot_general(*tiles, (_axes(contracted), ((), ())), preferred_element_type=jnp.float32)
-        left, right = (
+        left, right = (jax.lax.dynamic_slice_in_dim(c, i * TILE, TILE, axis) for c, axis in zip(codes, contracted))
+        product = jax.lax.dot_general(left, right, (_axes(contracted), ((), ())), preferred_element_type=jnp.float32)
+        left_scale, right_scale = (
             _expand(jax.lax.dynamic_index_in_dim(each.scales, i, axis, keepdims=False), 0, size)
             for (each, axis), size in zip(sides, free)
         )
-        return total + product * left[:, None] * right[None, :]
+        return total + product * left_scale[:, None] * right_scale[None, :]
 
     return jax.lax.fori_loop(0, blocks, add_block, jnp.zeros(free, jnp.float32))
 
 
-IMPLEMENTATIONS: dict[str, Multiply] = {"reference": multiply_dequantized, "dot_general": multiply_blocks}
-"""One signature, so that a hardware kernel can stand beside these: (lhs, rhs, contracted axes) -> float32."""
+def _summed(multiply: Callable[[Quantized, Quantized, tuple[int, int]], jax.Array]) -> Multiply:
+    """Of several pairs, from the float32 product of one."""
+
+    def multiply_pairs(
+        pairs: Sequence[tuple[Quantized, Quantized]], contracted: tuple[int, int], dtype: jnp.dtype
+    ) -> jax.Array:
+        return reduce(jnp.add, (multiply(*pair, contracted) for pair in pairs)).astype(dtype)
+
+    return multiply_pairs
+
+
+IMPLEMENTATIONS: dict[str, Multiply] = {
+    "reference": _summed(multiply_dequantized),
+    "dot_general": _summed(multiply_blocks),
+    "triton": fp8_kernels.multiply,
+}
+"""One signature: the meaning, XLA's own products anywhere, kernels for GPUs."""
 
 
 def _axes(contracted: tuple[int, int]) -> tuple[tuple[int], tuple[int]]:

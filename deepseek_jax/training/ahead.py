@@ -34,10 +34,9 @@ def compile_step(config: Config, devices: Sequence[jax.Device]) -> CompiledStep:
         devices: of this machine, or of `jax.experimental.topologies.get_topology_desc(...)`; every `auto` is chosen
             for their platform.
     """
-    parallel = resolve(config, len(devices))
-    config = choose(dataclasses.replace(config, parallel=parallel), devices[0].platform)
+    config = choose(dataclasses.replace(config, parallel=resolve(config, len(devices))), devices[0].platform)
     shapes = jax.eval_shape(partial(init_state, config))
-    division = Division(parallel, shapes.params, make_mesh(parallel, devices))
+    division = Division(config.parallel, shapes.params, make_mesh(config.parallel, devices))
 
     def placed(leaf: jax.ShapeDtypeStruct, sharding: NamedSharding) -> jax.ShapeDtypeStruct:
         return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding)

@@ -12,7 +12,7 @@ import orbax.checkpoint as ocp
 
 from deepseek_jax.checkpoint.orbax_step import META, VARIABLES, first_line, read_meta, stacked_arrays, step_meta
 from deepseek_jax.checkpoint.tensors import CheckpointError
-from deepseek_jax.config import Config, ModelConfig
+from deepseek_jax.config import HOW_COMPUTED, Config, ModelConfig
 from deepseek_jax.training.optimizer import make_optimizer
 from deepseek_jax.training.step import TrainState, init_state
 
@@ -126,7 +126,7 @@ class Checkpoints:
         saved = read_meta(self._folder / str(step))["model"]
         saved = dataclasses.asdict(ModelConfig()) | saved  # before a field was there, its default was all there was
         for name, value in dataclasses.asdict(self._config.model).items():
-            if name not in ("precision", "remat", "grouped_matmul", "capacity_factor") and saved[name] != value:
+            if name not in HOW_COMPUTED and saved[name] != value:
                 raise CheckpointError(
                     f"{self._folder / str(step)}: checkpoint of another config: model.{name} is {saved[name]} "
                     f"there and {value} here"

@@ -1,8 +1,9 @@
 """How well a model predicts text it was not trained on, in a unit that no tokenizer can flatter."""
 
 import math
+from dataclasses import dataclass
 from functools import partial
-from typing import Any, NamedTuple, Optional
+from typing import Any, Optional
 
 import jax
 import jax.numpy as jnp
@@ -39,7 +40,8 @@ class Evaluation:
         return nats / math.log(2) / self._bytes
 
 
-class _Batch(NamedTuple):
+@dataclass(frozen=True)
+class _Batch:
     """Sequences start and on of a text that has `count`; what is missing to `size` repeats the last, without weight."""
 
     windows: Windows
@@ -48,7 +50,7 @@ class _Batch(NamedTuple):
     count: int
     division: Optional[Division]
 
-    def arrays(self) -> tuple[jax.Array, jax.Array]:
+    def arrays(self) -> tuple[jax.Array | np.ndarray, jax.Array | np.ndarray]:
         """Tokens [size, T + 1], and whether a sequence counts: [size]."""
         tokens = place_batch(self.division, (self.size, self.windows.window), 0, self._tokens)
         return tokens, place_batch(self.division, (self.size,), 0, self._weights)

@@ -55,10 +55,11 @@ def training_loss(
     dtype = widen(output.hidden.dtype)
     depth_weights = jnp.concatenate([jnp.ones((1,), dtype), jnp.full((depth,), mtp_weight.astype(dtype) / max(depth, 1))])
     weights = jnp.broadcast_to(depth_weights[:, None, None] / targets[0].size, targets.shape)
-    weighted, nats = cross_entropy(
-        output.hidden.reshape(-1, output.hidden.shape[-1]), output.head, targets.reshape(-1), weights.reshape(-1),
-        config.train.loss_chunk_tokens,
-    )  # fmt: skip
+    with jax.named_scope("head"):
+        weighted, nats = cross_entropy(
+            output.hidden.reshape(-1, output.hidden.shape[-1]), output.head, targets.reshape(-1), weights.reshape(-1),
+            config.train.loss_chunk_tokens,
+        )  # fmt: skip
     by_depth = nats.reshape(depth + 1, -1).mean(axis=1)
     loss = weighted + config.train.sequence_balance_weight * output.balance_loss
     return loss, LossParts(by_depth, output.balance_loss, output.counts, output.dropped)

@@ -18,8 +18,9 @@ def make_optimizer(train: TrainConfig) -> optax.GradientTransformation:
 
 
 def _moments_kept_in(train: TrainConfig, adam: optax.GradientTransformation) -> optax.GradientTransformation:
-    """`adam` with both moments in train.adam_moment_dtype between steps (report 3.3.3), and in the gradients' type
-    within one.
+    """`adam` with both moments in train.adam_moment_dtype between steps (report 3.3.3).
+
+    Within a step they are in the gradients' type.
     """
     if train.adam_moment_dtype == "float32":
         return adam

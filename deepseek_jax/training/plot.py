@@ -5,7 +5,6 @@ from pathlib import Path
 
 from deepseek_jax.training.metrics import read_metrics
 
-
 PLOT_FILE = "loss.png"
 
 

@@ -1,6 +1,5 @@
 """One optimizer step as a pure function: gradients, AdamW, and the routers' biases."""
 
-from collections.abc import Callable
 from functools import partial
 from typing import Any, NamedTuple, Optional
 
@@ -30,11 +29,11 @@ class TrainState(NamedTuple):
 
 
 class Scalars(NamedTuple):
-    """The scheduled numbers of a step."""
+    """The scheduled numbers of a step, arrays of no dimension or, to compile for, their shapes."""
 
-    learning_rate: jax.Array
-    bias_update_speed: jax.Array
-    mtp_loss_weight: jax.Array
+    learning_rate: Any
+    bias_update_speed: Any
+    mtp_loss_weight: Any
 
 
 class StepMetrics(NamedTuple):
@@ -59,7 +58,7 @@ def init_state(config: Config, variables: Optional[dict[str, Any]] = None) -> Tr
     return TrainState(params, variables["router_state"], make_optimizer(config.train).init(params))
 
 
-def make_step(config: Config, division: Optional[Division] = None) -> Callable[..., tuple[TrainState, StepMetrics]]:
+def make_step(config: Config, division: Optional[Division] = None) -> jax.stages.Wrapped:
     """`train_step` of state, tokens and scalars, as a program of its own that takes the state over."""
     platform = jax.default_backend() if division is None else division.mesh.devices.flat[0].platform
     step = partial(train_step, config=config, division=division)
@@ -80,9 +79,10 @@ def train_step(
         gradients, metrics = _accumulated(state.params, state.router_state, tokens, scalars, config)
     else:
         gradients, metrics = _on_mesh(state, tokens, scalars, config, division)
-    metrics = metrics._replace(grad_norm=optax.global_norm(gradients))
-    updates, optimizer = make_optimizer(config.train).update(gradients, state.optimizer, state.params)
-    params = jax.tree.map(lambda p, u: p - scalars.learning_rate.astype(p.dtype) * u, state.params, updates)
+    with jax.named_scope("optimizer"):
+        metrics = metrics._replace(grad_norm=optax.global_norm(gradients))
+        updates, optimizer = make_optimizer(config.train).update(gradients, state.optimizer, state.params)
+        params = jax.tree.map(lambda p, u: p - scalars.learning_rate.astype(p.dtype) * u, state.params, updates)
     speed = scalars.bias_update_speed
     router_state = {
         name: jax.tree.map(lambda bias, c=metrics.parts.counts[name]: updated_bias(bias, c, speed), biases)
@@ -104,9 +104,11 @@ def _on_mesh(
     devices = division.mesh.size
 
     def of_device(params: Any, router_state: Any, tokens: jax.Array, scalars: Scalars) -> tuple[Any, StepMetrics]:
-        weights, biases = collect(division, config.model, params, router_state)
+        with jax.named_scope("weights"):
+            weights, biases = collect(division, config.model, params, router_state)
         gradients, metrics = _accumulated(weights, biases, tokens, scalars, config, division)
-        gradients = jax.tree.map(lambda total: total / devices, deliver(division, config.model, gradients))
+        with jax.named_scope("weights"):
+            gradients = jax.tree.map(lambda total: total / devices, deliver(division, config.model, gradients))
         mean = partial(jax.lax.pmean, axis_name=MESH_AXES)
         counts = {
             name: sum_of_layers(division, config.model, own)

@@ -1,5 +1,7 @@
 """Cached generation: the model's own layers over the latents of what came before."""
 
+from collections.abc import Sequence
+
 import torch
 import torch.nn.functional as F
 
@@ -46,7 +48,7 @@ def decode(model: DeepseekV3, cache: Cache, tokens: torch.Tensor, positions: tor
 
 
 def _run(
-    model: DeepseekV3, tokens: torch.Tensor, positions: torch.Tensor, cache: list[Latents | None]
+    model: DeepseekV3, tokens: torch.Tensor, positions: torch.Tensor, cache: Sequence[Latents | None]
 ) -> tuple[torch.Tensor, Cache]:
     """Hidden states [B, T, d] before the final norm, and every layer's latents or updated cache."""
     rope = rope_angles(model.config, positions)

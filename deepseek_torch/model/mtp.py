@@ -24,7 +24,7 @@ class MTPModule(Block):
         self.eh_proj = Linear(c, 2 * c.hidden_size, c.hidden_size)
         self.shared_head = nn.ModuleDict({"norm": RMSNorm(c, c.hidden_size, c.rms_norm_eps)})
 
-    def forward(
+    def forward(  # type: ignore[override]  # other arguments: nobody calls it as a Block's
         self,
         previous: torch.Tensor,
         rope: tuple[torch.Tensor, torch.Tensor],

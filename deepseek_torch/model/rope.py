@@ -53,7 +53,7 @@ def inverse_frequencies(config: ModelConfig) -> list[float]:
         return dim / 2 * math.log(turns_of_first_pair / times, config.rope_theta)
 
     kept_until = max(math.floor(pair_that_turns(scaling.beta_fast)), 0)
-    divided_from = min(math.ceil(pair_that_turns(scaling.beta_slow)), dim - 1)
+    divided_from: float = min(math.ceil(pair_that_turns(scaling.beta_slow)), dim - 1)
     if divided_from == kept_until:
         divided_from += 0.001  # the released model's remedy against a division by zero
     stretched = []

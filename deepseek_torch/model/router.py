@@ -1,6 +1,7 @@
 """Which experts serve a token, and the statistics that keep their load even (report 2.1.2)."""
 
 import math
+from collections.abc import Callable
 from functools import partial
 from typing import NamedTuple, Optional
 
@@ -44,7 +45,7 @@ class Router(nn.Module):
         weights = scores.gather(-1, indices)
         dropped = None
         if c.capacity_factor is not None and self.training:
-            served = find_room(c, indices)
+            served = find_room(c, indices, c.capacity_factor)
             weights, dropped = weights * served, (~served).to(weights.dtype).mean()
         if c.norm_topk_prob:
             weights = normalised(weights)
@@ -53,7 +54,10 @@ class Router(nn.Module):
         return Routing(indices, weights, counts.sum(dim=0), balance_loss(c, scores, counts), dropped)
 
 
-SCORING_FUNCS = {"sigmoid": torch.sigmoid, "softmax": partial(torch.softmax, dim=-1)}
+SCORING_FUNCS: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {
+    "sigmoid": torch.sigmoid,
+    "softmax": partial(torch.softmax, dim=-1),
+}
 """By `ModelConfig.scoring_func`: a router's logits [..., E] to scores."""
 
 
@@ -79,13 +83,13 @@ def _largest(x: torch.Tensor, count: int) -> tuple[torch.Tensor, torch.Tensor]:
     return values[..., :count], indices[..., :count]
 
 
-def find_room(config: ModelConfig, indices: torch.Tensor) -> torch.Tensor:
-    """Which choices [B, T, K] are served where an expert takes at most capacity_factor times its even share of a sequence.
+def find_room(config: ModelConfig, indices: torch.Tensor, factor: float) -> torch.Tensor:
+    """Which choices [B, T, K] are served where an expert takes at most `factor` times its even share of a sequence.
 
     First come, first served, in the order of the tokens: what a token gets hangs on no later one.
     """
     c = config
-    capacity = math.ceil(c.capacity_factor * indices.shape[1] * c.num_experts_per_tok / c.n_routed_experts)
+    capacity = math.ceil(factor * indices.shape[1] * c.num_experts_per_tok / c.n_routed_experts)
     served = torch.zeros_like(indices, dtype=torch.bool)
     for choices, room_for in zip(indices.tolist(), served):
         taken = [0] * c.n_routed_experts

@@ -5,7 +5,7 @@ released checkpoint: what Hugging Face wrote can be read here with no table in b
 table from JAX to Hugging Face serves this package too. The checkpoint's copies of embedding and head
 beside every MTP module are left out, since the modules use the main model's.
 
-`config.remat` and `config.grouped_matmul`, which say how and not what to compute, have no effect here.
+`config.remat`, `config.grouped_matmul` and `config.attention`, which say how and not what to compute, have no effect here.
 """
 
 from typing import NamedTuple, Optional
@@ -41,7 +41,7 @@ class DeepseekV3(nn.Module):
     def __init__(self, config: ModelConfig):
         super().__init__()
         c = self.config = config
-        layers = [Block(c, moe=layer >= c.first_k_dense_replace) for layer in range(c.num_hidden_layers)]
+        layers: list[nn.Module] = [Block(c, moe=layer >= c.first_k_dense_replace) for layer in range(c.num_hidden_layers)]
         layers += [MTP_FORMS[c.mtp_form](c) for _ in range(c.num_nextn_predict_layers)]
         self.model = nn.ModuleDict({
             "embed_tokens": Embedding(c),
@@ -78,7 +78,8 @@ class DeepseekV3(nn.Module):
         rope = rope_angles(c, positions)
         embedded = self.model["embed_tokens"](tokens)
 
-        hidden, outputs = embedded[:, :length], {"moe_layers": [], "mtp_layers": []}
+        hidden = embedded[:, :length]
+        outputs: dict[str, list[BlockOutput]] = {"moe_layers": [], "mtp_layers": []}
         for layer in self.main_layers:
             hidden, output = layer(hidden, rope, positions)
             if layer.moe:
@@ -119,9 +120,9 @@ def _routing(
     outputs: dict[str, list[BlockOutput]], nothing: torch.Tensor
 ) -> tuple[dict[str, torch.Tensor], torch.Tensor, Optional[torch.Tensor]]:
     """Of the layers that have experts: their counts by stack, the sum of their balance losses, and the share dropped."""
-    routed = {name: [output for output in stack if output.counts is not None] for name, stack in outputs.items()}
-    counts = {name: torch.stack([output.counts for output in stack]) for name, stack in routed.items() if stack}
-    layers = [output for stack in routed.values() for output in stack]
+    counts = {name: [o.counts for o in stack if o.counts is not None] for name, stack in outputs.items()}
+    layers = [output for stack in outputs.values() for output in stack]
+    losses = [output.balance_loss for output in layers if output.balance_loss is not None]
     shares = [output.dropped for output in layers if output.dropped is not None]
     dropped = torch.stack(shares).mean() if shares else None
-    return counts, sum((output.balance_loss for output in layers), nothing), dropped
+    return {name: torch.stack(of_stack) for name, of_stack in counts.items() if of_stack}, sum(losses, nothing), dropped

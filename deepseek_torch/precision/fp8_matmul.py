@@ -3,6 +3,8 @@
 Every operand is quantised as the report quantises it, dequantised, and multiplied.
 """
 
+from functools import reduce
+
 import torch
 
 from deepseek_torch.precision.fp8 import (
@@ -47,7 +49,7 @@ class _Matmul(torch.autograd.Function):
     def backward(ctx, *gradients: torch.Tensor) -> tuple[torch.Tensor, ...]:
         x_codes, x_scales, *blocks = ctx.saved_tensors
         weights = [dequantize_blocks(*block) for block in zip(blocks[::2], blocks[1::2])]
-        dx = sum(_rounded_gradient(dy, axis=1) @ w.T for dy, w in zip(gradients, weights))
+        dx = reduce(torch.add, (_rounded_gradient(dy, axis=1) @ w.T for dy, w in zip(gradients, weights)))
         x = dequantize_tiles(x_codes, x_scales, axis=1)
         x = dequantize_tiles(*quantize_tiles(x, axis=0), axis=0)
         return dx.to(gradients[0].dtype), *(x.T @ _rounded_gradient(dy, axis=0) for dy in gradients)

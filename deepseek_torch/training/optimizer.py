@@ -42,8 +42,8 @@ def clip_by_global_norm(parameters: Iterable[nn.Parameter], limit: float) -> tor
     Returns:
         The norm before.
     """
-    gradients = [p.grad for p in parameters]
-    norm = torch.sqrt(sum(gradient.square().sum() for gradient in gradients))
+    gradients = [p.grad for p in parameters if p.grad is not None]
+    norm = torch.stack([gradient.square().sum() for gradient in gradients]).sum().sqrt()
     if norm > limit:
         for gradient in gradients:
             gradient.mul_(limit / norm)

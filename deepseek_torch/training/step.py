@@ -68,7 +68,7 @@ def _accumulated(state: TrainState, tokens: torch.Tensor, mtp_weight: float, con
         parts.append(of_part)
     cross_entropy = torch.stack([part.cross_entropy for part in parts]).mean(dim=0)
     balance_loss = torch.stack([part.balance_loss for part in parts]).mean()
-    counts = {stack: sum(part.counts[stack] for part in parts) for stack in parts[0].counts}
+    counts = {stack: torch.stack([part.counts[stack] for part in parts]).sum(dim=0) for stack in parts[0].counts}
     shares = [part.dropped for part in parts if part.dropped is not None]
     dropped = torch.stack(shares).mean() if shares else None
     return torch.stack(losses).mean(), LossParts(cross_entropy, balance_loss, counts, dropped)

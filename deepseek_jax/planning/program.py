@@ -9,6 +9,9 @@ import re
 from collections.abc import Iterator
 from typing import NamedTuple
 
+TRANSPARENT = ("call", "async-start")
+"""Opcodes whose computation's instructions run one by one."""
+
 
 class Array(NamedTuple):
     """Type and shape of an array as one device sees it."""
@@ -16,12 +19,35 @@ class Array(NamedTuple):
     dtype: str
     shape: tuple[int, ...]
 
+    layout: str = ""
+    """As XLA writes it: the order of the axes, tiles, the memory space; where none is written, empty."""
+
     @property
     def bytes(self) -> int:
         """Without padding; a boolean takes one."""
         bits = re.search(r"\d+", self.dtype)
         width = 8 if self.dtype == "pred" else int(bits[0]) if bits else 0  # tokens and the like have none
         return -(-math.prod(self.shape) * width // 8)
+
+    @property
+    def in_main_memory(self) -> bool:
+        """Whether it lives there, and not on the core or the host."""
+        return "S(" not in self.layout
+
+    @property
+    def padded_bytes(self) -> int:
+        """With what the tiles of its layout leave empty."""
+        order, _, tiles = self.layout.partition(":")
+        tile = re.match(r"T\(([\d,]+)\)", tiles)
+        if not tile or not self.shape:
+            return self.bytes
+        sides = [int(side) for side in tile[1].split(",")]
+        sizes = [self.shape[int(axis)] for axis in reversed(order.split(","))]  # the slowest first
+        if len(sides) > len(sizes):
+            sizes = [1] * (len(sides) - len(sizes)) + sizes
+        last = len(sizes) - len(sides)
+        padded = sizes[:last] + [-(-size // side) * side for size, side in zip(sizes[last:], sides)]
+        return self.bytes * math.prod(padded) // max(math.prod(self.shape), 1)
 
 
 class Instruction(NamedTuple):
@@ -42,6 +68,29 @@ class Instruction(NamedTuple):
         return [name for names in named for name in re.findall(r"[\w.\-]+", names)]
 
 
+class Program:
+    """A compiled program.
+
+    Args:
+        text: `compiled.as_text()` of `jax.jit(...).lower(...).compile()`.
+
+    Raises:
+        ValueError: the text is no compiled program.
+
+    Attributes:
+        computations: instructions by the name of their computation, in the order in which they run.
+        entry: the computation that runs first.
+    """
+
+    def __init__(self, text: str):
+        self.computations, self.entry = computations_of(text)
+        self._made = {i.name: i.results for instructions in self.computations.values() for i in instructions}
+
+    def operands(self, instruction: Instruction) -> tuple[Array, ...]:
+        """What an instruction reads, tuples within tuples flattened."""
+        return tuple(array for name in instruction.operands for array in self._made.get(name, ()))
+
+
 class Visit(NamedTuple):
     """An instruction where it runs."""
 
@@ -53,6 +102,10 @@ class Visit(NamedTuple):
     """Runs in one execution of the program, every open loop passed once."""
     open_loops: tuple[str, ...]
     """Names of the enclosing loops, the outermost first, of which the compiler does not know the number of passes."""
+    part_of: str = ""
+    """The fusion, reduction or the like around it, which runs as one; none if it runs by itself."""
+    branches: tuple[tuple[str, int], ...] = ()
+    """The conditionals around it and the number of the branch that it is in, the outermost first."""
 
 
 def visits(text: str) -> Iterator[Visit]:
@@ -61,25 +114,35 @@ def visits(text: str) -> Iterator[Visit]:
     Args:
         text: `compiled.as_text()` of `jax.jit(...).lower(...).compile()`. Of branches all are taken to run.
     """
-    computations, entry = computations_of(text)
-    made = {i.name: i.results for instructions in computations.values() for i in instructions}
+    program = Program(text)
+    computations = program.computations
 
-    def within(computation: str, depth: int, times: int, open_loops: tuple[str, ...]) -> Iterator[Visit]:
+    def within(computation: str, around: Visit) -> Iterator[Visit]:
         for instruction in computations[computation]:
-            operands = tuple(array for name in instruction.operands for array in made.get(name, ()))
-            yield Visit(instruction, operands, depth, times, open_loops)
+            here = around._replace(instruction=instruction, operands=program.operands(instruction))
+            yield here
+            inside = here._replace(depth=here.depth + 1)
             if instruction.opcode == "while":
                 (condition,) = instruction.called("condition")
                 passes = annotated_passes(instruction) or counted_passes(computations[condition])
-                inside = (times * passes, open_loops) if passes else (times, (*open_loops, instruction.name))
+                if passes:
+                    inside = inside._replace(times=here.times * passes)
+                else:
+                    inside = inside._replace(open_loops=(*here.open_loops, instruction.name))
                 for name in (condition, *instruction.called("body")):
-                    yield from within(name, depth + 1, *inside)
+                    yield from within(name, inside)
+            elif instruction.opcode == "conditional":
+                branches = instruction.called("branch_computations", "true_computation", "false_computation")
+                for number, name in enumerate(branches):
+                    yield from within(name, inside._replace(branches=(*here.branches, (instruction.name, number))))
             elif not instruction.opcode.endswith(("-update", "-done")):  # they name again what their start has run
-                for name in instruction.called("calls", "to_apply", "branch_computations", "true_computation",
-                                               "false_computation", "called_computations"):  # fmt: skip
-                    yield from within(name, depth + 1, times, open_loops)
+                if instruction.opcode not in TRANSPARENT:
+                    inside = inside._replace(part_of=here.part_of or instruction.name)
+                for name in instruction.called("calls", "to_apply", "called_computations"):
+                    yield from within(name, inside)
 
-    return within(entry, 0, 1, ())
+    nothing = Instruction("", "", (), (), "")
+    return within(program.entry, Visit(nothing, (), 0, 1, ()))
 
 
 def annotated_passes(loop: Instruction) -> int | None:
@@ -98,12 +161,15 @@ def counted_passes(condition: list[Instruction]) -> int | None:
     if compare is None or sorted(i.opcode for i in condition) != ["compare", "constant", "get-tuple-element", "parameter"]:
         return None
     bound = made[compare.operands[1]]
-    return int(re.match(r"\((-?\d+)\)", bound.rest)[1]) if bound.opcode == "constant" else None
+    literal = re.match(r"\((-?\d+)\)", bound.rest) if bound.opcode == "constant" else None
+    return int(literal[1]) if literal else None
 
 
 def computations_of(text: str) -> tuple[dict[str, list[Instruction]], str]:
     """Instructions by the name of their computation, and the name of the one that runs first."""
-    computations, entry, current = {}, None, None
+    computations: dict[str, list[Instruction]] = {}
+    entry, current = None, None
+    text = re.sub(r"(kernel_metadata=\{)\n(.*)\n(\})", r"\1\2\3", text)  # what a kernel says of itself breaks its line
     for line in text.splitlines():
         if header := re.match(r"(ENTRY )?%?([\w.\-]+) \(.*\{$", line):
             current = computations.setdefault(header[2], [])
@@ -125,8 +191,10 @@ def _instruction(name: str, rest: str) -> Instruction:
 
 
 def _arrays(text: str) -> tuple[Array, ...]:
-    found = re.findall(r"\b([a-z]\w*)\[([\d,<=]*)\]", text)
-    return tuple(Array(dtype, tuple(int(n.lstrip("<=")) for n in shape.split(",") if n)) for dtype, shape in found)
+    found = re.findall(r"\b([a-z]\w*)\[([\d,<=]*)\](?:\{([^}]*)\})?", text)
+    return tuple(
+        Array(dtype, tuple(int(n.lstrip("<=")) for n in shape.split(",") if n), layout) for dtype, shape, layout in found
+    )
 
 
 def _closed(text: str) -> int:

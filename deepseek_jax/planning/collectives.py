@@ -6,13 +6,13 @@ print(table(collectives(compiled.as_text(), mesh)))
 
 import math
 import re
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from typing import NamedTuple
 
 import numpy as np
 from jax.sharding import Mesh
 
-from deepseek_jax.parallel.compiled import Array, Instruction, Visit, visits
+from deepseek_jax.planning.program import Array, Instruction, visits
 
 KINDS = ("all-reduce", "all-gather", "reduce-scatter", "all-to-all", "collective-permute", "ragged-all-to-all")
 
@@ -60,7 +60,11 @@ def collectives(text: str, mesh: Mesh) -> list[Collective]:
         text: `compiled.as_text()`.
         mesh: that the program was compiled for.
     """
-    return [_collective(visit, mesh) for visit in visits(text) if _kind(visit.instruction) is not None]
+    return [
+        describe(visit.instruction, visit.operands, mesh, visit.times, len(visit.open_loops))
+        for visit in visits(text)
+        if is_collective(visit.instruction)
+    ]
 
 
 def total(found: Iterable[Collective], of: Callable[[Collective], int] = lambda one: one.sent) -> int:
@@ -82,24 +86,26 @@ def table(found: Iterable[Collective]) -> str:
     return "\n".join(lines)
 
 
-def _kind(instruction: Instruction) -> str | None:
+def is_collective(instruction: Instruction) -> bool:
+    """Whether it is one of KINDS, or the start of one."""
+    return instruction.opcode.removesuffix("-start") in KINDS
+
+
+def describe(
+    instruction: Instruction, operands: Sequence[Array], mesh: Mesh, times: int = 1, open_loops: int = 0
+) -> Collective:
+    """One of KINDS, synchronous or the start of it, that runs so many times within so many open loops."""
     kind = instruction.opcode.removesuffix("-start")
-    return kind if kind in KINDS else None
-
-
-def _collective(visit: Visit, mesh: Mesh) -> Collective:
-    instruction, operands = visit.instruction, visit.operands
-    kind = _kind(instruction)
     if kind == "all-gather":
         repeated = len(instruction.results) // 2 if instruction.opcode.endswith("-start") else 0  # the operands
         arrays = instruction.results[repeated:]
     elif kind == "ragged-all-to-all":
         arrays = (min(operands[:2], key=lambda array: array.bytes),)
     else:
-        arrays = operands
+        arrays = tuple(operands)
     axes, devices = _axes(instruction.rest, mesh)
     name = re.search(r'op_name="([^"]*)"', instruction.rest)
-    return Collective(kind, axes, devices, arrays, visit.times, len(visit.open_loops), name[1] if name else "")
+    return Collective(kind, axes, devices, arrays, times, open_loops, name[1] if name else "")
 
 
 def _axes(rest: str, mesh: Mesh) -> tuple[tuple[str, ...], int]:
@@ -117,7 +123,7 @@ def _groups(rest: str, devices: int) -> np.ndarray:
     """
     if written := re.search(r"(?:replica_groups|source_target_pairs)=\{((?:\{[\d,]*\},?)*)\}", rest):
         groups = [_numbers(group) for group in re.findall(r"\{([\d,]+)\}", written[1])]
-        return np.array(groups or [range(devices)])
+        return np.array(groups or [tuple(range(devices))])
     if of_range := re.search(r"replica_groups=\[([\d,]+)\]<=\[([\d,]+)\](?:T\(([\d,]+)\))?", rest):
         return _range(*of_range.groups()[1:]).reshape(_numbers(of_range[1]))
     mesh = r"replica_groups=mesh\[([^\]]*)\](?:, device_ids=\(\[([\d,]+)\](?:T\(([\d,]+)\))?\))? \{([^}:]*)\}"

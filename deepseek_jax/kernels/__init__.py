@@ -1,0 +1,1 @@
+"""Kernels for accelerators, one file each, behind signatures that `model/` and `precision/` own."""

@@ -1,0 +1,133 @@
+"""Block-scaled products of float8 on GPUs as Pallas Triton kernels (report 3.3): plain ones are those of a single group.
+
+The tensor cores add 128 products of codes at a time; that sum, times its two scales, goes to a float32 sum in registers. They
+read float8 only where the contracted axis is the one that lies contiguous in memory, so both operands come that way.
+"""
+
+from collections.abc import Sequence
+from functools import partial
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import triton as plgpu
+
+from deepseek_jax.kernels.float8_dot import float8_dot
+from deepseek_jax.kernels.tiles import Shape, Span, call, load, make_tiles, span, store
+
+TILE = 128
+LARGEST = Shape(TILE, TILE, TILE)
+"""Two sums of that many rows and columns, the tensor cores' and the float32 one, fill two groups of four warps' registers,
+64 numbers each a thread; columns lie within one block of weights."""
+PARAMETERS = plgpu.CompilerParams(num_warps=8, num_stages=4)
+"""Four steps' codes are 128 of 227 KB of shared memory."""
+Scaled = tuple[jax.Array, jax.Array]
+
+
+def rows_by_weights(rows: Sequence[Scaled], weights: Sequence[Scaled], group_sizes: jax.Array, dtype: jnp.dtype) -> jax.Array:
+    """Sum of products of rows and their groups' weights.
+
+    Args:
+        rows: each codes [N, K], sorted by group, and float32 scales [N, ceil(K/128)].
+        weights: for each of them codes [E, M, K] and float32 scales [E, ceil(M/128), ceil(K/128)].
+        group_sizes: [E], together at most N.
+
+    Returns:
+        [N, M]; zero for rows of no group.
+    """
+    count, depth = rows[0][0].shape
+    groups, width = weights[0][0].shape[:2]
+    shape = LARGEST.cut(pl.cdiv(count, groups), width, depth)
+    tiles = make_tiles(group_sizes, count, shape.rows)
+    return call(
+        partial(_rows_by_weights_kernel, shape, groups),
+        "fp8_grouped_matmul",
+        (pl.cdiv(width, shape.columns), tiles.group.size),
+        jax.ShapeDtypeStruct((count, width), dtype),
+        PARAMETERS,
+        tiles,
+        tuple(rows),
+        tuple(weights),
+    )
+
+
+def _rows_by_weights_kernel(
+    shape: Shape, groups: int, tiles: Any, rows: Sequence[Any], weights: Sequence[Any], y: Any
+) -> None:
+    """Columns are the grid's fast axis: programs that run together share rows, and weights that the cache still holds."""
+    tile, column = pl.program_id(1), pl.program_id(0) * shape.columns
+    group, first, end = (each[tile] for each in tiles)
+    these, those = span(first, shape.rows, end), span(column, shape.columns, y.shape[1])
+    depth = rows[0][0].shape[1]
+    is_needed = (group < groups) & (first < end)
+    steps = pl.cdiv(depth, shape.depth) * is_needed.astype(jnp.int32)
+    total = jnp.zeros((shape.rows, shape.columns), jnp.float32)
+    for (x, x_scales), (weight, weight_scales) in zip(rows, weights):
+
+        def add(
+            step: jax.Array,
+            total: jax.Array,
+            x: Any = x,
+            x_scales: Any = x_scales,
+            w: Any = weight,
+            w_scales: Any = weight_scales,
+        ) -> jax.Array:
+            inner = span(step * shape.depth, shape.depth, depth)
+            scales = _load_scales(x_scales, these, step, axis=0) * w_scales[group, column // TILE, step]
+            product = float8_dot(load(x, these, inner), load(w, those, inner, group))
+            return total + product * scales[:, None]
+
+        total = lax.fori_loop(0, steps, add, total)
+    store(y, total, these, those)
+
+
+def rows_by_rows(x: Scaled, dy: Scaled, tile_ends: jax.Array) -> jax.Array:
+    """For every group the product xᵀ dy of its rows, both in tiles of 128 rows, the last of a group filled with zeros.
+
+    Args:
+        x: codes [T, K, 128] of tiles sorted by group, and float32 scales [T, K].
+        dy: codes [T, M, 128] and scales [T, M].
+        tile_ends: [E] the tile after each group's last.
+
+    Returns:
+        float32 [E, K, M]; zero for a group without tiles.
+    """
+    height, width, groups = x[0].shape[1], dy[0].shape[1], tile_ends.size
+    shape = LARGEST.cut(height, width, TILE)
+    return call(
+        partial(_rows_by_rows_kernel, shape),
+        "fp8_grouped_matmul_of_rows",
+        (pl.cdiv(width, shape.columns), pl.cdiv(height, shape.rows), groups),
+        jax.ShapeDtypeStruct((groups, height, width), jnp.float32),
+        PARAMETERS,
+        jnp.diff(tile_ends, prepend=0),
+        tile_ends,
+        x,
+        dy,
+    )
+
+
+def _rows_by_rows_kernel(shape: Shape, counts: Any, ends: Any, x: Any, dy: Any, dw: Any) -> None:
+    group = pl.program_id(2)
+    these = span(pl.program_id(1) * shape.rows, shape.rows, dw.shape[1])
+    those = span(pl.program_id(0) * shape.columns, shape.columns, dw.shape[2])
+    inner = span(0, TILE, TILE)
+    (left, left_scales), (right, right_scales) = x, dy
+    end = ends[group]
+
+    def add(tile: jax.Array, total: jax.Array) -> jax.Array:
+        scales = [_load_scales(of, at, tile, axis=1) for of, at in ((left_scales, these), (right_scales, those))]
+        product = float8_dot(load(left, these, inner, tile), load(right, those, inner, tile))
+        return total + product * (scales[0][:, None] * scales[1][None, :])
+
+    total = jnp.zeros((shape.rows, shape.columns), jnp.float32)
+    total = lax.fori_loop(end - counts[group], end, add, total)
+    store(dw, total, these, those, group)
+
+
+def _load_scales(ref: Any, places: Span, other: jax.Array, axis: int) -> jax.Array:
+    """Along an axis of the two, at one place of the other."""
+    index = (places.slice, other) if axis == 0 else (other, places.slice)
+    return plgpu.load(ref.at[index], mask=places.mask, other=None if places.mask is None else 0)

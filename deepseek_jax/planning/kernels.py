@@ -1,0 +1,97 @@
+"""What kernels do inside a custom call, for which the compilers have no estimate: operations and bytes.
+
+A kernel that states its own figures is believed; for the others the formula is here. Either way the time is that of
+`KERNEL_SHARE` of the machine's peak, ours and others' alike.
+"""
+
+import math
+import re
+from collections.abc import Callable, Sequence
+from typing import NamedTuple
+
+from deepseek_jax.planning.program import Array, Instruction
+
+
+class Work(NamedTuple):
+    """Of one run of a kernel."""
+
+    flops: int
+    bytes: int
+
+
+Operands = Sequence[Array]
+
+
+def kernel_name(instruction: Instruction) -> str | None:
+    """What a custom call runs; null if it is no kernel."""
+    if instruction.opcode != "custom-call":
+        return None
+    target = re.search(r'custom_call_target="([^"]*)"', instruction.rest)
+    if target is None or not any(word in target[1] for word in ("tpu_custom_call", "triton", "mosaic_gpu", "fmha", "cublas")):
+        return None
+    if "fmha" in target[1] or "cublas" in target[1]:
+        return target[1]
+    within = re.search(r'op_name="[^"]*?([^"/()]+)\)?(?:/pallas_call)+"', instruction.rest)  # the last name around the call
+    return within[1] if within else re.sub(r"[.\d]+$", "", instruction.name)
+
+
+def kernel_work(name: str, instruction: Instruction, operands: Operands, even_rows: int | None) -> Work | None:
+    """Operations and bytes of a kernel; null if nothing is known of it.
+
+    Args:
+        even_rows: rows that a grouped product works on under even routing, where there is room for more.
+    """
+    moved = sum(array.bytes for array in (*operands, *instruction.results))
+    formula = next((count for word, count in FORMULAS.items() if word in name), None)
+    stated = re.search(r'"cost_estimate":\{"flops":"(\d+)"', instruction.rest)
+    if formula is not None:
+        flops = formula(operands, instruction.results)
+    elif stated is not None:
+        flops = int(stated[1])
+    else:
+        return None
+    if even_rows is not None and any(word in name for word in GROUPED):
+        rows = _rows(operands)
+        if "tgmm" in name:  # reads the rows' transpose
+            rows = max([rows, *(array.shape[-1] for array in operands if len(array.shape) == 2)])
+        flops = flops * even_rows // max(rows, even_rows)
+    return Work(flops, moved)
+
+
+def _rows(operands: Operands) -> int:
+    return max((array.shape[0] for array in operands if len(array.shape) == 2), default=0)
+
+
+def _attention(widths: Callable[[int, int, bool], int]) -> Callable[[Operands, Operands], int]:
+    """Causal: half of the pairs of a query and a key meet.
+
+    Args:
+        widths: of all products that a pair is part of, by the widths of a key and a value, and whether the kernel returns
+            the queries' gradient in parts, one for each block of keys.
+    """
+
+    def count(operands: Operands, results: Operands) -> int:
+        q, k, v = [array for array in operands if len(array.shape) >= 3 and array.dtype in ("bf16", "f16", "f32")][:3]
+        pairs = math.prod(q.shape[:-1]) * k.shape[-2]
+        in_parts = any(len(array.shape) > len(q.shape) for array in results)
+        return pairs * widths(q.shape[-1], v.shape[-1], in_parts)
+
+    return count
+
+
+def _grouped(operands: Operands, results: Operands) -> int:
+    """Each row meets one matrix of every stack, read or made."""
+    return sum(2 * _rows(operands) * math.prod(array.shape[1:]) for array in (*operands, *results) if len(array.shape) == 3)
+
+
+GROUPED = ("gmm", "grouped_matmul")
+"""Part of the name of a kernel that multiplies rows by the weights of their groups."""
+FORMULAS = {
+    "grouped_matmul": _grouped,  # of ours: JAX does not pass a Triton kernel's own estimate on
+    "splash_mha_fwd": _attention(lambda d, v, _: d + v),
+    "splash_mha_dkv": _attention(lambda d, v, is_fused: 3 * d + 2 * v if is_fused else 2 * d + 2 * v),
+    "splash_mha_dq": _attention(lambda d, v, _: 2 * d + v),  # MaxText's default: makes scores again, as dkv does
+    "fmhaSoftmaxBackward": _attention(lambda d, v, _: 3 * d + 2 * v),
+    "fmhaSoftmax": _attention(lambda d, v, _: d + v),
+}
+"""Part of a kernel's name -> its operations."""

@@ -1,0 +1,61 @@
+"""What one device of each known kind can do: the figures that estimates are made with, and where each comes from."""
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class Machine:
+    """One device, as JAX counts devices (half a chip on tpu7x). Rates are a second's."""
+
+    name: str
+    platform: str
+    """As JAX calls it: tpu, gpu or cpu."""
+    bf16_flops: float
+    """Of products, at the peak."""
+    fp8_flops: float
+    memory: int
+    """Bytes that a program may fill."""
+    memory_bandwidth: float
+    """Bytes."""
+    link_bandwidth: float
+    """Bytes that one link carries one way: of a TPU's torus, or all of a GPU's links to the others of its host."""
+    network_bandwidth: float = 0.0
+    """Bytes one way between hosts, for each device; TPUs of one slice have no use for it."""
+    clock: float = 0.0
+    """Cycles in which the TPU's compiler estimates."""
+    devices_per_chip: int = 1
+    cost_model_flops: float = 0.0
+    """Of products, as XLA's cost model for GPUs counts them: on the float32 units."""
+    wraps_from: int = 0
+    """Chips along a side of the torus from which its ends are joined."""
+
+
+GB = 10**9
+GIB = 2**30
+
+MACHINES = {
+    machine.name: machine
+    for machine in (
+        # Cloud TPU's pages of each kind: peak, memory, its bandwidth. Link rates: "How to Scale Your Model" (2025), one way.
+        # Clocks: peak / (2 x multiply-adds a cycle): 4 arrays of 128 x 128 on v5e, 8 on v5p, 256 x 256 four times after.
+        # Memory is what the compilers state as theirs where a program is too large.
+        Machine("v5e", "tpu", 197e12, 197e12, int(15.75 * GIB), 819e9, 45e9, clock=1.5e9, wraps_from=16),
+        Machine("v5p", "tpu", 459e12, 459e12, int(95.74 * GIB), 2765e9, 90e9, clock=1.75e9, wraps_from=4),
+        Machine("v6e", "tpu", 918e12, 918e12, int(31.25 * GIB), 1640e9, 90e9, clock=1.75e9, wraps_from=16),
+        Machine(
+            "tpu7x", "tpu", 1153.5e12, 2307e12, int(94.75 * GIB), 3690e9, 100e9, clock=2.2e9, devices_per_chip=2, wraps_from=4
+        ),
+        # NVIDIA's data sheets, dense rates; NVLink 4 and 5 one way; one 400 Gb/s adapter for each GPU.
+        Machine("h100", "gpu", 989e12, 1979e12, 84_978_434_048, 3352e9, 450e9, 50e9, cost_model_flops=66.9e12),
+        Machine("h200", "gpu", 989e12, 1979e12, 150_754_820_096, 4800e9, 450e9, 50e9, cost_model_flops=66.9e12),
+        Machine("b200", "gpu", 2250e12, 4500e12, 191_500_000_000, 8000e9, 900e9, 50e9, cost_model_flops=74.4e12),
+        # Two cores of a shared machine; no figure of time is claimed for it.
+        Machine("cpu", "cpu", 2e11, 2e11, 24 * GIB, 20e9, 10e9),
+    )
+}
+
+LINK_SHARE = 0.8
+"""Of a link's rate that collectives reach: large messages in NCCL's and Google's own tests come to 75 to 90%."""
+KERNEL_SHARE = 0.6
+"""Of the peak that kernels reach, ours and others' alike, and products on GPUs. DeepGEMM reaches 55 to 70% of an H800's
+float8 peak at V3's shapes, tokamax and MaxText 55 to 70% of a TPU's: 60% on both sides of every comparison."""

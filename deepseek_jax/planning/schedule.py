@@ -1,0 +1,160 @@
+"""A compiled program played through: which operation takes how long, and which collectives other work hides.
+
+Operations run one after the other in the order that the compiler scheduled. A collective that the program starts in one
+place and awaits in another runs beside what stands between, on links of its own for each set of mesh axes; what of it
+is left at the second place is waited for. Loops count as often as they run, and once where only the data tell how often.
+"""
+
+import re
+from collections.abc import Callable, Iterator, Sequence
+from typing import NamedTuple
+
+from deepseek_jax.planning.collectives import Collective, is_collective
+from deepseek_jax.planning.costs import Cost
+from deepseek_jax.planning.parts import Part, part_of
+from deepseek_jax.planning.program import Array, Instruction, Program, annotated_passes, counted_passes
+
+
+class Entry(NamedTuple):
+    """What one instruction adds to a step."""
+
+    name: str
+    op_name: str
+    part: Part
+    times: int
+    """Runs in a step, every open loop passed once."""
+    seconds: float
+    """Of all these runs; of a collective, what is waited for it."""
+    hidden: float = 0.0
+    """Seconds of a collective that run under other work."""
+    flops: int = 0
+    kernel: str = ""
+    collective: Collective | None = None
+    is_known: bool = True
+
+
+class Timeline(NamedTuple):
+    """A whole step."""
+
+    seconds: float
+    entries: list[Entry]
+    open_loops: list[str]
+    """Where loops stand whose number of passes depends on data, by `op_name`; each pass of theirs is in `entries` once."""
+
+
+def play(
+    program: Program,
+    cost: Callable[[Instruction, Sequence[Array]], Cost],
+    collective: Callable[[Instruction, Sequence[Array], int], Collective],
+    link_seconds: Callable[[Collective], float],
+) -> Timeline:
+    """Play a program through.
+
+    Args:
+        cost: of what runs by itself.
+        collective: describes an instruction that `is_collective` and runs so many times.
+        link_seconds: of one execution of a collective.
+    """
+    return _Player(program, cost, collective, link_seconds).whole()
+
+
+class _Player:
+    def __init__(self, program: Program, cost: Callable, collective: Callable, link_seconds: Callable):
+        self._program, self._cost, self._collective, self._link_seconds = program, cost, collective, link_seconds
+        self._open_loops: dict[str, str] = {}
+
+    def whole(self) -> Timeline:
+        entries, seconds = self._run(self._program.entry, 1)
+        return Timeline(seconds, entries, list(self._open_loops.values()))
+
+    def _run(self, computation: str, times: int) -> tuple[list[Entry], float]:
+        """Entries of a computation that runs so often, and the seconds of one run."""
+        clock, entries = 0.0, []
+        free: dict[tuple[str, ...], float] = {}
+        """Set of axes -> when its links are free."""
+        running: dict[str, tuple[float, float, Collective]] = {}
+        """Start of a collective -> when it ends, how long it takes."""
+        for instruction, operands in self._inline(computation):
+            if instruction.opcode in ("while", "conditional"):
+                inner, seconds = self._nested(instruction, times)
+                entries += inner
+                clock += seconds
+                continue
+            started = next((name for name in instruction.operands if name in running), None)
+            if instruction.opcode.endswith("-done") and started is not None:
+                end, length, told = running.pop(started)
+                waited = max(end - clock, 0.0)
+                clock += waited
+                entries.append(self._transfer(instruction, times, told, waited, max(length - waited, 0.0)))
+            elif (kind := self._kind(instruction)) is not None:
+                told = self._collective(kind, self._program.operands(kind), times)
+                length, begin = self._link_seconds(told), max(clock, free.get(told.axes, 0.0))
+                free[told.axes] = begin + length
+                if instruction.opcode.endswith("-start"):
+                    running[instruction.name] = (begin + length, length, told)
+                else:
+                    entries.append(self._transfer(instruction, times, told, begin + length - clock, 0.0))
+                    clock = begin + length
+            else:
+                cost = self._cost(instruction, operands)
+                clock += cost.seconds
+                if cost.seconds or cost.flops or cost.kernel:
+                    entries.append(self._operation(instruction, times, cost))
+        return entries, clock
+
+    def _inline(self, computation: str) -> Iterator[tuple[Instruction, Sequence[Array]]]:
+        """Instructions of a computation, with those of what it merely calls in place of the call."""
+        for instruction in self._program.computations[computation]:
+            if instruction.opcode == "call":
+                for name in instruction.called("to_apply"):
+                    yield from self._inline(name)
+            else:
+                yield instruction, self._program.operands(instruction)
+
+    def _kind(self, instruction: Instruction) -> Instruction | None:
+        """The collective that an instruction is, or starts, or is made of; null if there is none."""
+        if is_collective(instruction):
+            return instruction
+        if instruction.opcode in ("async-start", "fusion"):
+            for name in instruction.called("calls"):
+                for inner in self._program.computations.get(name, ()):
+                    if (found := self._kind(inner)) is not None:
+                        return found
+        return None
+
+    def _nested(self, instruction: Instruction, times: int) -> tuple[list[Entry], float]:
+        """Entries and seconds of one run of a loop or of the costliest branch of a conditional."""
+        computations = self._program.computations
+        if instruction.opcode == "conditional":
+            branches = instruction.called("branch_computations", "true_computation", "false_computation")
+            return max((self._run(name, times) for name in branches), key=lambda branch: branch[1])
+        (condition,), (body,) = instruction.called("condition"), instruction.called("body")
+        passes = annotated_passes(instruction) or counted_passes(computations[condition])
+        if passes is None:
+            self._open_loops[instruction.name] = op_name(instruction)
+            passes = 1
+        parts = [self._run(name, times * passes) for name in (condition, body)]
+        return [entry for entries, _ in parts for entry in entries], passes * sum(seconds for _, seconds in parts)
+
+    def _operation(self, instruction: Instruction, times: int, cost: Cost) -> Entry:
+        path = op_name(instruction)
+        return Entry(
+            instruction.name,
+            path,
+            part_of(path),
+            times,
+            times * cost.seconds,
+            flops=times * cost.flops,
+            kernel=cost.kernel,
+            is_known=cost.is_known,
+        )
+
+    def _transfer(self, instruction: Instruction, times: int, told: Collective, waited: float, hidden: float) -> Entry:
+        path = op_name(instruction)
+        return Entry(instruction.name, path, part_of(path), times, times * waited, times * hidden, collective=told)
+
+
+def op_name(instruction: Instruction) -> str:
+    """The way through the model's code that an instruction comes from; empty if XLA left none."""
+    found = re.search(r'op_name="([^"]*)"', instruction.rest)
+    return found[1] if found else ""

@@ -1,0 +1,191 @@
+"""Meshes and rematerialisations for so many devices, ranked: by a rough estimate first, then by compiling the best few.
+
+The rough estimate knows the state's bytes exactly and all else by rule of thumb: products at half of the peak, the
+traffic of weights and tokens over the links with nothing hidden, and of activations what rematerialisation keeps. It
+only has to bring the right few to the compiler.
+"""
+
+import dataclasses
+from collections.abc import Callable, Iterator
+from functools import partial
+from typing import Any, NamedTuple
+
+import jax
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+
+from deepseek_jax.config import MESH_AXES, Config, ConfigError
+from deepseek_jax.parallel.mesh import make_mesh, resolve
+from deepseek_jax.parallel.pipeline import bubble
+from deepseek_jax.parallel.sharding import Division, bytes_per_device
+from deepseek_jax.parallel.summary import bytes_in_step
+from deepseek_jax.planning.collectives import Collective
+from deepseek_jax.planning.estimate import Estimate, arranged, estimate, parallel_size
+from deepseek_jax.planning.figures import flops_by_part
+from deepseek_jax.planning.links import Links
+from deepseek_jax.planning.program import Array
+from deepseek_jax.planning.topologies import Topology, make_devices
+from deepseek_jax.training.optimizer import make_optimizer
+from deepseek_jax.training.step import init_state
+
+COMPILED = 3
+"""How many of the candidates are compiled."""
+ROUGH_SHARE = 0.5
+"""Of the peak, for products."""
+REMATS = ("products", "full")
+
+
+class Candidate(NamedTuple):
+    """A config that might do, and its rough estimate. Of a pipeline's sequences a stage keeps all, for its share of layers."""
+
+    config: Config
+    seconds: float
+    bytes: int
+
+    @property
+    def name(self) -> str:
+        """Its mesh and rematerialisation."""
+        sizes = {axis: getattr(self.config.parallel, axis) for axis in MESH_AXES}
+        mesh = " ".join(f"{axis}={size}" for axis, size in sizes.items() if size > 1) or "one device"
+        return f"{mesh}, remat={self.config.model.remat}"
+
+
+def search(config: Config, topology: Topology, tell: Callable[[str], None]) -> dict[str, Any]:
+    """Rank what fits, show it, and return it for JSON.
+
+    Raises:
+        ConfigError: nothing fits; names the candidate that needs the least memory.
+    """
+    found = candidates(config, topology)
+    fitting = sorted((one for one in found if one.bytes <= topology.machine.memory), key=lambda one: one.seconds)
+    if not fitting:
+        least = min(found, key=lambda one: one.bytes)
+        raise ConfigError(
+            f"--topology {topology.name}: nothing fits a device's {topology.machine.memory / 1e9:.0f} GB; "
+            f"{least.name} comes nearest, with {least.bytes / 1e9:.0f} GB by a rough estimate: take more devices"
+        )
+    tell(f"{len(found)} candidates, of which {len(fitting)} may fit; compiling the best {min(COMPILED, len(fitting))}")
+    ranked = _compiled(fitting[:COMPILED], topology)
+    print(f"\n{topology.name}, best first: milliseconds a step, GB of {topology.machine.memory / 1e9:.0f} a device")
+    print(f"  {'':58}{'rough ms':>10}{'rough GB':>10}{'ms':>9}{'GB':>8}")
+    for one, estimated in ranked:
+        if isinstance(estimated, Estimate):
+            step = estimated.step
+            told = f"{step.seconds * 1e3:9.0f}{step.needed_bytes / 1e9:8.1f}{'' if step.fits else '  does not fit'}"
+        else:
+            told = f"  {estimated}"
+        print(f"  {one.name[:58]:58}{one.seconds * 1e3:10.0f}{one.bytes / 1e9:10.1f}{told}"[:100])
+    for one in fitting[COMPILED : COMPILED + 5]:
+        print(f"  {one.name[:58]:58}{one.seconds * 1e3:10.0f}{one.bytes / 1e9:10.1f}   not compiled")
+    return {
+        "topology": topology.name,
+        "candidates": [{"name": one.name, "rough_seconds": one.seconds, "rough_bytes": one.bytes} for one in fitting],
+        "compiled": [
+            {"name": one.name, "step": estimated.step.as_dict(), "run": dataclasses.asdict(estimated.run)}
+            for one, estimated in ranked
+            if isinstance(estimated, Estimate)
+        ],
+    }
+
+
+def _compiled(best: list[Candidate], topology: Topology) -> list[tuple[Candidate, Estimate | str]]:
+    """Each with its plan, or with why there is none; the fastest that fits first."""
+    columns = TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn()
+    results: list[tuple[Candidate, Estimate | str]] = []
+    with Progress(*columns) as progress:
+        task = progress.add_task("compiling", total=len(best))
+        for one in best:
+            progress.update(task, description=one.name)
+            try:
+                results.append((one, estimate(one.config, topology, lambda line: None)))
+            except ConfigError as error:
+                results.append((one, str(error)))
+            progress.advance(task)
+
+    def rank(result: tuple[Candidate, Estimate | str]) -> tuple[bool, float]:
+        _, found = result
+        return (False, found.step.seconds) if isinstance(found, Estimate) and found.step.fits else (True, 0.0)
+
+    return sorted(results, key=rank)
+
+
+def candidates(config: Config, topology: Topology) -> list[Candidate]:
+    """Every mesh of so many devices, with each rematerialisation, that the model and the batch can be divided by."""
+    devices = make_devices(topology)
+    state = jax.eval_shape(partial(init_state, config))
+    found = []
+    for sizes in _meshes(topology.devices):
+        for remat in REMATS:
+            changed = dataclasses.replace(
+                config,
+                model=dataclasses.replace(config.model, remat=remat),
+                parallel=dataclasses.replace(config.parallel, **sizes),
+            )
+            try:
+                resolve(changed, topology.devices)
+            except ConfigError:
+                continue
+            found.append(_rough(arranged(changed, topology), topology, devices, state))
+    if not found:
+        resolve(config, topology.devices)
+        raise ConfigError(f"--topology {topology.name}: no mesh of {topology.devices} devices divides this model and batch")
+    return found
+
+
+def _meshes(devices: int) -> Iterator[dict[str, Any]]:
+    """Sizes of the axes; `data` and `fsdp` share what is left so that one of them has all of it."""
+    divisors = [n for n in range(1, devices + 1) if devices % n == 0]
+    for pipe in divisors:
+        for expert in (n for n in divisors if devices // pipe % n == 0):
+            left = devices // pipe // expert
+            yield dict(pipe=pipe, data=left, fsdp=1, expert=expert)
+            if left > 1:
+                yield dict(pipe=pipe, data=1, fsdp=left, expert=expert)
+
+
+def _rough(config: Config, topology: Topology, devices: list, state: Any) -> Candidate:
+    machine, model, train, parallel = topology.machine, config.model, config.train, config.parallel
+    mesh = make_mesh(parallel, devices)
+    division = Division(parallel, state.params, mesh)
+    held = bytes_per_device(state, division.shardings(state, make_optimizer(train)))
+    weights, gradients = bytes_in_step(division, model, state.params)
+    sequences = train.batch_size // parallel_size(config)
+    at_once = sequences // train.gradient_accumulation_steps
+    tokens = at_once * train.sequence_length
+
+    layers = model.num_hidden_layers + model.num_nextn_predict_layers
+    kept = 1 if model.remat == "full" else 1 + _kept_widths(config) / model.hidden_size
+    rows = model.num_experts_per_tok * tokens
+    working = 12 * rows * model.hidden_size + 8 * tokens * model.vocab_size // max(tokens // train.loss_chunk_tokens, 1)
+    activations = 2 * tokens * model.hidden_size * kept * layers + working
+
+    parts = flops_by_part(model, train.sequence_length).values()
+    flops = sum(part.forward + part.backward + (part.again if model.remat == "full" else 0) for part in parts)
+    products = flops * sequences * train.sequence_length / (ROUGH_SHARE * machine.bf16_flops)
+    if parallel.pipe > 1:
+        moe = model.num_hidden_layers - model.first_k_dense_replace
+        products /= 1 - bubble(moe, parallel, at_once // parallel.microbatch_size)
+
+    links = Links(mesh, machine, topology.per_host)
+
+    def sent(kind: str, axis: str, size: float) -> float:
+        count = getattr(parallel, axis)
+        whole = (Array("s8", (int(size),)),)
+        return links.seconds(Collective(kind, (axis,), count, whole, 1, 0, "")) if count > 1 else 0.0
+
+    all_weights = sum(leaf.size for leaf in jax.tree.leaves(state.params)) * 2 // (parallel.expert * parallel.pipe)
+    exchanged = (5 if model.remat == "full" else 4) * rows * model.hidden_size * 2 * layers * train.gradient_accumulation_steps
+    traffic = (
+        sent("all-gather", "fsdp", 3 * all_weights * train.gradient_accumulation_steps)
+        + sent("all-gather", "data", 3 * all_weights)
+        + sent("all-to-all", "expert", exchanged)
+    )
+    return Candidate(config, products + traffic, int(held + weights + gradients + activations))
+
+
+def _kept_widths(config: Config) -> int:
+    """Numbers a token that `remat=products` keeps of a layer beside its input: what products with weights make."""
+    m = config.model
+    q = m.num_attention_heads * (m.qk_nope_head_dim + m.qk_rope_head_dim)
+    attention = 2 * q + m.num_attention_heads * (m.qk_nope_head_dim + 2 * m.v_head_dim) + m.hidden_size
+    experts = m.n_shared_experts * (2 * m.moe_intermediate_size) + m.hidden_size
+    return attention + experts + (m.q_lora_rank or 0) + m.kv_lora_rank

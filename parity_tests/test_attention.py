@@ -1,0 +1,193 @@
+"""Every implementation of `causal_attention` gives the output and gradients of a loop over documents in numpy."""
+
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax.experimental.pallas.ops.tpu import splash_attention as splash
+
+from deepseek_jax.errors import UserError
+from deepseek_jax.kernels.splash_attention import block_size
+from deepseek_jax.model import chunked_attention
+from deepseek_jax.model.causal_attention import causal_attention
+from deepseek_jax.model.products import KEPT
+
+SUPPORTED = [
+    *((name, dtype) for name in ("reference", "blocked", "chunked") for dtype in ("float64", "float32", "bfloat16")),
+    ("splash", "float32"),
+    ("splash", "bfloat16"),
+]
+TOLERANCES = {
+    "float64": 1e-12,
+    "float32": 5e-6,  # 2^-24 a rounding, and one more of the queries that splash scales beforehand
+    "bfloat16": 4e-2,  # 2^-9 a rounding: of weights, of the output and of the scores' gradients
+}
+"""Largest difference over the largest number of an array."""
+BATCH, HEADS, WIDTH, V_WIDTH, SCALE = 2, 2, 24, 16, 0.3
+LENGTH = 300  # three of splash' blocks of 128, five of chunks of 64, and a rest of both
+DOCUMENTS = [[1, 62, 3, 150, 84], [299, 1]]
+"""Lengths in either sequence: across blocks, inside one, of one token, and one that starts after a block's first key."""
+
+
+@pytest.fixture(autouse=True)
+def small_and_emulated(monkeypatch):
+    """Several chunks in a short sequence, and the TPU's kernel interpreted."""
+    monkeypatch.setattr(chunked_attention, "CHUNK", 64)
+    emulated = partial(splash.make_splash_mha_single_device, interpret=True)
+    monkeypatch.setattr(splash, "make_splash_mha_single_device", emulated)
+
+
+def arrays(length, dtype):
+    """q, k, v and the output's gradient."""
+    rng = np.random.default_rng(0)
+    widths = WIDTH, WIDTH, V_WIDTH, V_WIDTH
+    return [jnp.asarray(rng.standard_normal((BATCH, length, HEADS, width)), dtype) for width in widths]
+
+
+@partial(jax.jit, static_argnums=5)
+def output_and_gradients(q, k, v, gradient, segment_ids, implementation):
+    def attend(q, k, v):
+        return causal_attention(q, k, v, SCALE, segment_ids, implementation)
+
+    out, pull_back = jax.vjp(attend, q, k, v)
+    return out, *pull_back(gradient)
+
+
+def expected(q, k, v, gradient, documents):
+    """The same, one sequence and one document after the other."""
+    operands = [np.asarray(x, np.float64) for x in (q, k, v, gradient)]
+    results = [np.zeros_like(operands[i]) for i in (2, 0, 1, 2)]
+    for sequence, lengths in enumerate(documents):
+        ends = np.cumsum(lengths)
+        for start, end in zip(ends - lengths, ends):
+            here = sequence, slice(start, end)
+            for result, of_document in zip(results, document(*(x[here] for x in operands))):
+                result[here] = of_document
+    return results
+
+
+def document(q, k, v, gradient):
+    """Output and gradients of one document, each [T, H, ...]."""
+    scores = np.einsum("thd,shd->hts", q, k) * SCALE
+    scores[:, ~np.tri(len(q), dtype=bool)] = -np.inf
+    weights = np.exp(scores - scores.max(axis=-1, keepdims=True))
+    weights /= weights.sum(axis=-1, keepdims=True)
+    of_weights = np.einsum("thv,shv->hts", gradient, v)
+    of_scores = weights * (of_weights - (weights * of_weights).sum(axis=-1, keepdims=True)) * SCALE
+    return (np.einsum("hts,shv->thv", weights, v), np.einsum("hts,shd->thd", of_scores, k),
+            np.einsum("hts,thd->shd", of_scores, q), np.einsum("hts,thv->shv", weights, gradient))  # fmt: skip
+
+
+def check(actual, right):
+    for value, result in zip(actual, right, strict=True):
+        assert value.shape == result.shape
+        error = np.abs(np.asarray(value, np.float64) - result).max()
+        assert error <= TOLERANCES[str(value.dtype)] * max(np.abs(result).max(), 1), error
+
+
+@pytest.mark.parametrize("implementation, dtype", SUPPORTED)
+def test_documents(implementation, dtype):
+    with jax.enable_x64(dtype == "float64"):
+        operands = arrays(LENGTH, dtype)
+        segment_ids = jnp.asarray([np.repeat(np.arange(len(lengths)), lengths) for lengths in DOCUMENTS], jnp.int32)
+        actual = output_and_gradients(*operands, segment_ids, implementation)
+        assert all(value.dtype == dtype for value in actual)
+        check(actual, expected(*operands, DOCUMENTS))
+
+
+@pytest.mark.parametrize("length", [1, LENGTH])
+@pytest.mark.parametrize("implementation", ["reference", "blocked", "chunked", "splash"])
+def test_whole_sequences(implementation, length):
+    with jax.enable_x64(implementation != "splash"):
+        operands = arrays(length, "float32" if implementation == "splash" else "float64")
+        check(output_and_gradients(*operands, None, implementation), expected(*operands, [[length]] * BATCH))
+
+
+def test_the_check_finds_a_leak_between_documents():
+    with jax.enable_x64(True):
+        operands = arrays(LENGTH, "float64")
+        right = expected(*operands, DOCUMENTS)
+        check(right, right)
+        with pytest.raises(AssertionError):
+            check(expected(*operands, [[1, 62, 3, 150, 83, 1], [299, 1]]), right)
+
+
+def test_chunks_need_memory_in_proportion_to_the_length():
+    def temporaries(length):
+        operands = [jax.ShapeDtypeStruct(x.shape, x.dtype) for x in arrays(length, "float32")]
+        compiled = output_and_gradients.lower(*operands, None, "chunked").compile()
+        return compiled.memory_analysis().temp_size_in_bytes
+
+    assert temporaries(4096) < 2.1 * temporaries(2048)
+
+
+@pytest.mark.parametrize("implementation, kernel", [("chunked", "scan"), ("cudnn", "dot_product_attention_fwd_wrapper")])
+def test_the_forward_pass_is_not_made_again(implementation, kernel):
+    """What `model.remat=products` keeps suffices for the backward pass."""
+
+    def times(policy):
+        layer = jax.checkpoint(partial(causal_attention, scale=SCALE, implementation=implementation), policy=policy)
+        return count(jax.make_jaxpr(lambda *x: jax.vjp(layer, *x[:3])[1](x[3]))(*arrays(LENGTH, "bfloat16")).jaxpr, kernel)
+
+    assert times(None) - times(jax.checkpoint_policies.save_only_these_names(KEPT)) == 1
+
+
+def count(jaxpr, kernel):
+    """How often a primitive of this name stands in the program."""
+    inner = [
+        leaf for equation in jaxpr.eqns for leaf in jax.tree.leaves(list(equation.params.values())) if hasattr(leaf, "eqns")
+    ]
+    here = sum(equation.primitive.name == kernel for equation in jaxpr.eqns)
+    return here + sum(count(each, kernel) for each in inner)
+
+
+def test_cudnn_is_called_where_it_can_be():
+    """Lowered for GPUs that are not there: the kernel and its gradient, or chunks for what it does not have."""
+
+    def kernels(dtype, segment_ids=None):
+        traced = output_and_gradients.trace(*arrays(LENGTH, dtype), segment_ids, "cudnn")
+        return traced.lower(lowering_platforms=("cuda",)).as_text().count("__cudnn$fmhaSoftmax")
+
+    assert kernels("bfloat16") == 2
+    assert kernels("float32") == 0
+    assert kernels("bfloat16", jnp.zeros((BATCH, LENGTH), jnp.int32)) == 0
+
+
+@pytest.mark.parametrize("topology, dtype", [("v5e:2x2", "bfloat16"), ("v5e:2x2", "float32"), ("v5p:2x2x1", "bfloat16")])
+def test_splash_compiles_for_tpu(topology, dtype, monkeypatch):
+    """With the largest blocks and DeepSeek-V3's head sizes: forward, not made again, and two kernels for the gradients."""
+    pytest.importorskip("libtpu", reason="libtpu, the TPU's compiler, is not installed")
+    from jax.experimental import topologies
+
+    monkeypatch.undo()
+    place = jax.sharding.SingleDeviceSharding(topologies.get_topology_desc(platform="tpu", topology_name=topology).devices[0])
+    q, v = (jax.ShapeDtypeStruct((2, 2000, 2, width), dtype, sharding=place) for width in (192, 128))
+    segment_ids = jax.ShapeDtypeStruct((2, 2000), "int32", sharding=place)
+
+    @jax.jit
+    def gradients(q, k, v, gradient, segment_ids):
+        layer = partial(causal_attention, scale=SCALE, segment_ids=segment_ids, implementation="splash")
+        kept = jax.checkpoint(layer, policy=jax.checkpoint_policies.save_only_these_names(KEPT))
+        return jax.vjp(kept, q, k, v)[1](gradient)
+
+    text = gradients.lower(q, q, v, v, segment_ids).compile().as_text()
+    assert text.count('custom_call_target="tpu_custom_call"') == 3
+
+
+@pytest.mark.parametrize(
+    "length, dtype, block",
+    [(4096, "bfloat16", 1024), (4096, "float32", 512), (4000, "bfloat16", 1024), (1100, "bfloat16", 128),
+     (640, "bfloat16", 128), (512, "bfloat16", 512), (5, "bfloat16", 128)],
+)  # fmt: skip
+def test_blocks_follow_from_the_length(length, dtype, block):
+    assert block_size(length, dtype) == block
+
+
+def test_unusable_choices_are_named():
+    q, k, v, _ = arrays(4, "float32")
+    with pytest.raises(UserError, match="attention=flash: choose one of auto, reference, blocked, chunked, splash, cudnn"):
+        causal_attention(q, k, v, SCALE, implementation="flash")
+    with jax.enable_x64(True), pytest.raises(UserError, match="splash: has no float64"):
+        causal_attention(*(x.astype("float64") for x in (q, k, v)), SCALE, implementation="splash")

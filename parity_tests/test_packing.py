@@ -1,0 +1,142 @@
+"""Documents to files of tokens, which are made once."""
+
+import json
+from dataclasses import replace
+
+import numpy as np
+import pytest
+from tokenizers import Tokenizer, models
+
+from deepseek_jax.config import Config
+from deepseek_jax.data import packing
+from deepseek_jax.data.documents import DataError
+from deepseek_jax.data.packing import is_prepared, prepare, write_tokens
+from deepseek_jax.data.tokenizer import train_tokenizer
+from parity_tests.texts import TEXT, VOCAB_SIZE, one_line, tiny
+
+
+def test_tokens_are_the_documents_each_with_its_end(tokenizer, tmp_path):
+    texts = ["one\n", "", TEXT, "  two"]
+    count = write_tokens(texts, tokenizer, tmp_path / "tokens.npy")
+    tokens = np.load(tmp_path / "tokens.npy", mmap_mode="r", allow_pickle=False)
+    expected = [i for text in texts for i in [*tokenizer.encode(text).ids, 0]]
+    assert tokens.dtype == np.uint16 and len(tokens) == count and tokens.tolist() == expected
+    assert [path.name for path in tmp_path.iterdir()] == ["tokens.npy"]
+
+
+def test_large_vocabulary_takes_uint32(tmp_path):
+    words = {"a": 0, "b": 70_000, "</s>": 70_001}
+    write_tokens(["ab"], Tokenizer(models.BPE(words, [])), tmp_path / "tokens.npy")
+    tokens = np.load(tmp_path / "tokens.npy")
+    assert tokens.dtype == np.uint32 and tokens.tolist() == [0, 70_000, 70_001]
+
+
+def test_failure_while_writing_leaves_the_old_file(tokenizer, tmp_path):
+    path = tmp_path / "tokens.npy"
+    write_tokens(["old"], tokenizer, path)
+    before = path.read_bytes()
+
+    class Breaks(list):
+        def __iter__(self):
+            yield "new" * 10**6
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        write_tokens(Breaks([0, 0]), tokenizer, path)
+    assert path.read_bytes() == before and len(list(tmp_path.iterdir())) == 1
+    with pytest.raises(DataError) as error:
+        write_tokens(["x"], tokenizer, tmp_path / "none" / "tokens.npy")
+    one_line(error, "none/tokens.npy: cannot be written")
+
+
+def test_prepared_data_accounts_for_every_byte(tmp_path, text_file):
+    config = tiny(text_file)
+    data = prepare(config, tmp_path / "run")
+    total = sum(int(data.token_bytes[tokens].sum()) for tokens in (data.train, data.held_out))
+    assert total == text_file.stat().st_size
+    assert 0.04 < len(data.held_out) / (len(data.held_out) + len(data.train)) < 0.06
+    assert data.end_of_document == data.train[-1] == data.held_out[-1] == 0
+    assert isinstance(data.train, np.memmap) and max(data.train.max(), data.held_out.max()) < config.model.vocab_size
+    decoded = [data.tokenizer.decode(tokens[:-1].tolist()) for tokens in (data.train, data.held_out)]
+    assert "".join(decoded) == TEXT
+    files = {str(path.relative_to(tmp_path / "run")) for path in (tmp_path / "run").rglob("*") if path.is_file()}
+    assert files == {"tokenizer.json", "data/train.npy", "data/held_out.npy", "data/fingerprint.json"}
+
+
+def test_prepared_data_is_reused_until_something_changes(tmp_path, text_file, monkeypatch):
+    run, made = tmp_path / "run", []
+    make = packing._make
+    monkeypatch.setattr(packing, "_make", lambda *args: (made.append(args), make(*args)))
+
+    def times_made(config: Config) -> int:
+        before = len(made)
+        agreed = is_prepared(config, run)
+        prepare(config, run)
+        assert is_prepared(config, run) and agreed == (len(made) == before)
+        return len(made) - before
+
+    config = tiny(text_file)
+    assert [times_made(config), times_made(config)] == [1, 0]
+    assert times_made(replace(config, train=replace(config.train, steps=7))) == 0
+    assert times_made(tiny(text_file, seed=1)) == 1
+    larger = replace(config, model=replace(config.model, vocab_size=330))
+    assert [times_made(larger), times_made(config)] == [1, 1]
+    text_file.write_text(TEXT + "more")
+    assert [times_made(config), times_made(config)] == [1, 0]
+    (run / "data" / "train.npy").write_bytes((run / "data" / "train.npy").read_bytes()[:-1])
+    assert [times_made(config), times_made(config)] == [1, 0]
+    (run / "data" / "fingerprint.json").write_text("{")
+    assert times_made(config) == 1
+
+
+def test_same_text_gives_the_same_files(tmp_path, text_file):
+    files = []
+    for name in ("a", "b"):
+        prepare(tiny(text_file), tmp_path / name)
+        names = (packing.TOKENIZER, packing.TRAIN, packing.HELD_OUT)
+        files.append([(tmp_path / name / file).read_bytes() for file in names])
+    assert files[0] == files[1]
+
+
+def test_failed_change_leaves_the_data_that_was_there(tmp_path, text_file):
+    run = tmp_path / "run"
+    prepare(tiny(text_file), run)
+    before = {path: path.read_bytes() for path in run.rglob("*") if path.is_file()}
+    short = tmp_path / "short.txt"
+    short.write_text("too short to train on")
+    with pytest.raises(DataError):
+        prepare(tiny(short), run)
+    assert {path: path.read_bytes() for path in run.rglob("*") if path.is_file()} == before
+    assert len(list((run / "data").iterdir())) == 3
+
+
+def test_text_shorter_than_a_sequence(tmp_path):
+    path = tmp_path / "short.txt"
+    path.write_text("Not much to read here.\n")
+    with pytest.raises(DataError) as error:
+        prepare(tiny(path), tmp_path / "run")
+    one_line(error, str(path), "tokens found to train on and one sequence needs 34")
+    path.write_text("Not much to hold out here.\n" * 20)
+    with pytest.raises(DataError) as error:
+        prepare(tiny(path, held_out_fraction=0.01), tmp_path / "run")
+    one_line(error, str(path), "tokens held out and one sequence needs 34", "data.held_out_fraction=0.01")
+
+
+def test_config_without_text_or_with_a_wrong_tokenizer(tmp_path, text_file, tokenizer):
+    with pytest.raises(DataError, match=r"data\.input=FILE"):
+        prepare(tiny(), tmp_path / "run")
+    with pytest.raises(DataError, match=r"none\.json: no such file"):
+        prepare(tiny(text_file, tokenizer=str(tmp_path / "none.json")), tmp_path / "run")
+    large = tmp_path / "large.json"
+    train_tokenizer([TEXT], VOCAB_SIZE + 1).save(str(large))
+    with pytest.raises(DataError, match=r"set model\.vocab_size to at least 321"):
+        prepare(tiny(text_file, tokenizer=str(large)), tmp_path / "run")
+    tokenizer.save(str(large))
+    data = prepare(tiny(text_file, tokenizer=str(large)), tmp_path / "run")
+    assert data.tokenizer.get_vocab() == tokenizer.get_vocab()
+
+
+def test_fingerprint_is_readable(tmp_path, text_file):
+    prepare(tiny(text_file), tmp_path / "run")
+    content = json.loads((tmp_path / "run" / packing.FINGERPRINT).read_text())
+    assert content["files"][0][:2] == [str(text_file), text_file.stat().st_size]

@@ -1,0 +1,313 @@
+"""The reader of compiled programs, on a program whose times are known, and plans of this machine's own devices."""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax.sharding import AxisType
+
+from deepseek_jax.config import ConfigError, load_config
+from deepseek_jax.planning.buffers import fullest_moment
+from deepseek_jax.planning.collectives import describe
+from deepseek_jax.planning.costs import Costs
+from deepseek_jax.planning.kernels import kernel_name, kernel_work
+from deepseek_jax.planning.links import Links
+from deepseek_jax.planning.machines import KERNEL_SHARE, MACHINES
+from deepseek_jax.planning.parts import part_of
+from deepseek_jax.planning.products import product_flops
+from deepseek_jax.planning.program import Array, Instruction, Program, visits
+from deepseek_jax.planning.schedule import play
+from deepseek_jax.planning.topologies import read_topology
+
+
+def fusion(name, cycles, path, operands="%x", shape="f32[8,128]{1,0:T(8,128)}"):
+    return (
+        f'  %{name} = {shape} fusion({operands}), kind=kLoop, calls=%adds, metadata={{op_name="{path}"}}, '
+        f'backend_config={{"window_config":{{"estimated_cycles":"{cycles}"}}}}'
+    )
+
+
+def loop(name, body, trips, operands="%t"):
+    condition = f"""%{name}.condition (c: (s32[], f32[8,128])) -> pred[] {{
+  %c.{name} = (s32[], f32[8,128]{{1,0}}) parameter(0)
+  %i.{name} = s32[] get-tuple-element(%c.{name}), index=0
+  %n.{name} = s32[] constant({trips})
+  ROOT %less.{name} = pred[] compare(%i.{name}, %n.{name}), direction=LT
+}}
+"""
+    line = f"  %{name} = (s32[], f32[8,128]{{1,0}}) while({operands}), condition=%{name}.condition, body=%{body}"
+    return condition, line
+
+
+OUTER, OUTER_LINE = loop("outer", "outer.body", 3)
+INNER, INNER_LINE = loop("inner", "inner.body", 5, "%p.outer")
+OPEN, OPEN_LINE = loop("open", "open.body", 7)
+OPEN = OPEN.replace("%n.open = s32[] constant(7)", "%n.open = s32[] get-tuple-element(%c.open), index=0")
+
+ALL = "{{0,1,2,3,4,5,6,7}}"
+PROGRAM = f"""HloModule jit_train_step, is_scheduled=true
+
+%adds (a: f32[8,128]) -> f32[8,128] {{
+  %a = f32[8,128]{{1,0}} parameter(0)
+  ROOT %added = f32[8,128]{{1,0}} add(%a, %a)
+}}
+
+%inner.body (p: (s32[], f32[8,128])) -> (s32[], f32[8,128]) {{
+  %p.inner = (s32[], f32[8,128]{{1,0}}) parameter(0)
+  %i.in = s32[] get-tuple-element(%p.inner), index=0
+  %x.in = f32[8,128]{{1,0}} get-tuple-element(%p.inner), index=1
+{fusion("in", 1000, "jit(train_step)/jvp(M)/while/body/moe_layers/mlp/experts/mul", "%x.in")}
+  ROOT %r.inner = (s32[], f32[8,128]{{1,0}}) tuple(%i.in, %in)
+}}
+
+{INNER}
+%outer.body (p: (s32[], f32[8,128])) -> (s32[], f32[8,128]) {{
+  %p.outer = (s32[], f32[8,128]{{1,0}}) parameter(0)
+{INNER_LINE}
+  %x.out = f32[8,128]{{1,0}} get-tuple-element(%inner), index=1
+{fusion("out", 200, "jit(train_step)/transpose(jvp(M))/while/body/checkpoint/moe_layers/self_attn/mul", "%x.out")}
+  %i.out = s32[] get-tuple-element(%inner), index=0
+  ROOT %r.outer = (s32[], f32[8,128]{{1,0}}) tuple(%i.out, %out)
+}}
+
+{OUTER}
+%open.body (p: (s32[], f32[8,128])) -> (s32[], f32[8,128]) {{
+  %p.open = (s32[], f32[8,128]{{1,0}}) parameter(0)
+  %i.op = s32[] get-tuple-element(%p.open), index=0
+  %x.op = f32[8,128]{{1,0}} get-tuple-element(%p.open), index=1
+{fusion("op", 30, "jit(train_step)/jvp(M)/moe_layers/mlp/gate/top_k", "%x.op")}
+  ROOT %r.open = (s32[], f32[8,128]{{1,0}}) tuple(%i.op, %op)
+}}
+
+{OPEN}
+%cheap (b: f32[8,128]) -> f32[8,128] {{
+  %b.cheap = f32[8,128]{{1,0}} parameter(0)
+{fusion("cheap.f", 1, "jit(train_step)/head/mul", "%b.cheap").replace("  %cheap", "  ROOT %cheap")}
+}}
+
+%dear (b: f32[8,128]) -> f32[8,128] {{
+  %b.dear = f32[8,128]{{1,0}} parameter(0)
+{fusion("dear.f", 7, "jit(train_step)/head/mul", "%b.dear").replace("  %dear", "  ROOT %dear")}
+}}
+
+%called (b: f32[8,128]) -> f32[8,128] {{
+  %b.called = f32[8,128]{{1,0}} parameter(0)
+{fusion("called.f", 50, "jit(train_step)/optimizer/mul", "%b.called").replace("  %called", "  ROOT %called")}
+}}
+
+ENTRY %main (x: f32[8,128], i: s32[]) -> f32[8,128] {{
+  %x = f32[8,128]{{1,0:T(8,128)}} parameter(0)
+  %i = s32[] parameter(1)
+  %t = (s32[], f32[8,128]{{1,0}}) tuple(%i, %x)
+{OUTER_LINE}
+{OPEN_LINE}
+  %y = f32[8,128]{{1,0:T(8,128)}} get-tuple-element(%outer), index=1
+  %gather-start = (f32[8,128]{{1,0}}, f32[64,128]{{1,0}}) all-gather-start(%y), replica_groups={ALL}, dimensions={{0}}
+{fusion("beside", 400, "jit(train_step)/jvp(M)/moe_layers/mlp/shared_experts/mul", "%y")}
+  %gather-done = f32[64,128]{{1,0:T(8,128)}} all-gather-done(%gather-start)
+  %chosen = f32[8,128]{{1,0:T(8,128)}} conditional(%i, %beside, %beside), branch_computations={{%cheap, %dear}}
+  %sum = f32[8,128]{{1,0:T(8,128)}} all-reduce(%chosen), replica_groups={ALL}, to_apply=%adds
+  ROOT %result = f32[8,128]{{1,0:T(8,128)}} call(%sum), to_apply=%called
+}}
+"""
+CYCLES = 3 * (5 * 1000 + 200) + 30 + 400 + 7 + 50
+"""The loops' passes, the open loop once, the costlier branch."""
+
+
+def played(link_cycles):
+    program, machine = Program(PROGRAM), MACHINES["v5p"]
+    mesh = jax.make_mesh((8,), ("expert",), axis_types=(AxisType.Auto,), devices=jax.devices()[:8])
+    seconds = {kind: cycles / machine.clock for kind, cycles in link_cycles.items()}
+    return play(
+        program,
+        Costs(program, machine).of,
+        lambda instruction, operands, times: describe(instruction, operands, mesh, times),
+        lambda collective: seconds[collective.kind],
+    ), machine.clock
+
+
+def test_time_of_a_known_program():
+    """Nested loops, a call, a conditional, a loop of unknown length, a collective under other work and one in its way."""
+    timeline, clock = played({"all-gather": 450, "all-reduce": 90})
+    assert timeline.seconds * clock == pytest.approx(CYCLES + (450 - 400) + 90)
+    assert len(timeline.open_loops) == 1
+    gather, reduce = [entry for entry in timeline.entries if entry.collective]
+    assert (gather.seconds * clock, gather.hidden * clock) == pytest.approx((50, 400))
+    assert (reduce.seconds * clock, reduce.hidden) == pytest.approx((90, 0))
+
+
+def test_parts_add_up_to_the_whole():
+    timeline, clock = played({"all-gather": 10, "all-reduce": 0})
+    assert sum(entry.seconds for entry in timeline.entries) == pytest.approx(timeline.seconds)
+    cycles = {}
+    for entry in timeline.entries:
+        if not entry.collective:
+            cycles[entry.part] = cycles.get(entry.part, 0) + round(entry.seconds * clock)
+    assert cycles == {
+        ("experts", "forward"): 15000, ("attention", "backward"): 600, ("router", "forward"): 30,
+        ("shared_experts", "forward"): 400, ("head", "forward"): 7, ("optimizer", "forward"): 50,
+    }  # fmt: skip
+
+
+def test_fullest_moment_of_a_known_program():
+    """While `beside` is made, what was gathered from is alive, and what it is gathered into."""
+    found = fullest_moment(Program(PROGRAM))
+    piece = 8 * 128 * 4
+    assert found.bytes == 8 * piece + piece + piece  # gathered; `y`, of the loop; `beside`
+    assert (found.buffers[0].array, found.buffers[0].bytes) == ("f32[64,128]", 8 * piece)
+
+
+@pytest.mark.parametrize(
+    "path, part",
+    [
+        ("jit(train_step)/shard_map/jvp(DeepseekV3)/DeepseekV3._layers/while/body/closed_call/moe_layers/mlp/gate/top_k",
+         ("router", "forward")),
+        ("jit(train_step)/shard_map/transpose(jvp(DeepseekV3))/while/body/closed_call/checkpoint/rematted_computation/"
+         "mtp_layers/block/mlp/experts/jit(gmm)/pallas_call", ("experts", "again")),
+        ("jit(train_step)/shard_map/transpose(jvp(DeepseekV3))/while/body/closed_call/checkpoint/moe_layers/self_attn/"
+         "self_attn._project/q_a_layernorm/mul", ("norms", "backward")),
+        ("jit(train_step)/shard_map/jvp(DeepseekV3)/DeepseekV3._layers/while/body/jit(dynamic_index_in_dim)/squeeze",
+         ("layers", "forward")),
+        ("jit(train_step)/shard_map/jvp(head)/while/body/closed_call/dot_general", ("head", "forward")),
+        ("jit(train_step)/optimizer/mul", ("optimizer", "forward")),
+        ("jit(train_step)/shard_map/dense_layers/mlp/dot_general", ("dense", "forward")),
+        ("", ("other", "forward")),
+        ("jit(train_step)/jvp(Transformer)/NNXDecoder/while/body/eval_jaxpr/DeepSeekMoELayer/RoutedAndSharedMoE/MlpBlock/"
+         "DenseGeneral/dot_general", ("shared_experts", "forward")),
+        ("vmap(static_sparsity_splash)/jit(_splash_attention)/splash_mha_fwd_residuals/pallas_call", ("attention", "forward")),
+    ],
+)  # fmt: skip
+def test_part_of(path, part):
+    assert part_of(path) == part
+
+
+def flops(text):
+    return sum(visit.times * product_flops(visit.instruction, visit.operands) for visit in visits(text))
+
+
+def test_flops_of_products():
+    x, w = jnp.ones((4, 6, 8)), jnp.ones((4, 8, 10))
+    text = jax.jit(lambda x, w: jnp.einsum("bij,bjk->bik", x, w)).lower(x, w).compile().as_text()
+    assert flops(text) == 2 * 4 * 6 * 8 * 10
+
+
+@pytest.mark.parametrize(
+    "line, left, right, expected",
+    [
+        # Two further contracted positions beside the features; padding on both sides meets nothing.
+        ("bf16[2,32,3,20]{1,3,2,0} convolution(%a, %b), window={size=1x3 pad=0_0x2_2 rhs_reversal=0x1}, "
+         "dim_labels=0bf1_1oi0->0b1f", (2, 32, 66, 1), (3, 20, 66, 2), None),
+        # A batch of 2 x 3 products [8, 10] x [10, 32], as the TPU's compiler writes it.
+        ("f32[2,3,8,32]{3,2,1,0} convolution(%a, %b), window={size=2x3 stride=1x2 lhs_dilate=2x3}, "
+         "dim_labels=01bf_01oi->01bf", (2, 3, 8, 10), (2, 3, 32, 10), 2 * 2 * 3 * 8 * 10 * 32),
+        ("bf16[64,32]{1,0} convolution(%a, %b), dim_labels=bf_io->bf", (64, 48), (48, 32), 2 * 64 * 48 * 32),
+    ],
+)  # fmt: skip
+def test_flops_of_a_tpus_convolutions(line, left, right, expected):
+    (instruction,) = Program(f"ENTRY %m (a: f32[]) -> f32[] {{\n  %c = {line}\n}}\n").computations["m"]
+    found = product_flops(instruction, (Array("f32", left), Array("f32", right)))
+    if expected is None:  # by hand: each of 3 outputs meets the one place of 1 that lies within the window of 3
+        expected = 2 * (32 * 20 * 66) * 2 * 3
+    assert found == expected
+
+
+def test_even_rows_of_a_kernel():
+    """A grouped product with room for more rows than come under even routing works on those that come."""
+    rest = ', custom_call_target="tpu_custom_call", "cost_estimate":{"flops":"1000","transcendentals":"0"}'
+    gmm = Instruction("gmm.1", "custom-call", (Array("bf16", (100, 8)),), (), rest)
+    operands = (Array("bf16", (100, 16)), Array("bf16", (4, 16, 8)))
+    assert kernel_work("gmm", gmm, operands, None).flops == 1000
+    assert kernel_work("gmm", gmm, operands, 80).flops == 800
+    assert kernel_work("gmm", gmm, operands, 200).flops == 1000
+
+
+def test_work_of_our_grouped_kernels():
+    """From shapes alone: two pairs of rows and weights, and a gradient of weights."""
+    rows, weights = Array("bf16", (100, 16)), Array("bf16", (4, 16, 8))
+    rest = ', custom_call_target="__gpu$xla.gpu.triton", metadata={op_name="jit(f)/experts/grouped_matmul/pallas_call"}'
+    product = Instruction("pallas_call.1", "custom-call", (Array("bf16", (100, 8)),), (), rest)
+    assert kernel_name(product) == "grouped_matmul"
+    table = Array("s32", (9,))
+    assert kernel_work("grouped_matmul", product, (table, rows, rows, weights, weights), None).flops == 2 * 2 * 100 * 16 * 8
+    assert kernel_work("grouped_matmul", product, (table, rows, weights), 50).flops == 2 * 50 * 16 * 8
+    gradient = Instruction("pallas_call.2", "custom-call", (weights,), (), rest)
+    dy = Array("bf16", (100, 8))
+    assert kernel_work("grouped_matmul_of_rows", gradient, (table, rows, dy), 100).flops == 2 * 100 * 16 * 8
+
+
+def test_links():
+    """The whole of an array of n bytes gathered over 8 GPUs of one host, and over two hosts of 4."""
+    mesh = jax.make_mesh((8,), ("fsdp",), axis_types=(AxisType.Auto,), devices=jax.devices()[:8])
+    machine = MACHINES["h100"]
+    gather = describe(*instruction_and_operands("all-gather"), mesh)
+    assert gather.sent == 8 * 1000 * 7 // 8
+    assert Links(mesh, machine, 8).seconds(gather) == pytest.approx(7000 / machine.link_bandwidth / 0.8)
+    assert Links(mesh, machine, 4).seconds(gather) == pytest.approx(7000 / machine.network_bandwidth / 0.8)
+
+
+def instruction_and_operands(kind):
+    text = (
+        "ENTRY %m (a: s8[1000]) -> s8[8000] {\n  %a = s8[1000]{0} parameter(0)\n"
+        f"  ROOT %g = s8[8000]{{0}} {kind}(%a), replica_groups={ALL}, dimensions={{0}}\n}}\n"
+    )
+    program = Program(text)
+    instruction = program.computations["m"][-1]
+    return instruction, program.operands(instruction)
+
+
+def test_time_of_a_gpus_product():
+    """Counted anew for the tensor cores; the least of the models, `sol` aside."""
+    machine = MACHINES["h100"]
+    models = (
+        '{"exec_time_us":100.0,"compute_time_us":90.0,"memory_access_time_us":4.0,"name":""},'
+        '{"exec_time_us":1,"compute_time_us":0,"memory_access_time_us":0,"name":"sol"}'
+    )
+    text = (
+        "ENTRY %m (a: f32[64,64]) -> f32[64,64] {\n  %a = f32[64,64]{1,0} parameter(0)\n"
+        "  ROOT %d = f32[64,64]{1,0} dot(%a, %a), "
+        f'lhs_contracting_dims={{1}}, rhs_contracting_dims={{0}}, backend_config={{"reification_cost":[{models}]}}\n}}\n'
+    )
+    program = Program(text)
+    instruction = program.computations["m"][-1]
+    cost = Costs(program, machine).of(instruction, program.operands(instruction))
+    assert cost.flops == 2 * 64**3
+    on_tensor_cores = 90 * machine.cost_model_flops / (KERNEL_SHARE * machine.bf16_flops)
+    assert cost.seconds * 1e6 == pytest.approx(100 - 90 + max(on_tensor_cores, 4))
+
+
+@pytest.mark.parametrize("name", ["v9:2x2", "v5p", "v5p:2x2", "h100:1x2x3", "cpu:0", "h100:x8"])
+def test_unknown_topologies(name):
+    with pytest.raises(ConfigError, match=r"known are v5e:4x4") as told:
+        read_topology(name)
+    assert "\n" not in str(told.value)
+
+
+def test_topologies_count_devices():
+    sizes = {"v5p:8x8x8": 512, "tpu7x:2x2x2": 16, "h100:8": 8, "h100:32x8": 256, "cpu:8": 8}
+    assert {name: read_topology(name).devices for name in sizes} == sizes
+
+
+def test_pairs_by_brute_force():
+    """Counting what a window meets, against numpy."""
+    from deepseek_jax.planning.products import _pairs
+
+    rng = np.random.default_rng(0)
+    for _ in range(20):
+        size, stride, low, holes, steps, places = (int(n) for n in rng.integers(1, 4, 6))
+        spread = np.zeros((places - 1) * holes + 1, bool)
+        spread[::holes] = True
+        padded = np.concatenate([np.zeros(low, bool), spread, np.zeros(40, bool)])
+        outputs = int(rng.integers(1, 6))
+        met = sum(padded[o * stride + k * steps] for o in range(outputs) for k in range(size))
+        assert _pairs(size, stride, low, holes, steps, places, outputs) == met
+
+
+def test_accumulation_parts_leave_one_sequence():
+    from deepseek_jax.planning.run import accumulated
+
+    config = load_config("tiny", ["train.batch_size=24", "train.batch_size_start=null"])
+    assert accumulated(config, 4).train.gradient_accumulation_steps == 6
+    named = dataclasses.replace(config, train=dataclasses.replace(config.train, gradient_accumulation_steps=2))
+    assert accumulated(named, 4) == named
