@@ -19,7 +19,7 @@ from deepseek_jax.checkpoint.tensors import CheckpointError
 from deepseek_jax.config import ConfigError, load_config, presets
 from deepseek_jax.generate import Generator
 from deepseek_jax.model.router import dropless
-from deepseek_jax.model.transformer import count_parameters
+from deepseek_jax.planning.figures import count_parameters
 from deepseek_torch.generate import generate
 from deepseek_torch.model.layers import FeedForward
 from deepseek_torch.pretrained import load_pretrained as load_torch

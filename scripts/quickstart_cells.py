@@ -2,7 +2,7 @@
 # # A DeepSeek-V3 of one's own, in Python
 # Run it cell by cell in an editor or notebook that knows `# %%`, or as a whole:
 #
-#     .venv/bin/python scripts/quickstart_cells.py
+#     scripts/python scripts/quickstart_cells.py
 #
 # `from deepseek_torch import DeepSeekModel, DeepSeekTrainer` does the same in PyTorch.
 
