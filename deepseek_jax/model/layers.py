@@ -1,6 +1,6 @@
 """The small layers everything else is made of: linear map, norm, embedding and feed-forward."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import NamedTuple, Optional
 
 import flax.linen as nn
@@ -9,7 +9,7 @@ import jax.numpy as jnp
 
 from deepseek_jax.config import ModelConfig
 from deepseek_jax.model.panels import PANELS
-from deepseek_jax.model.products import products
+from deepseek_jax.model.products import grouped_products, products
 
 
 def compute_dtype(config: ModelConfig) -> jnp.dtype:
@@ -98,6 +98,21 @@ FEED_FORWARD_FORMS = {
     "gelu": FeedForwardForm(("up_proj",), gelu),
 }
 """By `ModelConfig.feed_forward`."""
+
+
+def grouped_feed_forward(
+    config: ModelConfig, x: jax.Array, factors: jax.Array, group_sizes: jax.Array, projections: Sequence[jax.Array]
+) -> jax.Array:
+    """Rows x [N, hidden_size], sorted by group, through their group's feed-forward, times factors [N, 1].
+
+    Args:
+        projections: of all groups, [E, in, out] each; the down projection is the last.
+    """
+    *entering, down_proj = projections
+    entered = grouped_products(config, x, group_sizes, *entering)
+    # The factor is applied before the down projection, which is linear: its rows are the narrower ones.
+    activated = FEED_FORWARD_FORMS[config.feed_forward].activation(*entered) * factors.astype(x.dtype)
+    return grouped_products(config, activated, group_sizes, down_proj)[0]
 
 
 class FeedForward(nn.Module):

@@ -15,14 +15,13 @@ from deepseek_jax.model.panels import Panels, times
 from deepseek_jax.precision.fp8_grouped_matmul import fp8_grouped_matmul
 from deepseek_jax.precision.fp8_matmul import fp8_matmul
 
-KEPT, KEPT_ROWS = "kept", "kept_rows"
-"""What `model.remat=products` keeps; of experts on several devices it makes the rows again, for there is room for every
-row of all these devices, and most of it is empty."""
+KEPT = "kept"
+"""What `model.remat=products` keeps."""
 
 
-def keep(x: jax.Array, name: str = KEPT) -> jax.Array:
+def keep(x: jax.Array) -> jax.Array:
     """Name x as what `model.remat=products` keeps, since making it again would cost more than elementwise work."""
-    return checkpoint_name(x, name)
+    return checkpoint_name(x, KEPT)
 
 
 def products(config: ModelConfig, x: jax.Array, *weights: jax.Array | Panels) -> list[jax.Array]:
@@ -44,7 +43,7 @@ def grouped_products(config: ModelConfig, x: jax.Array, group_sizes: jax.Array, 
     else:
         narrow = [weight.astype(x.dtype) for weight in weights]
         results = grouped_matmul(x, narrow, group_sizes, config.grouped_matmul)
-    return [keep(result, KEPT_ROWS) for result in results]
+    return [keep(result) for result in results]
 
 
 def _fp8_implementation(config: ModelConfig) -> str:

@@ -4,6 +4,7 @@ from collections import Counter
 from collections.abc import Iterable
 
 from deepseek_jax.config import MESH_AXES, Config
+from deepseek_jax.parallel.exchange import OVERFLOW
 from deepseek_jax.parallel.summary import readable_bytes
 from deepseek_jax.planning.machines import KERNEL_SHARE, LINK_SHARE
 from deepseek_jax.planning.parts import PASSES, part_of
@@ -126,9 +127,15 @@ def _line(line: Line) -> str:
 def _warnings(step: StepFigures) -> list[str]:
     found = []
     if step.open_loops:
-        counted = Counter((part.name, NAMES.get(part.of_pass, part.of_pass)) for part in map(part_of, step.open_loops))
+        counted = Counter(
+            ("overflow" if OVERFLOW in path.split("/") else part_of(path).name, part_of(path).of_pass)
+            for path in step.open_loops
+        )
         rows = "\n".join(f"  {count} in {name}, {of_pass}" for (name, of_pass), count in sorted(counted.items()))
-        found.append(f"loops whose number of passes depends on data, each counted as one pass:\n{rows}")
+        found.append(
+            "loops whose number of passes depends on data, each counted as one pass, but those of the exchange's further\n"
+            f"rounds (overflow), which routing near even has no need of, as none:\n{rows}"
+        )
     if step.unknown_kernels:
         found.append(f"kernels of which nothing is known, counted as nothing: {', '.join(step.unknown_kernels)}")
     return found

@@ -9,6 +9,7 @@ import re
 from collections.abc import Callable, Iterator, Sequence
 from typing import NamedTuple
 
+from deepseek_jax.parallel.exchange import OVERFLOW
 from deepseek_jax.planning.collectives import Collective, is_collective
 from deepseek_jax.planning.costs import Cost
 from deepseek_jax.planning.parts import Part, part_of
@@ -39,7 +40,8 @@ class Timeline(NamedTuple):
     seconds: float
     entries: list[Entry]
     open_loops: list[str]
-    """Where loops stand whose number of passes depends on data, by `op_name`; each pass of theirs is in `entries` once."""
+    """Where loops stand whose number of passes depends on data, by `op_name`: one is counted, but none of the exchange's
+    further rounds, which routing near even has no need of."""
 
 
 def play(
@@ -131,8 +133,8 @@ class _Player:
         (condition,), (body,) = instruction.called("condition"), instruction.called("body")
         passes = annotated_passes(instruction) or counted_passes(computations[condition])
         if passes is None:
-            self._open_loops[instruction.name] = op_name(instruction)
-            passes = 1
+            path = self._open_loops[instruction.name] = op_name(instruction)
+            passes = 0 if OVERFLOW in path.split("/") else 1
         parts = [self._run(name, times * passes) for name in (condition, body)]
         return [entry for entries, _ in parts for entry in entries], passes * sum(seconds for _, seconds in parts)
 
