@@ -1,4 +1,7 @@
-"""Rows that travel to the devices of their experts: every implementation passes the same tests."""
+"""Tokens that travel to the devices of their experts: every way of sending rows, and rounds until nothing waits."""
+
+import dataclasses
+from itertools import combinations
 
 import jax
 import jax.numpy as jnp
@@ -6,63 +9,148 @@ import numpy as np
 import pytest
 from jax.sharding import PartitionSpec
 
-from deepseek_jax.config import ParallelConfig
-from deepseek_jax.parallel.exchange import plan_journey, send, send_back
+from deepseek_jax.config import ModelConfig, ParallelConfig, load_config
+from deepseek_jax.model.expert_rounds import serve_in_rounds
+from deepseek_jax.model.experts import serve
+from deepseek_jax.model.parcels import next_journey, pack
+from deepseek_jax.model.products import KEPT
+from deepseek_jax.parallel.exchange import Journey, devices_of_a_token, room_for, send
 from deepseek_jax.parallel.mesh import make_mesh
+from parity_tests.comparison import assert_close
 
-DEVICES, EXPERTS, ROWS, WIDTH = 4, 8, 10, 3
-ROUTINGS = {
-    "even": lambda rng: np.tile(np.arange(EXPERTS), (DEVICES, 2))[:, :ROWS],
-    "random": lambda rng: rng.integers(0, EXPERTS, (DEVICES, ROWS)),
-    "all to one expert": lambda rng: np.full((DEVICES, ROWS), 5),
-    "none to the first two devices": lambda rng: rng.integers(4, EXPERTS, (DEVICES, ROWS)),
-    "each device to itself": lambda rng: 2 * np.arange(DEVICES)[:, None] + rng.integers(0, 2, (DEVICES, ROWS)),
-    "one to all others": lambda rng: np.where(np.arange(DEVICES)[:, None] == 1, rng.integers(0, EXPERTS, (DEVICES, ROWS)), 7),
+DEVICES, ROWS, ROOM, WIDTH = 4, 10, 20, 3
+SIZES = {
+    "even": np.full((DEVICES, DEVICES), 2),
+    "random": np.array([[1, 4, 0, 3], [2, 2, 5, 0], [0, 7, 1, 2], [3, 3, 3, 1]]),
+    "none to the first two devices": np.array([[0, 0, 2, 5], [0, 0, 9, 1], [0, 0, 0, 0], [0, 0, 5, 5]]),
+    "each device to itself": np.diag([10, 0, 3, 10]),
+    "all to one": np.array([[0, 0, 0, 5]] * DEVICES),
 }
+CUT, WHOLE = PartitionSpec("expert"), PartitionSpec()
 
 
-@pytest.fixture(params=[
+def across_devices(function, *specs):
+    """`function` on each device's part of its arguments, compiled."""
+    mesh = make_mesh(ParallelConfig(data=1, expert=DEVICES), jax.devices()[:DEVICES])
+    return jax.jit(jax.shard_map(function, mesh=mesh, in_specs=specs, out_specs=CUT, check_vma=False))
+
+
+@pytest.mark.parametrize("implementation", [
     "rounds",
     pytest.param("ragged", marks=pytest.mark.skipif(
         jax.default_backend() == "cpu", reason="XLA has no ragged all-to-all on CPU; test_tpu_compiles compiles it for TPUs")),
 ])  # fmt: skip
-def travel(request):
-    """Send every row to its expert, which multiplies it by its own number squared, and back."""
+def test_rows_arrive_and_come_back(implementation, x64):
+    """Where they arrive, what comes back, and gradients; a device's first row stays where there is another for everyone."""
 
-    def on_device(rows: jax.Array, experts: jax.Array, weights: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
-        counts = jnp.bincount(experts, length=EXPERTS).astype(jnp.int32)
-        journey = plan_journey(counts, ROWS)
-        here = send(rows, journey, request.param)
-        served = jnp.repeat(jnp.arange(EXPERTS // DEVICES), journey.group_sizes, total_repeat_length=here.shape[0])
-        used = (jnp.arange(here.shape[0]) < journey.group_sizes.sum())[:, None]
-        there = jnp.where(used, here * here * weights[served][:, None], jnp.nan)
-        return send_back(there, journey, request.param), here, journey.group_sizes
+    def there_and_back(rows, sizes, starts):
+        journey = Journey(sizes, starts, jnp.cumsum(sizes, axis=0) - sizes)
+        here = send(rows, journey, ROOM, implementation)
+        return here, send(here * here, journey.back(), ROWS, implementation)
 
-    mesh = make_mesh(ParallelConfig(data=1, expert=DEVICES), jax.devices()[:DEVICES])
-    cut = PartitionSpec("expert")
-    return jax.jit(jax.shard_map(on_device, mesh=mesh, in_specs=cut, out_specs=cut, check_vma=False))
+    travel = across_devices(there_and_back, CUT, WHOLE, WHOLE)
+    pull = jax.jit(lambda cotangent, rows, *journey: jax.vjp(lambda rows: travel(rows, *journey)[1], rows)[1](cotangent)[0])
+    rows, cotangent = np.random.default_rng(0).standard_normal((2, DEVICES, ROWS, WIDTH))
+    for sizes in SIZES.values():
+        stay = np.minimum(1, ROWS - sizes.sum(axis=1, keepdims=True))
+        starts = stay + np.cumsum(sizes, axis=1) - sizes
+        here, back = travel(rows.reshape(-1, WIDTH), sizes, starts)
+        for device, arrived in enumerate(np.split(np.asarray(here), DEVICES)):
+            expected = [rows[sender, starts[sender, device] :][: sizes[sender, device]] for sender in range(DEVICES)]
+            expected = np.concatenate(expected)
+            np.testing.assert_array_equal(arrived[: len(expected)], expected)
+        place = np.arange(ROWS)
+        gone = ((stay <= place) & (place < stay + sizes.sum(axis=1, keepdims=True)))[..., None]
+        np.testing.assert_array_equal(np.where(gone, back.reshape(rows.shape), 0), np.where(gone, rows**2, 0))
+        gradient = pull(cotangent.reshape(-1, WIDTH), rows.reshape(-1, WIDTH), sizes, starts)
+        of_gone = np.where(gone, gradient.reshape(rows.shape), 0)
+        np.testing.assert_allclose(of_gone, np.where(gone, 2 * rows * cotangent, 0), rtol=1e-14)
 
 
-@pytest.mark.parametrize("routing", ROUTINGS)
-def test_rows_meet_their_expert_and_come_back(travel, routing, x64):
-    """Values, where they were served, and gradients by rows and by the experts' numbers, against plain NumPy."""
+TOKENS = 8
+"""Of each device."""
+MODEL = dataclasses.replace(
+    load_config("tiny").model, precision="float64", grouped_matmul="reference", hidden_size=16, moe_intermediate_size=8,
+    n_routed_experts=16, num_experts_per_tok=4, n_group=4, topk_group=2,
+)  # fmt: skip
+"""Each device has one group, so that a token goes to two devices at most."""
+
+
+def in_groups(*groups):
+    """Experts of tokens that choose among these groups, by turns: [DEVICES * TOKENS, 4]."""
+    pairs = np.array([groups[i % len(groups)] for i in range(DEVICES * TOKENS)])
+    return (4 * pairs[:, [0, 1, 0, 1]] + np.array([3, 0, 1, 2])).astype(np.int32)
+
+
+def random_routing():
+    rng = np.random.default_rng(1)
+    groups = np.argsort(rng.random((DEVICES * TOKENS, 4)))[:, :2]
+    return np.stack([rng.permutation([*range(4 * a, 4 * a + 4), *range(4 * b, 4 * b + 4)])[:4] for a, b in groups]).astype(
+        np.int32
+    )
+
+
+ROUTINGS = {
+    "even": (in_groups((0, 1), (2, 3)), 1),
+    "every second choice on one device": (in_groups((0, 1), (0, 2), (0, 3), (3, 0)), 2),
+    "all on one device": (in_groups((2, 2)), 4),
+    "random": (random_routing(), 2),
+}
+"""And how many rounds they take in room for an even share."""
+
+
+@pytest.mark.parametrize("remat", ["none", "products", "full"])
+def test_every_token_is_served(remat, x64, monkeypatch):
+    """As on one device, gradients too, however many rounds it takes; what lies where no row arrived is not read."""
+    monkeypatch.setattr(jax.lax, "empty", lambda shape, dtype: jnp.full(shape, jnp.nan, dtype))
+    parallel = ParallelConfig(data=1, expert=DEVICES, exchange_room=1)
+
+    def served(indices, *inputs):
+        def of(x, weights, *projections):
+            return serve_in_rounds(MODEL, parallel, (x, indices, weights), projections)
+
+        policies = {"products": jax.checkpoint_policies.save_only_these_names(KEPT), "full": None}
+        return (of if remat == "none" else jax.checkpoint(of, policy=policies[remat]))(*inputs)
+
+    def rounds(indices):
+        parcels, room = pack(MODEL, indices), room_for(MODEL, 1, TOKENS, DEVICES)
+
+        def one(state):
+            return state[0] + 1, next_journey(parcels, state[1], room)[1]
+
+        return jax.lax.while_loop(lambda state: jnp.any(state[1] > 0), one, (0, parcels.loads))[0][None]
+
+    def with_gradients(served):
+        def both(cotangent, indices, *inputs):
+            out, pull = jax.vjp(lambda *inputs: served(indices, *inputs), *inputs)
+            return out, *pull(cotangent)
+
+        return jax.jit(both)
+
     rng = np.random.default_rng(0)
-    experts = np.sort(ROUTINGS[routing](rng), axis=1).reshape(-1)
-    rows, weights = rng.standard_normal((DEVICES * ROWS, WIDTH)), rng.standard_normal(EXPERTS)
-    back, here, sizes = travel(rows, experts, weights)
-    np.testing.assert_allclose(back, rows**2 * weights[experts][:, None], rtol=1e-14)
-    np.testing.assert_array_equal(sizes, np.bincount(experts, minlength=EXPERTS))
-    by_device, own = np.split(np.asarray(here), DEVICES), EXPERTS // DEVICES
-    for device, arrived in enumerate(by_device):
-        expected = [rows[experts == expert] for expert in range(device * own, (device + 1) * own)]
-        expected = np.concatenate(expected)  # by expert, then by sender
-        np.testing.assert_array_equal(arrived[: len(expected)], expected)
-        assert (arrived[len(expected) :] == 0).all()
+    hidden, width, experts = MODEL.hidden_size, MODEL.moe_intermediate_size, MODEL.n_routed_experts
+    shapes = [(experts, hidden, width), (experts, hidden, width), (experts, width, hidden)]
+    x, cotangent = rng.standard_normal((2, DEVICES * TOKENS, hidden))
+    inputs = x, rng.random((DEVICES * TOKENS, 4)), *map(rng.standard_normal, shapes)
+    on_mesh, count = with_gradients(across_devices(served, *[CUT] * 6)), across_devices(rounds, CUT)
+    alone = with_gradients(lambda indices, x, weights, *projections: serve(MODEL, (x, indices, weights), projections))
+    for name, (indices, turns) in ROUTINGS.items():
+        assert count(indices).tolist() == [turns] * DEVICES, name
+        results = (on_mesh(cotangent, indices, *inputs), alone(cotangent, indices, *inputs))
+        assert_close(*(dict(zip(("out", "x", "weights", "gate", "up", "down"), result)) for result in results), 1e-12)
 
-    cotangent = rng.standard_normal(rows.shape)
-    pull = jax.vjp(lambda rows, weights: travel(rows, experts, weights)[0], rows, weights)[1]
-    by_rows, by_weights = pull(cotangent)
-    np.testing.assert_allclose(by_rows, 2 * rows * weights[experts][:, None] * cotangent, rtol=1e-14)
-    expected = np.zeros(EXPERTS)
-    np.add.at(expected, experts, (cotangent * rows**2).sum(axis=1))
-    np.testing.assert_allclose(by_weights, expected, rtol=1e-12, atol=1e-14)
+
+def test_devices_of_a_token():
+    """Never fewer than a token can reach, and as many where groups and devices divide each other."""
+    deepseek_v3 = ModelConfig()
+    assert [devices_of_a_token(deepseek_v3, devices) for devices in (1, 2, 4, 8, 16, 32, 64)] == [1, 2, 4, 4, 8, 8, 8]
+    for experts, groups, kept, choices, devices in [
+        (12, 4, 1, 3, 3), (12, 4, 2, 3, 3), (12, 3, 1, 4, 4), (24, 3, 2, 8, 8), (24, 4, 1, 5, 12), (16, 1, 1, 5, 8),
+        (8, 4, 2, 3, 8),
+    ]:  # fmt: skip
+        model = ModelConfig(n_routed_experts=experts, n_group=groups, topk_group=kept, num_experts_per_tok=choices)
+        by_group = np.arange(experts).reshape(groups, -1) // (experts // devices)
+        reach = max(len(np.unique(by_group[list(some)])) for some in combinations(range(groups), kept))
+        assert min(reach, choices) <= devices_of_a_token(model, devices) <= min(choices, devices)
+        if groups % devices == 0 or devices % groups == 0:
+            assert devices_of_a_token(model, devices) == min(reach, choices)

@@ -99,7 +99,7 @@ MESHES = [
     dict(data=8),
     dict(fsdp=8),
     dict(expert=8),
-    dict(data=2, expert=4, exchange_parts=3),
+    dict(data=2, expert=4, exchange_room=1),
     dict(fsdp=2, expert=4),
     dict(pipe=4, fsdp=2),
     dict(pipe=8),
@@ -239,6 +239,7 @@ def test_layers_of_stages():
     (["parallel.data=2", "parallel.pipe=4"], "parallel.pipe=4 .* 4 parts for 3 mixture-of-experts layers; at most pipe=3"),
     (["parallel.data=8", "train.batch_size=12"], "train.batch_size=12: must be a multiple of 8, .* nearest 16"),
     (["parallel.data=1", "parallel.fsdp=8", "model.remat=none"], "model.remat=none: .* choose products or full"),
+    (["parallel.exchange_room=0.5"], "parallel.exchange_room=0.5: must be at least 1"),
     (["parallel.exchange=letters"], "parallel.exchange=letters: choose one of auto, rounds, ragged"),
     (["parallel.experts=2"], "unknown field parallel.experts; did you mean expert?"),
 ])  # fmt: skip

@@ -81,8 +81,8 @@ class ModelConfig:
     """Arithmetic of the products with weights; parameters stay float32 (float64 if so chosen). `fp8` (report 3.3)
     leaves embedding, head, routers and the attention core in bfloat16."""
     remat: str = "products"
-    """What the backward pass recomputes: nothing (`none`), all but products with weights and attention (`products`),
-    or every layer (`full`)."""
+    """What the backward pass recomputes: nothing (`none`), all but products with weights, attention and what has travelled
+    to experts (`products`), or every layer (`full`)."""
     grouped_matmul: str = "auto"
     """Implementation of the routed experts' product; `auto` takes the platform's best."""
 
@@ -169,9 +169,9 @@ class ParallelConfig:
     """Chunks of layers in each pipeline stage: more shrink the bubble and pass activations on oftener."""
     microbatch_size: int = 1
     """Sequences that a pipeline stage computes at once."""
-    exchange_parts: int = 1
-    """Parts of a device's tokens that travel to experts one after the other. There is room for all tokens of all devices
-    along `expert` to meet on one: that many times fewer, and messages that much smaller."""
+    exchange_room: float = 1.25
+    """For how many tokens a device's experts have room at once, as a multiple of an even share. The others follow in further
+    rounds: more room takes memory, and less takes time where routing is uneven."""
     exchange: str = "auto"
     """How tokens travel to experts: `ragged` (TPU, GPU) or in `rounds` of equal parts (anywhere); `auto` chooses."""
 

@@ -7,11 +7,12 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from deepseek_jax.config import ModelConfig, ParallelConfig
+from deepseek_jax.config import ModelConfig
+from deepseek_jax.model.dispatch import combine, dispatch, sort_slots
+from deepseek_jax.model.expert_rounds import serve_in_rounds
 from deepseek_jax.model.layers import param_dtype
 from deepseek_jax.model.panels import PANELS, Panels
-from deepseek_jax.model.products import grouped_products, keep, products
-from deepseek_jax.parallel.exchange import plan_journey, send, send_back
+from deepseek_jax.model.products import grouped_swiglu, keep, products
 from deepseek_jax.parallel.mesh import ALONE
 from deepseek_jax.parallel.sharding import Division
 
@@ -37,46 +38,27 @@ class Experts(nn.Module):
         c = self.config
         parallel = self.division.parallel if self.division else ALONE
         experts, hidden, width = c.n_routed_experts // parallel.expert, c.hidden_size, c.moe_intermediate_size
+        tokens = (x, indices, weights)
         if self.has_variable(PANELS, "gate_proj"):
             cut = [self.get_variable(PANELS, name) for name in ("gate_proj", "up_proj", "down_proj")]
-            return serve_from_all(c, (x, indices, weights), cut)
+            return serve_from_all(c, tokens, cut)
         init = nn.initializers.normal(c.initializer_range)
         gate_proj = self.param("gate_proj", init, (experts, hidden, width), param_dtype(c))
         up_proj = self.param("up_proj", init, (experts, hidden, width), param_dtype(c))
         down_proj = self.param("down_proj", init, (experts, width, hidden), param_dtype(c))
         projections = (gate_proj, up_proj, down_proj)
-        tokens = (x, indices, weights)
-        if parallel.expert == 1 or parallel.exchange_parts == 1:
-            return serve(c, parallel, tokens, projections)
-        # In the parameters' type, in which the parts' gradients are summed.
-        projections = [projection.astype(param_dtype(c)) for projection in projections]
-        parts = [each.reshape(parallel.exchange_parts, -1, each.shape[-1]) for each in tokens]
-        served = jax.lax.map(jax.checkpoint(lambda part: serve(c, parallel, part, projections)), parts)
-        return served.reshape(x.shape)
+        return keep(
+            serve_in_rounds(c, parallel, tokens, projections) if parallel.expert > 1 else serve(c, tokens, projections)
+        )
 
 
-def serve(
-    config: ModelConfig, parallel: ParallelConfig, tokens: Sequence[jax.Array], projections: Sequence[jax.Array]
-) -> jax.Array:
-    """What `Experts` returns for tokens (x, indices, weights), with this device's experts (gate, up, down)."""
-    (x, indices, weights), (gate_proj, up_proj, down_proj) = tokens, projections
-    order = keep(jnp.argsort(indices.reshape(-1), stable=True))
-    places = jnp.arange(order.size, dtype=order.dtype)
-    inverse = keep(jnp.zeros_like(order).at[order].set(places, unique_indices=True))
+def serve(config: ModelConfig, tokens: Sequence[jax.Array], projections: Sequence[jax.Array]) -> jax.Array:
+    """What `Experts` returns for tokens (x, indices, weights), with all experts (gate, up, down) at hand."""
+    x, indices, weights = tokens
+    order = jax.tree.map(keep, sort_slots(indices.reshape(-1), config.n_routed_experts, indices.size))
     group_sizes = jnp.bincount(indices.reshape(-1), length=config.n_routed_experts).astype(jnp.int32)
-
-    rows, factors = dispatch(x, order, inverse), dispatch(weights.reshape(-1, 1), order, inverse)
-    if parallel.expert > 1:
-        journey = plan_journey(group_sizes, rows.shape[0])
-        rows, factors = (send(each, journey, parallel.exchange) for each in (rows, factors))
-        group_sizes = journey.group_sizes
-    gate, up = grouped_products(config, rows, group_sizes, gate_proj, up_proj)
-    # The factor is applied before the down projection, which is linear: its rows are the narrower ones.
-    activated = nn.silu(gate) * up * factors.astype(x.dtype)
-    (outputs,) = grouped_products(config, activated, group_sizes, down_proj)
-    if parallel.expert > 1:
-        outputs = send_back(outputs, journey, parallel.exchange)
-    return combine(outputs, order, inverse, x.shape[0])
+    rows, factors = dispatch(x, order), dispatch(weights.reshape(-1, 1), order)
+    return combine(grouped_swiglu(config, rows, factors, group_sizes, projections), order, x.shape[0])
 
 
 def serve_from_all(config: ModelConfig, tokens: Sequence[jax.Array], projections: Sequence[Panels]) -> jax.Array:
@@ -91,38 +73,3 @@ def serve_from_all(config: ModelConfig, tokens: Sequence[jax.Array], projections
     factors = jnp.repeat(factors, config.moe_intermediate_size, axis=1)
     gate, up = products(config, x, gate_proj, up_proj)
     return products(config, jnp.where(factors != 0, nn.silu(gate) * up * factors, 0), down_proj)[0]
-
-
-@jax.custom_vjp
-def dispatch(x: jax.Array, order: jax.Array, inverse: jax.Array) -> jax.Array:
-    """Rows of x, each repeated for its R / N choices, in expert order.
-
-    Args:
-        x: [N, d].
-        order: [R] for each sorted row, the choice it holds; choice r belongs to row r // (R / N) of x.
-        inverse: [R] for each choice, its sorted row.
-
-    Returns:
-        [R, d]. The gradient is a gather and a sum, where that of a plain take would be a scatter.
-    """
-    return x[order // (order.shape[0] // x.shape[0])]
-
-
-def combine(rows: jax.Array, order: jax.Array, inverse: jax.Array, tokens: int) -> jax.Array:
-    """Transpose of `dispatch`: sum over each token's choices of rows in expert order, [R, d] -> [N, d]."""
-    return _unsort(rows, order, inverse).reshape(tokens, -1, rows.shape[-1]).sum(axis=1)
-
-
-@jax.custom_vjp
-def _unsort(rows: jax.Array, order: jax.Array, inverse: jax.Array) -> jax.Array:
-    return rows[inverse]
-
-
-_unsort.defvjp(
-    lambda rows, order, inverse: (rows[inverse], order),
-    lambda order, gradient: (gradient[order], None, None),
-)
-dispatch.defvjp(
-    lambda x, order, inverse: (dispatch(x, order, inverse), (order, inverse, x.shape[0])),
-    lambda kept, gradient: (combine(gradient, kept[0], kept[1], kept[2]), None, None),
-)

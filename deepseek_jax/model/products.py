@@ -4,6 +4,8 @@ What several weights make of the same input is asked for together, so that float
 the input once. Every result is kept where others are made again.
 """
 
+from collections.abc import Sequence
+
 import jax
 from jax.ad_checkpoint import checkpoint_name
 
@@ -14,14 +16,13 @@ from deepseek_jax.model.panels import Panels, times
 from deepseek_jax.precision.fp8_grouped_matmul import fp8_grouped_matmul
 from deepseek_jax.precision.fp8_matmul import fp8_matmul
 
-KEPT, KEPT_ROWS = "kept", "kept_rows"
-"""What `model.remat=products` keeps; of experts on several devices it makes the rows again, for there is room for every
-row of all these devices, and most of it is empty."""
+KEPT = "kept"
+"""What `model.remat=products` keeps."""
 
 
-def keep(x: jax.Array, name: str = KEPT) -> jax.Array:
+def keep(x: jax.Array) -> jax.Array:
     """Name x as what `model.remat=products` keeps, since making it again would cost more than elementwise work."""
-    return checkpoint_name(x, name)
+    return checkpoint_name(x, KEPT)
 
 
 def products(config: ModelConfig, x: jax.Array, *weights: jax.Array | Panels) -> list[jax.Array]:
@@ -42,4 +43,15 @@ def grouped_products(config: ModelConfig, x: jax.Array, group_sizes: jax.Array, 
     else:
         weights = [weight.astype(x.dtype) for weight in weights]
         results = grouped_matmul(x, weights, group_sizes, config.grouped_matmul)
-    return [keep(result, KEPT_ROWS) for result in results]
+    return [keep(result) for result in results]
+
+
+def grouped_swiglu(
+    config: ModelConfig, x: jax.Array, factors: jax.Array, group_sizes: jax.Array, projections: Sequence[jax.Array]
+) -> jax.Array:
+    """Rows x [N, hidden_size], sorted by group, through their group's SwiGLU (gate, up, down), times factors [N, 1]."""
+    gate_proj, up_proj, down_proj = projections
+    gate, up = grouped_products(config, x, group_sizes, gate_proj, up_proj)
+    # The factor is applied before the down projection, which is linear: its rows are the narrower ones.
+    activated = jax.nn.silu(gate) * up * factors.astype(x.dtype)
+    return grouped_products(config, activated, group_sizes, down_proj)[0]

@@ -16,7 +16,7 @@ from deepseek_jax.config import ModelConfig
 from deepseek_jax.model.block import Block, BlockOutput
 from deepseek_jax.model.layers import Embedding, Linear, RMSNorm, compute_dtype, param_dtype
 from deepseek_jax.model.mtp import MTPModule
-from deepseek_jax.model.products import KEPT, KEPT_ROWS
+from deepseek_jax.model.products import KEPT
 from deepseek_jax.model.rope import rope_angles
 from deepseek_jax.model.router import ROUTER_STATE
 from deepseek_jax.parallel.pipeline import ABSENT, assign_layers, run_pipeline
@@ -156,8 +156,7 @@ class DeepseekV3(nn.Module):
 
             layer = nn.map_variables(layer, "params", trans_in_fn=gathered)
         if c.remat != "none":
-            kept = (KEPT,) if division is not None and division.parallel.expert > 1 else (KEPT, KEPT_ROWS)
-            policy = jax.checkpoint_policies.save_only_these_names(*kept) if c.remat == "products" else None
+            policy = jax.checkpoint_policies.save_only_these_names(KEPT) if c.remat == "products" else None
             layer = nn.remat(layer, prevent_cse=False, policy=policy)
         return nn.scan(layer, variable_axes=per_layer, split_rngs={"params": True}, in_axes=in_axes, out_axes=0, length=length)
 

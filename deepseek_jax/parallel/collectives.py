@@ -13,6 +13,7 @@ import numpy as np
 from jax.sharding import Mesh
 
 from deepseek_jax.parallel.compiled import Array, Instruction, Visit, visits
+from deepseek_jax.parallel.exchange import OVERFLOW
 
 KINDS = ("all-reduce", "all-gather", "reduce-scatter", "all-to-all", "collective-permute", "ragged-all-to-all")
 
@@ -34,6 +35,11 @@ class Collective(NamedTuple):
     """How many loops around it make a number of passes that only running it tells."""
     op_name: str
     """The way through the model's code."""
+
+    @property
+    def overflow(self) -> bool:
+        """Whether it runs only for tokens that found no room in the first round, so never under even routing."""
+        return f"/{OVERFLOW}/" in self.op_name
 
     @property
     def bytes(self) -> int:
@@ -64,14 +70,17 @@ def collectives(text: str, mesh: Mesh) -> list[Collective]:
 
 
 def total(found: Iterable[Collective], of: Callable[[Collective], int] = lambda one: one.sent) -> int:
-    """Sum over a step's executions, every open loop passed once; the bytes that leave a device unless told otherwise."""
-    return sum(one.times * of(one) for one in found)
+    """Sum over a step's executions, every open loop passed once, without `overflow`.
+
+    The bytes that leave a device unless told otherwise.
+    """
+    return sum(one.times * of(one) for one in found if not one.overflow)
 
 
 def table(found: Iterable[Collective]) -> str:
-    """Collectives summed up by kind and axes, to be printed."""
+    """Collectives summed up by kind and axes, to be printed; without `overflow`."""
     sums: dict[tuple[str, str, bool], list[int]] = {}
-    for one in found:
+    for one in (one for one in found if not one.overflow):
         row = sums.setdefault((one.kind, " ".join(one.axes), one.open_loops > 0), [0, 0, 0])
         row[:] = row[0] + one.times, row[1] + one.times * one.sent, max(row[2], one.sent)
     lines = [f"{'collective':19}{'over':18}{'executions':>12}{'bytes sent by a device':>25}{'by the largest':>17}"]

@@ -1,128 +1,122 @@
-"""Rows that travel to the devices of their experts and back; inside `shard_map` over the axis `expert`.
+"""Tokens that travel to the devices of their experts and back; inside `shard_map` over the axis `expert`.
 
-Nothing is dropped, whatever the routing: a device has room for every row of its whole group. What is sent is no more
-than the rows there are (`ragged`), or equal parts of them for every device, again and again until the fullest has
-all of its own (`rounds`); under even routing that is one round and as many bytes.
+A token goes once to each device that holds any of its experts, as a parcel: its row, and beside it the numbers and
+factors of those experts. Each device has room for `parallel.exchange_room` times its even share of parcels and of choices.
+What finds no room waits for a further round, and rounds go on until nothing waits: none is dropped, whatever the routing.
+
+Of N tokens that go to D devices at most, a device sends under even routing N D rows and as many come back, less the
+1/X that stay.
 """
 
+import math
 from functools import partial
 from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 
+from deepseek_jax.config import ModelConfig
 from deepseek_jax.implementations import best
 
 AXIS = "expert"
+OVERFLOW = "overflow"
+"""In the names of a program's operations: those of the rounds after the first."""
+
+
+class Room(NamedTuple):
+    """For how much each device has room in one round."""
+
+    parcels: int
+    choices: int
 
 
 class Journey(NamedTuple):
-    """Which rows go where; made once for a layer's tokens, it serves all that travels with them."""
+    """Which rows go where in a round, [X, X] each by sender and receiver; the same on all devices."""
 
     sizes: jax.Array
-    """Rows by sender and receiver, [X, X] int32."""
-    order: jax.Array
-    """For each place among the rows here, sorted by expert, the place at which it arrives. [X * R]."""
-    inverse: jax.Array
-    group_sizes: jax.Array
-    """Rows of each of this device's experts, [E / X] int32."""
+    """How many rows."""
+    starts: jax.Array
+    """Place of the first of them at the sender."""
+    places: jax.Array
+    """And at the receiver."""
+
+    def back(self) -> "Journey":
+        """The way back of the same rows."""
+        return Journey(self.sizes.T, self.places.T, self.starts.T)
 
 
-def plan_journey(group_sizes: jax.Array, rows: int) -> Journey:
-    """Agree with the other devices on who sends what.
+def devices_of_a_token(model: ModelConfig, devices: int) -> int:
+    """D: on how many of the devices along `expert` one token's experts can lie at most.
 
-    Args:
-        group_sizes: [E] how many of this device's rows each expert serves; device j has experts j E / X and on.
-        rows: R, of this device, all of which are served.
+    Its experts are in `topk_group` groups; a group's experts lie on one device or on several.
     """
-    devices = jax.lax.axis_size(AXIS)
-    counts = jax.lax.all_gather(group_sizes, AXIS).reshape(devices, devices, -1)
-    here = jnp.take(counts, jax.lax.axis_index(AXIS), axis=1)  # [X, E / X] by sender
-    experts = here.shape[1]
-    empty = devices * rows - here.sum()
-    kinds = jnp.append(jnp.tile(jnp.arange(experts), devices), experts)  # what is left empty sorts last
-    arrived = jnp.repeat(kinds, jnp.append(here.reshape(-1), empty), total_repeat_length=devices * rows)
-    order = jnp.argsort(arrived, stable=True)
-    inverse = jnp.zeros_like(order).at[order].set(jnp.arange(order.size, dtype=order.dtype), unique_indices=True)
-    return Journey(counts.sum(axis=2), order, inverse, here.sum(axis=0))
+    group, own = model.n_routed_experts // model.n_group, model.n_routed_experts // devices
+    reached = [(first + group - 1) // own - first // own + 1 for first in range(0, model.n_routed_experts, group)]
+    return min(model.num_experts_per_tok, devices, sum(sorted(reached)[-model.topk_group :]))
 
 
-def send(rows: jax.Array, journey: Journey, implementation: str) -> jax.Array:
-    """Rows [R, d] sorted by expert -> the rows for this device's experts, sorted by expert, [X * R, d]; then zeros."""
-    arrived = _move(rows, journey.sizes, journey.order.size, implementation)
-    return _permuted(arrived, journey.order, journey.inverse)
+def experts_of_a_parcel(model: ModelConfig, devices: int) -> int:
+    """W: how many of a token's experts can lie on one device."""
+    return min(model.num_experts_per_tok, model.n_routed_experts // devices)
 
 
-def send_back(rows: jax.Array, journey: Journey, implementation: str) -> jax.Array:
-    """Inverse of `send`: [X * R, d] -> [R, d]."""
-    own = rows.shape[0] // journey.sizes.shape[0]
-    return _move(_permuted(rows, journey.inverse, journey.order), journey.sizes.T, own, implementation)
-
-
-@jax.custom_vjp
-def _permuted(rows: jax.Array, order: jax.Array, inverse: jax.Array) -> jax.Array:
-    return rows[order]
-
-
-_permuted.defvjp(
-    lambda rows, order, inverse: (rows[order], inverse),
-    lambda inverse, gradient: (gradient[inverse], None, None),
-)
+def room_for(model: ModelConfig, room: float, tokens: int, devices: int) -> Room:
+    """On each of the devices, which send so many tokens each; no more than could ever come."""
+    share, choices = tokens * devices_of_a_token(model, devices), tokens * model.num_experts_per_tok
+    parcels = min(math.ceil(room * share), devices * tokens)
+    return Room(parcels, min(math.ceil(room * choices), parcels * experts_of_a_parcel(model, devices)))
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(2, 3))
-def _move(rows: jax.Array, sizes: jax.Array, room: int, implementation: str) -> jax.Array:
-    """Rows sorted by receiver -> rows sorted by sender, [room, d], then zeros."""
+def send(rows: jax.Array, journey: Journey, room: int, implementation: str) -> jax.Array:
+    """Rows [R, d] sorted by receiver -> the rows for this device, sorted by sender, [room, d], and then anything."""
     if implementation == "auto":
         implementation = best("exchange")
-    return _IMPLEMENTATIONS[implementation](rows, sizes, room)
+    return _IMPLEMENTATIONS[implementation](rows, journey, room)
 
 
-def _move_forward(rows: jax.Array, sizes: jax.Array, room: int, implementation: str) -> tuple:
-    return _move(rows, sizes, room, implementation), (sizes, jnp.zeros((rows.shape[0], 0)))
+def _send_forward(rows: jax.Array, journey: Journey, room: int, implementation: str) -> tuple:
+    return send(rows, journey, room, implementation), (journey, jnp.zeros((rows.shape[0], 0)))
 
 
-def _move_backward(room: int, implementation: str, kept: tuple, gradient: jax.Array) -> tuple:
-    sizes, like = kept
-    return _move(gradient, sizes.T, like.shape[0], implementation), None
+def _send_backward(room: int, implementation: str, kept: tuple, gradient: jax.Array) -> tuple:
+    journey, like = kept
+    return send(gradient, journey.back(), like.shape[0], implementation), None
 
 
-_move.defvjp(_move_forward, _move_backward)
+send.defvjp(_send_forward, _send_backward)
 
 
-def _ragged(rows: jax.Array, sizes: jax.Array, room: int) -> jax.Array:
+def _ragged(rows: jax.Array, journey: Journey, room: int) -> jax.Array:
+    """What there is to send, and no more."""
     mine = jax.lax.axis_index(AXIS)
-    places = jnp.cumsum(sizes, axis=0) - sizes  # at the receiver
     return jax.lax.ragged_all_to_all(
-        rows, jnp.zeros((room, *rows.shape[1:]), rows.dtype), _starts(sizes[mine]), sizes[mine], places[mine],
-        sizes[:, mine], axis_name=AXIS,
+        rows, jax.lax.empty((room, *rows.shape[1:]), rows.dtype), journey.starts[mine], journey.sizes[mine],
+        journey.places[mine], journey.sizes[:, mine], axis_name=AXIS,
     )  # fmt: skip
 
 
-def _in_rounds(rows: jax.Array, sizes: jax.Array, room: int) -> jax.Array:
-    devices, mine = sizes.shape[0], jax.lax.axis_index(AXIS)
+def _in_rounds(rows: jax.Array, journey: Journey, room: int) -> jax.Array:
+    """Equal parts for all devices, again and again until the fullest has all of its own; under even routing once."""
+    devices, mine = jax.lax.axis_size(AXIS), jax.lax.axis_index(AXIS)
     part = -(-min(rows.shape[0], room) // devices)
-    sent, received = (_starts(sizes[mine]), sizes[mine]), (_starts(sizes[:, mine]), sizes[:, mine])
+    sent, received = (journey.starts[mine], journey.sizes[mine]), (journey.places[:, mine], journey.sizes[:, mine])
 
     def places(of: tuple[jax.Array, jax.Array], turn: jax.Array, outside: int) -> jax.Array:
-        """Rows of this round by the other device, [X, part]; `outside` where it has no more."""
+        """Rows of this turn by the other device, [X, part]; `outside` where it has no more."""
         starts, counts = of
         index = turn * part + jnp.arange(part)
         return jnp.where(index < counts[:, None], starts[:, None] + index, outside)
 
-    def one_round(state: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array]:
+    def one_turn(state: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array]:
         turn, arrived = state
         leaving = rows.at[places(sent, turn, rows.shape[0])].get(mode="fill", fill_value=0)
         arriving = jax.lax.all_to_all(leaving, AXIS, split_axis=0, concat_axis=0)
         return turn + 1, arrived.at[places(received, turn, room)].set(arriving, mode="drop")
 
-    rounds = -(-jnp.max(sizes) // part)  # the same on all devices of the group
-    start = (jnp.zeros((), rounds.dtype), jnp.zeros((room, *rows.shape[1:]), rows.dtype))
-    return jax.lax.while_loop(lambda state: state[0] < rounds, one_round, start)[1]
-
-
-def _starts(sizes: jax.Array) -> jax.Array:
-    return jnp.cumsum(sizes) - sizes
+    turns = -(-jnp.max(journey.sizes) // part)  # the same on all devices of the group
+    start = (jnp.zeros((), turns.dtype), jax.lax.empty((room, *rows.shape[1:]), rows.dtype))
+    return jax.lax.while_loop(lambda state: state[0] < turns, one_turn, start)[1]
 
 
 _IMPLEMENTATIONS = {"ragged": _ragged, "rounds": _in_rounds}

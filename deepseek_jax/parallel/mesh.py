@@ -31,8 +31,6 @@ def resolve(config: Config, devices: int) -> ParallelConfig:
         )
     if parallel.fsdp > 1 and model.remat == "none":
         raise ConfigError("model.remat=none: would keep every gathered weight under parallel.fsdp; choose products or full")
-    if parallel.expert > 1:
-        _divides("parallel.exchange_parts", parallel.exchange_parts, "train.sequence_length", train.sequence_length)
     part = train.gradient_accumulation_steps * math.prod(mesh_shape(parallel))
     if parallel.pipe > 1:
         part *= parallel.microbatch_size

@@ -7,6 +7,7 @@ import jax
 import numpy as np
 
 from deepseek_jax.config import Config, ModelConfig
+from deepseek_jax.parallel.exchange import devices_of_a_token, room_for
 from deepseek_jax.parallel.pipeline import assign_layers, bubble
 from deepseek_jax.parallel.sharding import PIPELINED, Division, Place, bytes_per_device
 from deepseek_jax.parallel.weights import layer_axes, step_type
@@ -26,6 +27,8 @@ def mesh_summary(config: Config, division: Division, state: Any, shardings: Any)
     lines = [f"mesh: {' x '.join(f'{axis} {size}' for axis, size in sizes.items())} = {division.mesh.size} devices "
              f"in {count} process{'es' if count > 1 else ''}"]  # fmt: skip
     lines += [f"  {axis} {size} divides {DIVIDES[axis]}" for axis, size in sizes.items() if size > 1]
+    if division.parallel.expert > 1:
+        lines.append(_exchange(config, division))
     if division.parallel.pipe > 1:
         lines.append(_pipeline(config, division))
     masters, moments = (bytes_per_device(getattr(state, name), getattr(shardings, name)) for name in ("params", "optimizer"))
@@ -36,6 +39,17 @@ def mesh_summary(config: Config, division: Division, state: Any, shardings: Any)
         f"{_size(weights)}, gradients {_size(gradients)}; the whole state is {_size(total)}"
     )
     return "\n".join(lines)
+
+
+def _exchange(config: Config, division: Division) -> str:
+    parallel, model, train = division.parallel, config.model, config.train
+    sequences = train.batch_size // train.gradient_accumulation_steps // division.mesh.size
+    tokens = (parallel.microbatch_size if parallel.pipe > 1 else sequences) * train.sequence_length
+    room = room_for(model, parallel.exchange_room, tokens, parallel.expert)
+    return (
+        f"  {tokens:,} tokens at a time go to {devices_of_a_token(model, parallel.expert)} devices each at most; a device has room "
+        f"for {room.parcels:,} of them and {room.choices:,} choices of its experts, and what finds none follows"
+    )
 
 
 def _pipeline(config: Config, division: Division) -> str:

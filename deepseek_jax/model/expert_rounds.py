@@ -1,0 +1,107 @@
+"""Experts on several devices: tokens travel to them in rounds, the first of which serves all when routing is near even.
+
+The first round is straight-line code that rematerialisation sees. Those after it are a loop, which turns as often as
+there is something left to serve; the backward pass keeps nothing of it, and makes each of its rounds again.
+"""
+
+from collections.abc import Sequence
+from functools import partial
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from deepseek_jax.config import ModelConfig, ParallelConfig
+from deepseek_jax.model.dispatch import combine, dispatch, sort_slots
+from deepseek_jax.model.parcels import Parcels, next_journey, order_in, pack
+from deepseek_jax.model.products import grouped_swiglu, keep
+from deepseek_jax.parallel.exchange import AXIS, OVERFLOW, Journey, Room, room_for, send
+
+
+class Setting(NamedTuple):
+    """What is known before a program runs."""
+
+    config: ModelConfig
+    room: Room
+    exchange: str
+    """Implementation of `send`."""
+
+
+Inputs = tuple[jax.Array, jax.Array, Sequence[jax.Array]]
+"""Tokens [N, hidden_size], the factors of their experts by slot [N * D, W], and this device's experts (gate, up, down)."""
+
+
+def serve_in_rounds(
+    config: ModelConfig, parallel: ParallelConfig, tokens: Sequence[jax.Array], projections: Sequence[jax.Array]
+) -> jax.Array:
+    """What `Experts` returns for tokens (x, indices, weights), with this device's experts (gate, up, down).
+
+    Inside `shard_map` over the axis `expert`, all devices of which serve each other's tokens.
+    """
+    x, indices, weights = tokens
+    setting = Setting(config, room_for(config, parallel.exchange_room, x.shape[0], parallel.expert), parallel.exchange)
+    parcels = pack(config, indices)
+    factors = jnp.sum(jnp.where(parcels.holds, weights[:, None, None], 0), axis=3).reshape(parcels.experts.shape)
+    if config.precision != "fp8":  # float8 codes are made from the weights as they are
+        projections = [projection.astype(x.dtype) for projection in projections]
+    return _serve_all(setting, (x, factors, projections), parcels)
+
+
+@partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _serve_all(setting: Setting, inputs: Inputs, parcels: Parcels) -> jax.Array:
+    return _forward(setting, inputs, parcels)[0]
+
+
+def _forward(setting: Setting, inputs: Inputs, parcels: Parcels) -> tuple[jax.Array, Any]:
+    journey, waiting = next_journey(parcels, parcels.loads, setting.room)
+    served, pull = jax.vjp(partial(_serve, setting, parcels, journey), inputs)
+
+    def one_more(served: jax.Array, journey: Journey) -> jax.Array:
+        return served + _serve(setting, parcels, journey, inputs)
+
+    return _while_some_wait(setting, parcels, waiting, served, one_more), (pull, waiting, inputs, parcels)
+
+
+def _backward(setting: Setting, kept: Any, gradient: jax.Array) -> tuple[Inputs, None]:
+    pull, waiting, inputs, parcels = kept
+
+    def one_more(totals: Inputs, journey: Journey) -> Inputs:
+        pull = jax.vjp(partial(_serve, setting, parcels, journey), inputs)[1]
+        return jax.tree.map(jnp.add, totals, *pull(gradient))
+
+    # From the first round's gradients on, so that no zeros are made to begin with.
+    return _while_some_wait(setting, parcels, waiting, *pull(gradient), one_more), None
+
+
+_serve_all.defvjp(_forward, _backward)
+
+
+def _while_some_wait(setting: Setting, parcels: Parcels, waiting: jax.Array, start: Any, one_more: Any) -> Any:
+    """Fold `one_more(result, journey)` over the rounds that are left."""
+
+    def one_round(state: tuple[jax.Array, Any]) -> tuple[jax.Array, Any]:
+        waiting, result = state
+        journey, waiting = next_journey(parcels, waiting, setting.room)
+        return waiting, one_more(result, journey)
+
+    with jax.named_scope(OVERFLOW):
+        return jax.lax.while_loop(lambda state: jnp.any(state[0] > 0), one_round, (waiting, start))[1]
+
+
+def _serve(setting: Setting, parcels: Parcels, journey: Journey, inputs: Inputs) -> jax.Array:
+    """What one round adds to each token, [N, hidden_size]."""
+    (config, room, exchange), (x, factors, projections) = setting, inputs
+    labels = jnp.concatenate([parcels.experts.astype(factors.dtype), factors], axis=1)
+    outward = order_in(parcels, journey)
+    rows, labels = (keep(send(dispatch(each, outward), journey, room.parcels, exchange)) for each in (x, labels))
+
+    arrived = jnp.arange(room.parcels) < jnp.sum(journey.sizes[:, jax.lax.axis_index(AXIS)])
+    experts, factors = jnp.split(jnp.where(arrived[:, None], labels, 0), 2, axis=1)
+    experts, number = experts.astype(jnp.int32).reshape(-1) - 1, projections[0].shape[0]
+    order = jax.tree.map(keep, sort_slots(jnp.where(experts < 0, number, experts), number, room.choices))
+    group_sizes = jnp.sum(experts[:, None] == jnp.arange(number), axis=0, dtype=jnp.int32)
+    rows, factors = dispatch(rows, order), dispatch(factors.reshape(-1, 1), order)
+    outputs = combine(grouped_swiglu(config, rows, factors, group_sizes, projections), order, room.parcels)
+
+    returned = send(outputs, journey.back(), outward.slots.size, exchange)
+    return combine(returned, outward, x.shape[0])
