@@ -13,8 +13,16 @@ import jax
 import jax.numpy as jnp
 
 from deepseek_jax.precision import fp8_kernels
-from deepseek_jax.precision.fp8 import SMALLEST_GRADIENT_AMAX, TILE, quantize_blocks, quantize_tiles
-from deepseek_jax.precision.fp8_matmul import IMPLEMENTATIONS, Kept, Quantized, Weights, quantize_gradient, retile
+from deepseek_jax.precision.fp8 import SMALLEST_GRADIENT_AMAX, TILE, quantize_blocks
+from deepseek_jax.precision.fp8_matmul import (
+    IMPLEMENTATIONS,
+    Kept,
+    Quantized,
+    Weights,
+    quantize_activations,
+    quantize_gradient,
+    retile,
+)
 
 Rows = TypeVar("Rows", Quantized, jax.Array)
 Block = Callable[[jax.Array, jax.Array, jax.Array, jax.Array], jax.Array]
@@ -45,7 +53,7 @@ def _grouped_matmul(x: jax.Array, weights: list[jax.Array], group_sizes: jax.Arr
 def _forward(
     x: jax.Array, weights: list[jax.Array], group_sizes: jax.Array, implementation: str
 ) -> tuple[list[jax.Array], tuple[Kept, jax.Array]]:
-    x_tiles = Quantized(*quantize_tiles(x, axis=1))
+    x_tiles = quantize_activations(x)
     blocks = [Quantized(*quantize_blocks(w)) for w in weights]
     outputs = [_rows_times_weights([(x_tiles, w)], (1, 0), group_sizes, implementation, x.dtype) for w in blocks]
     return outputs, ((x_tiles, blocks), group_sizes)

@@ -9,7 +9,7 @@ from collections.abc import Sequence
 import jax
 import jax.numpy as jnp
 
-from deepseek_jax.precision.fp8 import TILE, dequantize_tiles, quantize_tiles
+from deepseek_jax.precision.fp8 import SMALLEST_AMAX, TILE
 
 Scaled = tuple[jax.Array, jax.Array]
 """Codes and scales, as in `fp8_matmul.Quantized`."""
@@ -52,19 +52,12 @@ def weight_gradients(
     """
     from deepseek_jax.kernels.tiles import make_tiles
     from deepseek_jax.kernels.triton_fp8_matmul import rows_by_rows
+    from deepseek_jax.kernels.triton_quantize import quantize_along_rows
 
-    tiles = make_tiles(group_sizes, x[0].shape[0], TILE)
-    rows = tiles.first[:, None] + jnp.arange(TILE)
-    mine = (rows < tiles.end[:, None]) & (tiles.group < group_sizes.size)[:, None]
-    rows = jnp.minimum(rows, x[0].shape[0] - 1)
-
-    def along_rows(values: jax.Array, *smallest: float) -> Scaled:
-        codes, scales = quantize_tiles(jnp.where(mine[:, :, None], values, 0), 1, False, *smallest)
-        return jnp.swapaxes(codes, 1, 2), scales[:, 0]
-
-    x_tiles = along_rows(dequantize_tiles(x[0][rows], x[1][rows], axis=2))
+    tiles, groups = make_tiles(group_sizes, x[0].shape[0], TILE), group_sizes.size
+    x_tiles = quantize_along_rows(x, tiles, groups, SMALLEST_AMAX)
     tile_ends = jnp.cumsum(-(-group_sizes // TILE))
-    return [rows_by_rows(x_tiles, along_rows(dy[rows], smallest_amax), tile_ends) for dy in gradients]
+    return [rows_by_rows(x_tiles, quantize_along_rows((dy,), tiles, groups, smallest_amax), tile_ends) for dy in gradients]
 
 
 def _whole_tiles(matrix: Scaled) -> Scaled:

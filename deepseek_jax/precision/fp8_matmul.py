@@ -11,6 +11,7 @@ from typing import NamedTuple, TypeVar
 
 import jax
 import jax.numpy as jnp
+from jax import lax
 
 from deepseek_jax.precision import fp8_kernels
 from deepseek_jax.precision.fp8 import (
@@ -60,7 +61,7 @@ def _matmul(x: jax.Array, weights: list[jax.Array], implementation: str) -> list
 
 def _forward(x: jax.Array, weights: list[jax.Array], implementation: str) -> tuple[list[jax.Array], Kept]:
     multiply = IMPLEMENTATIONS[implementation]
-    kept = Quantized(*quantize_tiles(x, axis=1)), [Quantized(*quantize_blocks(w)) for w in weights]
+    kept = quantize_activations(x), [Quantized(*quantize_blocks(w)) for w in weights]
     return [multiply([(kept[0], w)], (1, 0), x.dtype) for w in kept[1]], kept
 
 
@@ -76,6 +77,11 @@ def _backward(implementation: str, kept: Kept, gradients: list[jax.Array]) -> tu
 _matmul.defvjp(_forward, _backward)
 
 
+def quantize_activations(x: jax.Array) -> Quantized:
+    """Activations [N, K] in tiles of 1 x 128. They are read twice, and in between are kept in no wider type than their own."""
+    return Quantized(*quantize_tiles(lax.optimization_barrier(x), axis=1))
+
+
 def retile(x: Quantized) -> Quantized:
     """Activations [N, K] stored in tiles of 1 x 128, again in tiles of 128 x 1 along tokens (report 3.5.2)."""
     return Quantized(*quantize_tiles(dequantize_tiles(x.codes, x.scales, axis=1), axis=0))
@@ -83,7 +89,7 @@ def retile(x: Quantized) -> Quantized:
 
 def quantize_gradient(dy: jax.Array, axis: int) -> Quantized:
     """Gradients [N, M] in tiles of 128 along `axis`, however small they are."""
-    return Quantized(*quantize_tiles(dy, axis, smallest_amax=SMALLEST_GRADIENT_AMAX))
+    return Quantized(*quantize_tiles(lax.optimization_barrier(dy), axis, smallest_amax=SMALLEST_GRADIENT_AMAX))
 
 
 def multiply_dequantized(lhs: Quantized, rhs: Quantized, contracted: tuple[int, int]) -> jax.Array:
