@@ -55,4 +55,8 @@ def _quotient_interpreted(x: jax.Array, by: jax.Array) -> jax.Array:
     return x / jnp.where(jnp.isnan(x), jnp.nan, by)
 
 
-_quotient = _primitive("quotient", _quotient_interpreted, lambda context, x, by: triton_dialect.precise_divf(x, by))
+def _quotient_lowered(context: Any, *operands: Any) -> Any:
+    return triton_dialect.precise_divf(*map(triton_lowering._ensure_ir_value, operands, context.avals_in))
+
+
+_quotient = _primitive("quotient", _quotient_interpreted, _quotient_lowered)

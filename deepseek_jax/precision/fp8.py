@@ -37,18 +37,9 @@ def quantize_tiles(
     Returns:
         codes, float8_e4m3fn of x's shape; scales, float32 with ceil(size / 128) entries along `axis`.
     """
-    scales = tile_scales(x, axis, power_of_two, smallest_amax)
-    return tile_codes(x, scales, axis), scales
-
-
-def tile_scales(x: jax.Array, axis: int, power_of_two: bool = False, smallest_amax: float = SMALLEST_AMAX) -> jax.Array:
-    """The scales of `quantize_tiles`, the first of its two readings of x."""
-    return _scales(_largest(_magnitudes(x.astype(jnp.float32)), axis), power_of_two, smallest_amax)
-
-
-def tile_codes(x: jax.Array, scales: jax.Array, axis: int) -> jax.Array:
-    """The codes of `quantize_tiles`, the second."""
-    return _codes(x.astype(jnp.float32), expand_scales(scales, axis, x.shape[axis]))
+    x = x.astype(jnp.float32)
+    scales = _scales(_largest(_magnitudes(x), axis), power_of_two, smallest_amax)
+    return _codes(x, expand_scales(scales, axis, x.shape[axis])), scales
 
 
 def dequantize_tiles(codes: jax.Array, scales: jax.Array, axis: int) -> jax.Array:
