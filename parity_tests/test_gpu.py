@@ -78,11 +78,14 @@ def float8_program():
 def test_float8_products_run_on_the_tensor_cores():
     """All three in E4M3, 128 of the contracted axis in four instructions: Triton falls back to float16 unless it is asked."""
     text, assembly = elsewhere(float8_program)
-    assert kernels(text) == ["grouped_matmul_fp8", "grouped_matmul_fp8", "grouped_matmul_of_rows_fp8"]
+    products = ["grouped_matmul_fp8", "grouped_matmul_fp8", "grouped_matmul_of_rows_fp8"]
+    assert kernels(text) == products + ["quantize"] * 3 + ["quantize_along_rows"] * 2
     assert " while(" not in text
     assert set(re.findall(r"\bw?g?mma\S*\.f32\.\w+\.\w+", assembly)) == {
         "wgmma.mma_async.sync.aligned.m64n128k32.f32.e4m3.e4m3"
     }
+    # IEEE division, as on a CPU: the codes are the same bits. XLA's own division on GPUs is another instruction.
+    assert "div.rn.f32" in assembly and "div.full.f32" not in assembly
 
 
 def attention_program():

@@ -68,9 +68,21 @@ def span(first: Any, size: int, end: Any) -> Span:
 def load(ref: Any, rows: Span, columns: Span, *group: jax.Array) -> jax.Array:
     """Part of a matrix, or of a group's of several; zero where there is none."""
     mask = _mask(rows, columns)
-    return plgpu.load(
-        ref.at[(*group, rows.slice, columns.slice)], mask=mask, other=None if mask is None else jnp.zeros((), ref.dtype)
-    )
+    return plgpu.load(ref.at[(*group, rows.slice, columns.slice)], mask=mask, other=_zero(ref, mask))
+
+
+def load_column(ref: Any, rows: Span, column: Any) -> jax.Array:
+    """Part of one column of a matrix; zero where there is none."""
+    return plgpu.load(ref.at[rows.slice, column], mask=rows.mask, other=_zero(ref, rows.mask))
+
+
+def load_row(ref: Any, row: Any, columns: Span) -> jax.Array:
+    """Part of one row of a matrix; zero where there is none."""
+    return plgpu.load(ref.at[row, columns.slice], mask=columns.mask, other=_zero(ref, columns.mask))
+
+
+def _zero(ref: Any, mask: jax.Array | None) -> jax.Array | None:
+    return None if mask is None else jnp.zeros((), ref.dtype)
 
 
 def store(ref: Any, value: jax.Array, rows: Span, columns: Span, *group: jax.Array) -> None:
@@ -91,13 +103,13 @@ def call(
     kernel: Callable[..., None],
     name: str,
     grid: tuple[int, ...],
-    result: jax.ShapeDtypeStruct,
+    result: Any,
     parameters: plgpu.CompilerParams,
     *arrays: Any,
-) -> jax.Array:
-    """Run a kernel over a grid; programs for a CPU, which only try it, interpret it."""
+) -> Any:
+    """Run a kernel over a grid, for a result or several; programs for a CPU, which only try it, interpret it."""
 
-    def run(interpret: bool, *arrays: Any) -> jax.Array:
+    def run(interpret: bool, *arrays: Any) -> Any:
         return pl.pallas_call(kernel, result, grid=grid, name=name, interpret=interpret, compiler_params=parameters)(*arrays)
 
     return lax.platform_dependent(*arrays, cpu=partial(run, True), default=partial(run, False))

@@ -14,8 +14,8 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as plgpu
 
-from deepseek_jax.kernels.float8_dot import float8_dot
-from deepseek_jax.kernels.tiles import Shape, Span, call, load, make_tiles, span, store
+from deepseek_jax.kernels.tiles import Shape, call, load, load_column, load_row, make_tiles, span, store
+from deepseek_jax.kernels.triton_primitives import float8_dot
 
 TILE = 128
 LARGEST = Shape(TILE, TILE, TILE)
@@ -72,7 +72,7 @@ def _rows_by_weights_kernel(
             w_scales: Any = weight_scales,
         ) -> jax.Array:
             inner = span(step * shape.depth, shape.depth, x.shape[1])
-            scales = _load_scales(x_scales, these, step, axis=0) * w_scales[group, column // TILE, step]
+            scales = load_column(x_scales, these, step) * w_scales[group, column // TILE, step]
             product = float8_dot(load(x, these, inner), load(w, those, inner, group))
             return total + product * scales[:, None]
 
@@ -115,7 +115,7 @@ def _rows_by_rows_kernel(shape: Shape, counts: Any, ends: Any, x: Any, dy: Any, 
     end = ends[group]
 
     def add(tile: jax.Array, total: jax.Array) -> jax.Array:
-        scales = [_load_scales(of, at, tile, axis=1) for of, at in ((left_scales, these), (right_scales, those))]
+        scales = load_row(left_scales, tile, these), load_row(right_scales, tile, those)
         product = float8_dot(load(left, these, inner, tile), load(right, those, inner, tile))
         return total + product * (scales[0][:, None] * scales[1][None, :])
 
@@ -127,9 +127,3 @@ def _rows_by_rows_kernel(shape: Shape, counts: Any, ends: Any, x: Any, dy: Any, 
 def _matmul(groups: int) -> str:
     """In a kernel's name, by which a plan knows what even routing means for it."""
     return "grouped_matmul" if groups > 1 else "matmul"
-
-
-def _load_scales(ref: Any, places: Span, other: jax.Array, axis: int) -> jax.Array:
-    """Along an axis of the two, at one place of the other."""
-    index = (places.slice, other) if axis == 0 else (other, places.slice)
-    return plgpu.load(ref.at[index], mask=places.mask, other=None if places.mask is None else 0)

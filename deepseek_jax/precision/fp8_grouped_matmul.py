@@ -6,14 +6,14 @@ reach past its expert's last row, and what it wrote there the next block writes 
 """
 
 from collections.abc import Callable, Sequence
-from functools import partial
+from functools import partial, reduce
 from typing import TypeVar
 
 import jax
 import jax.numpy as jnp
 
 from deepseek_jax.precision import fp8_kernels
-from deepseek_jax.precision.fp8 import SMALLEST_GRADIENT_AMAX, TILE, quantize_blocks, quantize_tiles
+from deepseek_jax.precision.fp8 import TILE, quantize_blocks, quantize_tiles
 from deepseek_jax.precision.fp8_matmul import IMPLEMENTATIONS, Kept, Quantized, Weights, quantize_gradient, retile
 
 Rows = TypeVar("Rows", Quantized, jax.Array)
@@ -27,13 +27,16 @@ def fp8_grouped_matmul(x: jax.Array, w: Weights, group_sizes: jax.Array, impleme
         x: [N, K] rows sorted by group.
         w: [E, K, M] master weights, or a tuple of such that all read x.
         group_sizes: [E] int32, together at most N.
-        implementation: a key of `fp8_matmul.IMPLEMENTATIONS`.
+        implementation: a key of `fp8_matmul.IMPLEMENTATIONS`, or `triton` for the kernels for GPUs.
 
     Returns:
         [N, M] in x's type, or a tuple of such; rows past the last group are zero.
     """
     weights = [each.astype(jnp.float32) for each in jax.tree.leaves(w)]
-    outputs = _grouped_matmul(x, weights, group_sizes, implementation)
+    if implementation == "triton":
+        outputs = fp8_kernels.grouped_matmul(x, weights, group_sizes)
+    else:
+        outputs = _grouped_matmul(x, weights, group_sizes, implementation)
     return jax.tree.unflatten(jax.tree.structure(w), outputs)
 
 
@@ -57,8 +60,6 @@ def _backward(
     (x, weights), group_sizes = kept
     pairs = [(quantize_gradient(dy, axis=1), w) for dy, w in zip(gradients, weights)]
     dx = _rows_times_weights(pairs, (1, 1), group_sizes, implementation, gradients[0].dtype)
-    if implementation == "triton":
-        return dx, fp8_kernels.weight_gradients(x, gradients, group_sizes, SMALLEST_GRADIENT_AMAX), None
     dw = [_weight_gradient(x, dy, group_sizes, implementation) for dy in gradients]
     return dx, dw, None
 
@@ -74,17 +75,16 @@ def _rows_times_weights(
     dtype: jnp.dtype,
 ) -> jax.Array:
     """Sum over pairs ([N, C] rows, [E, ...] weights) of each row times its expert's weight: [N, M]."""
-    if implementation == "triton":
-        return fp8_kernels.rows_times_weights(pairs, contracted, group_sizes, dtype)
     multiply = IMPLEMENTATIONS[implementation]
     rows, columns = pairs[0][0].codes.shape[0], pairs[0][1].codes.shape[2 - contracted[1]]
     pairs = [(_pad_rows(row_tiles), weights) for row_tiles, weights in pairs]
 
     def multiply_block(outputs: jax.Array, expert: jax.Array, first: jax.Array, mine: jax.Array) -> jax.Array:
-        taken = [
-            (_take_rows(row_tiles, first), jax.tree.map(lambda each: each[expert], weights)) for row_tiles, weights in pairs
-        ]
-        product = multiply(taken, contracted, jnp.float32)
+        products = (
+            multiply(_take_rows(row_tiles, first), jax.tree.map(lambda each: each[expert], weights), contracted)
+            for row_tiles, weights in pairs
+        )
+        product = reduce(jnp.add, products)
         return jax.lax.dynamic_update_slice_in_dim(outputs, jnp.where(mine, product, 0).astype(dtype), first, 0)
 
     return _for_each_block(multiply_block, jnp.zeros((rows + TILE, columns), dtype), group_sizes)[:rows]
@@ -99,7 +99,7 @@ def _weight_gradient(x: Quantized, dy: jax.Array, group_sizes: jax.Array, implem
         codes, scales = _take_rows(x, first)
         tile = retile(Quantized(jnp.where(mine, codes, 0), jnp.where(mine, scales, 0)))
         dy_tile = quantize_gradient(jnp.where(mine, _take_rows(dy, first), 0), axis=0)
-        return gradient.at[expert].add(multiply([(tile, dy_tile)], (0, 0), jnp.float32))
+        return gradient.at[expert].add(multiply(tile, dy_tile, (0, 0)))
 
     shape = (group_sizes.shape[0], x.codes.shape[1], dy.shape[1])
     return _for_each_block(add_block, jnp.zeros(shape, jnp.float32), group_sizes)

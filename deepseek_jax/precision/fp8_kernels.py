@@ -1,76 +1,54 @@
-"""The float8 products by kernels for GPUs: what `fp8_matmul` and `fp8_grouped_matmul` have, in the layout that these want.
+"""The three float8 products by kernels for GPUs (report 3.3); a plain product is that of a single group.
 
-Codes are read along the contracted axis: weights are turned for y, and both operands of the weight gradient stand in whole
-tiles of 128 rows of one expert, a tile's rows side by side. Turning costs one pass over numbers of one byte.
+The kernels read codes along the contracted axis. So weights are turned for y, and both operands of the weight gradient stand
+in tiles of 128 rows of one expert, a tile's rows side by side.
 """
-
-from collections.abc import Sequence
 
 import jax
 import jax.numpy as jnp
 
-from deepseek_jax.precision.fp8 import TILE, dequantize_tiles, quantize_tiles
+from deepseek_jax.precision.fp8 import SMALLEST_AMAX, SMALLEST_GRADIENT_AMAX, TILE
 
 Scaled = tuple[jax.Array, jax.Array]
-"""Codes and scales, as in `fp8_matmul.Quantized`."""
+"""Codes and scales."""
+Kept = tuple[Scaled, list[Scaled], jax.Array]
 
 
-def multiply(pairs: Sequence[tuple[Scaled, Scaled]], contracted: tuple[int, int], dtype: jnp.dtype) -> jax.Array:
-    """Sum over pairs of matrices of their products over one axis of each; see `fp8_matmul.Multiply`.
-
-    Scales are one for 1 x 128 of the left codes and for 128 x 128 of the right; over axis 0 of both, one for 128 x 1.
-    """
-    from deepseek_jax.kernels.triton_fp8_matmul import rows_by_rows
-
-    if contracted == (0, 0):
-        ((x, dy),) = pairs
-        x, dy = _whole_tiles(x), _whole_tiles(dy)
-        return rows_by_rows(x, dy, jnp.array([x[0].shape[0]], jnp.int32))[0].astype(dtype)
-    stacks = [(rows, (codes[None], scales[None])) for rows, (codes, scales) in pairs]
-    everything = jnp.array([pairs[0][0][0].shape[0]], jnp.int32)
-    return rows_times_weights(stacks, contracted, everything, dtype)
+@jax.custom_vjp
+def grouped_matmul(x: jax.Array, weights: list[jax.Array], group_sizes: jax.Array) -> list[jax.Array]:
+    """Rows x [N, K] sorted by group times each of the float32 weights [E, K, M]: [N, M]; see `fp8_grouped_matmul`."""
+    return _forward(x, weights, group_sizes)[0]
 
 
-def rows_times_weights(
-    pairs: Sequence[tuple[Scaled, Scaled]], contracted: tuple[int, int], group_sizes: jax.Array, dtype: jnp.dtype
-) -> jax.Array:
-    """Sum over pairs ([N, C] rows, [E, ...] weights) of each row times its expert's weight: [N, M]."""
+def _forward(x: jax.Array, weights: list[jax.Array], group_sizes: jax.Array) -> tuple[list[jax.Array], Kept]:
     from deepseek_jax.kernels.triton_fp8_matmul import rows_by_weights
+    from deepseek_jax.kernels.triton_quantize import quantize
 
-    weights = [of for _, of in pairs]
-    if contracted[1] == 0:
-        weights = [(jnp.swapaxes(codes, 1, 2), jnp.swapaxes(scales, 1, 2)) for codes, scales in weights]
-    return rows_by_weights([rows for rows, _ in pairs], weights, group_sizes, dtype)
+    rows = _of_one(quantize(x[None], SMALLEST_AMAX))
+    blocks = [quantize(weight, SMALLEST_AMAX, in_blocks=True) for weight in weights]
+    turned = ((jnp.swapaxes(codes, 1, 2), jnp.swapaxes(scales, 1, 2)) for codes, scales in blocks)
+    return [rows_by_weights([rows], [weight], group_sizes, x.dtype) for weight in turned], (rows, blocks, group_sizes)
 
 
-def weight_gradients(
-    x: Scaled, gradients: Sequence[jax.Array], group_sizes: jax.Array, smallest_amax: float
-) -> list[jax.Array]:
-    """float32 [E, K, M] for each of the gradients [N, M], quantised in tiles of 128 x 1 from each expert's first row on.
-
-    Args:
-        x: codes [N, K] in tiles of 1 x 128, which are dequantised and quantised again.
-        smallest_amax: floor under a tile's largest magnitude in the gradients.
-    """
+def _backward(kept: Kept, gradients: list[jax.Array]) -> tuple[jax.Array, list[jax.Array], None]:
     from deepseek_jax.kernels.tiles import make_tiles
-    from deepseek_jax.kernels.triton_fp8_matmul import rows_by_rows
+    from deepseek_jax.kernels.triton_fp8_matmul import rows_by_rows, rows_by_weights
+    from deepseek_jax.kernels.triton_quantize import quantize, quantize_along_rows
 
-    tiles = make_tiles(group_sizes, x[0].shape[0], TILE)
-    rows = tiles.first[:, None] + jnp.arange(TILE)
-    mine = (rows < tiles.end[:, None]) & (tiles.group < group_sizes.size)[:, None]
-    rows = jnp.minimum(rows, x[0].shape[0] - 1)
+    x, blocks, group_sizes = kept
+    rows = [_of_one(quantize(dy[None], SMALLEST_GRADIENT_AMAX)) for dy in gradients]
+    dx = rows_by_weights(rows, blocks, group_sizes, gradients[0].dtype)
 
-    def along_rows(values: jax.Array, *smallest: float) -> Scaled:
-        codes, scales = quantize_tiles(jnp.where(mine[:, :, None], values, 0), 1, False, *smallest)
-        return jnp.swapaxes(codes, 1, 2), scales[:, 0]
-
-    x_tiles = along_rows(dequantize_tiles(x[0][rows], x[1][rows], axis=2))
+    tiles, groups = make_tiles(group_sizes, x[0].shape[0], TILE), group_sizes.size
     tile_ends = jnp.cumsum(-(-group_sizes // TILE))
-    return [rows_by_rows(x_tiles, along_rows(dy[rows], smallest_amax), tile_ends) for dy in gradients]
+    x = quantize_along_rows(x, tiles, groups, SMALLEST_AMAX)
+    along_rows = (quantize_along_rows((dy,), tiles, groups, SMALLEST_GRADIENT_AMAX) for dy in gradients)
+    return dx, [rows_by_rows(x, dy, tile_ends) for dy in along_rows], None
 
 
-def _whole_tiles(matrix: Scaled) -> Scaled:
-    """Codes [N, K] with a scale for 128 x 1, as [N/128, K, 128]."""
-    codes, scales = matrix
-    padded = jnp.pad(codes, ((0, -codes.shape[0] % TILE), (0, 0)))
-    return jnp.swapaxes(padded.reshape(-1, TILE, codes.shape[1]), 1, 2), scales
+grouped_matmul.defvjp(_forward, _backward)
+
+
+def _of_one(stack: Scaled) -> Scaled:
+    codes, scales = stack
+    return codes[0], scales[0]

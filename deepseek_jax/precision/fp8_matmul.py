@@ -5,7 +5,7 @@ dequantises the stored 1 x 128 tiles of x and quantises them again along tokens;
 precision, is quantised along both axes. In blocks of 128 x 128 it would lose the tokens beside an outlier.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from functools import partial, reduce
 from typing import NamedTuple, TypeVar
 
@@ -32,8 +32,7 @@ class Quantized(NamedTuple):
 
 Weights = TypeVar("Weights", jax.Array, tuple[jax.Array, ...])
 Kept = tuple[Quantized, list[Quantized]]
-Multiply = Callable[[Sequence[tuple[Quantized, Quantized]], tuple[int, int], jnp.dtype], jax.Array]
-"""(pairs of matrices, contracted axis of each, type) -> sum of their products, [left's free axis, right's free axis]."""
+Multiply = Callable[[Quantized, Quantized, tuple[int, int]], jax.Array]
 
 
 def fp8_matmul(x: jax.Array, w: Weights, implementation: str = "dot_general") -> Weights:
@@ -43,13 +42,17 @@ def fp8_matmul(x: jax.Array, w: Weights, implementation: str = "dot_general") ->
         x: [..., K] in any float type.
         w: [K, M], the master weight itself: it is quantised here, and its gradient is float32 before it
             takes w's type. Or a tuple of such that all read x, which is then quantised and kept once.
-        implementation: a key of `IMPLEMENTATIONS`.
+        implementation: a key of `IMPLEMENTATIONS`, or `triton` for the kernels for GPUs.
 
     Returns:
         [..., M] in x's type, or a tuple of such. The gradient of x has x's type too.
     """
     weights = [each.astype(jnp.float32) for each in jax.tree.leaves(w)]
-    outputs = _matmul(x.reshape(-1, x.shape[-1]), weights, implementation)
+    rows = x.reshape(-1, x.shape[-1])
+    if implementation == "triton":
+        outputs = fp8_kernels.grouped_matmul(rows, [each[None] for each in weights], jnp.array([rows.shape[0]], jnp.int32))
+    else:
+        outputs = _matmul(rows, weights, implementation)
     return jax.tree.unflatten(jax.tree.structure(w), [y.reshape(*x.shape[:-1], y.shape[-1]) for y in outputs])
 
 
@@ -61,16 +64,16 @@ def _matmul(x: jax.Array, weights: list[jax.Array], implementation: str) -> list
 def _forward(x: jax.Array, weights: list[jax.Array], implementation: str) -> tuple[list[jax.Array], Kept]:
     multiply = IMPLEMENTATIONS[implementation]
     kept = Quantized(*quantize_tiles(x, axis=1)), [Quantized(*quantize_blocks(w)) for w in weights]
-    return [multiply([(kept[0], w)], (1, 0), x.dtype) for w in kept[1]], kept
+    return [multiply(kept[0], w, (1, 0)).astype(x.dtype) for w in kept[1]], kept
 
 
 def _backward(implementation: str, kept: Kept, gradients: list[jax.Array]) -> tuple[jax.Array, list[jax.Array]]:
     multiply = IMPLEMENTATIONS[implementation]
     x, weights = kept
-    pairs = [(quantize_gradient(dy, axis=1), w) for dy, w in zip(gradients, weights)]
-    dx = multiply(pairs, (1, 1), gradients[0].dtype)
+    dx = reduce(jnp.add, (multiply(quantize_gradient(dy, axis=1), w, (1, 1)) for dy, w in zip(gradients, weights)))
     x = retile(x)
-    return dx, [multiply([(x, quantize_gradient(dy, axis=0))], (0, 0), jnp.float32) for dy in gradients]
+    dw = [multiply(x, quantize_gradient(dy, axis=0), (0, 0)) for dy in gradients]
+    return dx.astype(gradients[0].dtype), dw
 
 
 _matmul.defvjp(_forward, _backward)
@@ -121,23 +124,8 @@ def multiply_blocks(lhs: Quantized, rhs: Quantized, contracted: tuple[int, int])
     return jax.lax.fori_loop(0, blocks, add_block, jnp.zeros(free, jnp.float32))
 
 
-def _summed(multiply: Callable[[Quantized, Quantized, tuple[int, int]], jax.Array]) -> Multiply:
-    """Of several pairs, from the float32 product of one."""
-
-    def multiply_pairs(
-        pairs: Sequence[tuple[Quantized, Quantized]], contracted: tuple[int, int], dtype: jnp.dtype
-    ) -> jax.Array:
-        return reduce(jnp.add, (multiply(*pair, contracted) for pair in pairs)).astype(dtype)
-
-    return multiply_pairs
-
-
-IMPLEMENTATIONS: dict[str, Multiply] = {
-    "reference": _summed(multiply_dequantized),
-    "dot_general": _summed(multiply_blocks),
-    "triton": fp8_kernels.multiply,
-}
-"""One signature: the meaning, XLA's own products anywhere, kernels for GPUs."""
+IMPLEMENTATIONS: dict[str, Multiply] = {"reference": multiply_dequantized, "dot_general": multiply_blocks}
+"""(lhs, rhs, contracted axes) -> float32: the meaning, and what XLA makes anywhere. `fp8_kernels` has the kernels."""
 
 
 def _axes(contracted: tuple[int, int]) -> tuple[tuple[int], tuple[int]]:

@@ -1,0 +1,72 @@
+"""The float8 kernels for GPUs, interpreted, against the plain forms to the bit; `test_fp8.py` has them beside all forms."""
+
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from deepseek_jax.kernels.tiles import make_tiles
+from deepseek_jax.kernels.triton_quantize import quantize, quantize_along_rows
+from deepseek_jax.precision.fp8 import quantize_blocks, quantize_tiles
+from parity_tests.test_fp8_matmul import GROUPED, compiled_vjp, jax_vjp
+
+
+def bits(quantized):
+    """Codes and scales as integers."""
+    codes, scales = quantized
+    return np.asarray(codes).view(np.uint8), np.asarray(scales).view(np.uint32)
+
+
+@pytest.fixture(scope="module")
+def numbers():
+    """Over many magnitudes, with a tile of zeros, a NaN and an infinity; no side is a multiple of 128."""
+    rng = np.random.default_rng(0)
+    values = rng.standard_normal((300, 140)) * np.exp(4 * rng.standard_normal((300, 140)))
+    values[:, 130:], values[3, 5], values[7, 9] = 0, np.nan, np.inf
+    return jnp.asarray(values, jnp.float32)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_tiles_are_the_same_bits(numbers, dtype):
+    x = numbers.astype(dtype)
+    ours = jax.jit(partial(quantize, smallest_amax=1e-30))(x[None])
+    for one, other in zip(bits(ours), bits(quantize_tiles(x, 1, smallest_amax=1e-30)), strict=True):
+        np.testing.assert_array_equal(one[0], other)
+
+
+def test_blocks_are_the_same_bits(numbers):
+    weights = jnp.stack([numbers, 3 * numbers])
+    ours = jax.jit(partial(quantize, smallest_amax=1e-4, in_blocks=True))(weights)
+    for one, other in zip(bits(ours), bits(quantize_blocks(weights)), strict=True):
+        np.testing.assert_array_equal(one, other)
+
+
+def test_tiles_along_rows_are_the_same_bits(numbers):
+    """From each group's first row on; a tile's end beyond its group is zeros."""
+    sizes = jnp.array([100, 0, 180], jnp.int32)
+    codes, scales = bits(jax.jit(lambda x: quantize_along_rows((x,), make_tiles(sizes, 300, 128), 3, 1e-30))(numbers))
+    for tile, (first, end) in enumerate([(0, 100), (100, 228), (228, 280)]):
+        expected_codes, expected_scales = bits(quantize_tiles(numbers[first:end], 0, smallest_amax=1e-30))
+        np.testing.assert_array_equal(codes[tile, :, : end - first].T, expected_codes)
+        np.testing.assert_array_equal(scales[tile], expected_scales[0])
+
+
+def test_forms_agree_to_the_bit_where_every_sum_is_exact():
+    """Codes that are multiples of 64 and reach 448 in every tile, so that all scales are 1: small multiples of 4096 add up."""
+    rng = np.random.default_rng(0)
+
+    def numbers(*shape):
+        values = rng.choice(np.float32([-128, -64, 0, 64, 128]), shape)
+        largest = 448 * rng.choice(np.float32([-1, 1]), shape)
+        every_fifth = (np.arange(shape[-2]) % 5 == 0)[:, None] | (np.arange(shape[-1]) % 5 == 0)
+        return np.where(every_fifth, largest, values)
+
+    x, w, dy, sizes = numbers(257, 140), numbers(4, 140, 150), numbers(257, 150), np.array([60, 0, 190, 7], np.int32)
+    plain = compiled_vjp(GROUPED["reference"])(x, w, dy, sizes)
+    expert = np.repeat(np.arange(4), sizes)
+    np.testing.assert_array_equal(plain[0], np.einsum("nk,nkm->nm", x, w[expert]))
+    for product in GROUPED.values():
+        for one, other in zip(jax_vjp(product, x, w, dy, sizes), plain, strict=True):
+            np.testing.assert_array_equal(one, other)
