@@ -1,10 +1,12 @@
 """Runs that a measurement is made of: trained once, read ever after."""
 
+import shutil
 from pathlib import Path
 
 import numpy as np
 
 from deepseek_jax.config import Config
+from deepseek_jax.data.packing import prepare
 from deepseek_jax.errors import UserError
 from deepseek_jax.train import train
 from deepseek_jax.training.metrics import METRICS_FILE, read_metrics
@@ -21,6 +23,14 @@ def trained(config: Config) -> list[dict]:
     if not _is_complete(config):
         raise UserError(f"{run_dir}: holds other steps than the {config.train.steps} of now; give another --out")
     return _steps(run_dir)
+
+
+def share_tokens(config: Config, home: Path) -> None:
+    """Give a run that is to begin the tokens of its text from `home`, where all runs of the same text have them made once."""
+    run_dir = Path(config.run_dir)
+    if not run_dir.exists():
+        prepare(config, home)
+        shutil.copytree(home, run_dir)
 
 
 def _is_complete(config: Config) -> bool:
