@@ -44,9 +44,12 @@ def kernel_work(name: str, instruction: Instruction, operands: Operands, even_ro
     moved = sum(array.bytes for array in (*operands, *instruction.results))
     formula = next((count for word, count in FORMULAS.items() if word in name), None)
     stated = re.search(r'"cost_estimate":\{"flops":"(\d+)"', instruction.rest)
-    if formula is None and stated is None:
+    if formula is not None:
+        flops = formula(operands, instruction.results)
+    elif stated is not None:
+        flops = int(stated[1])
+    else:
         return None
-    flops = formula(operands, instruction.results) if formula else int(stated[1])
     if even_rows is not None and any(word in name for word in GROUPED):
         flops = flops * even_rows // max(_rows_worked_on(name, operands), even_rows)
     return Work(flops, moved)
