@@ -7,6 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from deepseek_jax.errors import UserError
 from deepseek_jax.kernels.tiles import make_tiles
 from deepseek_jax.kernels.triton_quantize import quantize, quantize_along_rows
 from deepseek_jax.precision.fp8 import quantize_blocks, quantize_tiles
@@ -70,3 +71,9 @@ def test_forms_agree_to_the_bit_where_every_sum_is_exact():
     for product in GROUPED.values():
         for one, other in zip(jax_vjp(product, x, w, dy, sizes), plain, strict=True):
             np.testing.assert_array_equal(one, other)
+
+
+def test_stacks_that_cannot_be_addressed_are_refused():
+    experts = jax.ShapeDtypeStruct((256, 7168, 2048), jnp.float32)
+    with pytest.raises(UserError, match=r"fp8: 3758096384 numbers .* larger parallel.expert"):
+        jax.eval_shape(partial(quantize, smallest_amax=1e-4, in_blocks=True), experts)

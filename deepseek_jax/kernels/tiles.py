@@ -13,6 +13,8 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as plgpu
 
+from deepseek_jax.errors import UserError
+
 LEAST_SIDE = 16
 """Of a tile: tensor cores take no fewer."""
 
@@ -107,7 +109,18 @@ def call(
     parameters: plgpu.CompilerParams,
     *arrays: Any,
 ) -> Any:
-    """Run a kernel over a grid, for a result or several; programs for a CPU, which only try it, interpret it."""
+    """Run a kernel over a grid, for a result or several; programs for a CPU, which only try it, interpret it.
+
+    Raises:
+        UserError: an array of numbers of one byte is of a size at which JAX's Triton lowering miscounts.
+    """
+    for array in jax.tree.leaves((arrays, result)):
+        # It counts up to 2^32 bytes in signed 32 bits.
+        if array.dtype.itemsize == 1 and 2**31 < array.size <= 2**32:
+            raise UserError(
+                f"model.precision=fp8: {array.size} numbers of a stack of weights or of rows on one device are more than the "
+                "kernels can address; take a larger parallel.expert, or model.grouped_matmul=blocked"
+            )
 
     def run(interpret: bool, *arrays: Any) -> Any:
         return pl.pallas_call(kernel, result, grid=grid, name=name, interpret=interpret, compiler_params=parameters)(*arrays)
