@@ -29,8 +29,8 @@ def run_report(config: Config, topology: Topology, run: RunFigures, bubble: floa
     lines = [
         "the run, estimated from that step",
         f"  a step      {run.step_seconds:.3f} s for {run.step_tokens:,} tokens",
-        f"  pace        {run.tokens_per_second:,.0f} tokens/s, {run.tokens_per_second_per_chip:,.0f} a chip; "
-        f"{tflops:.3g} TFLOP/s a chip, {run.mfu:.1%} of the bfloat16 peak (MFU)",
+        f"  pace        {run.tokens_per_second:,.0f} tokens/s, {run.tokens_per_second_per_chip:,.0f} a chip",
+        f"  products    {tflops:.3g} TFLOP/s a chip, {run.mfu:.1%} of the bfloat16 peak (MFU)",
         f"  all of it   {run.total_tokens:,} tokens in {config.train.steps:,} steps: {run.days:,.1f} days, "
         f"{run.chip_hours:,.0f} chip-hours",
     ]
@@ -48,8 +48,8 @@ def _heading(config: Config, topology: Topology, step: StepFigures) -> str:
         [
             f"{topology.name}: {topology.devices:,} devices, {mesh}; compiled in {step.compile_seconds:.0f} s",
             f"a step of {train.batch_size:,} sequences of {train.sequence_length:,} tokens in {parts} "
-            f"part{'s' if parts > 1 else ''}, {model.precision}; remat {model.remat}, "
-            f"grouped_matmul {model.grouped_matmul}, exchange {parallel.exchange}",
+            f"part{'s' if parts > 1 else ''}, {model.precision}, remat {model.remat};",
+            f"attention {model.attention}, grouped_matmul {model.grouped_matmul}, exchange {parallel.exchange}",
         ]
     )
 
@@ -133,8 +133,8 @@ def _warnings(step: StepFigures) -> list[str]:
         )
         rows = "\n".join(f"  {count} in {name}, {of_pass}" for (name, of_pass), count in sorted(counted.items()))
         found.append(
-            "loops whose number of passes depends on data, each counted as one pass, but those of the exchange's further\n"
-            f"rounds (overflow), which routing near even has no need of, as none:\n{rows}"
+            "loops whose number of passes depends on data, each counted as one pass; those of the exchange's\n"
+            f"further rounds (overflow), which routing near even has no need of, as none:\n{rows}"
         )
     if step.unknown_kernels:
         found.append(f"kernels of which nothing is known, counted as nothing: {', '.join(step.unknown_kernels)}")
