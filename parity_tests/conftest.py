@@ -2,11 +2,11 @@
 
 import os
 
-# Before anything imports jax. Compiling is most of a test's time, and what is compiled runs once or twice.
+from parity_tests.compiling import QUICKLY
+
+# Before anything imports jax.
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
-os.environ["XLA_FLAGS"] = (
-    os.environ.get("XLA_FLAGS", "") + " --xla_backend_optimization_level=0 --xla_force_host_platform_device_count=8"
-)
+os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {QUICKLY} --xla_force_host_platform_device_count=8"
 os.environ.setdefault("ALLOW_MULTIPLE_LIBTPU_LOAD", "1")  # it only compiles here, so that several processes may have it
 
 import pytest

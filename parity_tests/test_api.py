@@ -22,6 +22,7 @@ from deepseek_jax.data.texts import as_prompts, as_tokenizer, continued
 from deepseek_jax.errors import UserError
 from deepseek_jax.train import Interrupted
 from deepseek_jax.training.fitting import plan_run
+from parity_tests.compiling import QUICKLY
 
 TEXTS = [f"The answer to question {n} is {n * n}.\n" for n in range(400)]
 SIZES = dict(hidden_size=32, num_attention_heads=2, num_hidden_layers=2, n_routed_experts=4, moe_intermediate_size=16)
@@ -126,7 +127,7 @@ def test_the_torch_sibling_trains_with_a_tokenizer_of_transformers_and_jax_write
 def test_the_cells_run_from_top_to_bottom(tmp_path):
     script = Path(__file__).parent.parent / "scripts" / "quickstart_cells.py"
     environment = os.environ | {
-        "XLA_FLAGS": "--xla_backend_optimization_level=0",
+        "XLA_FLAGS": QUICKLY,
         "QUICK": "1",
         "PYTHONPATH": str(script.parent.parent),
     }

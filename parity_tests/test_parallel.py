@@ -137,25 +137,26 @@ def test_a_wrong_sum_would_be_found(start, one_device):
 
 
 def traced_step(precision: str, mesh: dict[str, int]):
-    """A step in narrow arithmetic, and what it is called with."""
+    """A step in narrow arithmetic, and the shapes that it is called with, in their places."""
     config = config_with(**mesh)
     model = dataclasses.replace(config.model, precision=precision, num_hidden_layers=3, num_nextn_predict_layers=1)
     config = dataclasses.replace(config, model=model)
-    state = jax.jit(partial(init_state, config))()
+    state = jax.eval_shape(partial(init_state, config))
     division = Division(resolve(config, DEVICES), state.params) if mesh else None
     if division is not None:
-        state = jax.device_put(state, division.shardings(state, make_optimizer(config.train)))
+        places = division.shardings(state, make_optimizer(config.train))
+        state = jax.tree.map(lambda leaf, place: leaf.update(sharding=place), state, places)
     tokens = batch(config, 0)[:, :, 1:]
     tokens = place_batch(division, tokens.shape, 1, lambda start, end: tokens[:, start:end])
     arguments = state, tokens, Scalars(*map(np.float32, (1e-2, 1e-2, 0.3)))
-    return jax.jit(partial(train_step, config=config, division=division)).trace(*arguments), arguments
+    return jax.jit(partial(train_step, config=config, division=division)).trace(*arguments), arguments, config
 
 
 @pytest.mark.parametrize("precision", ["bfloat16", "fp8"])
 def test_weights_are_gathered_narrow_and_gradients_summed_wide(precision):
     """No gradient of a weight is summed in bfloat16, neither over devices nor from tick to tick; what products take in
     bfloat16 travels in bfloat16."""
-    traced, (state, *_) = traced_step(precision, dict(pipe=2, data=2, expert=2))
+    traced, (state, *_), _ = traced_step(precision, dict(pipe=2, data=2, expert=2))
     matrices = {leaf.shape[-2:] for leaf in jax.tree.leaves(state.params) if leaf.ndim > 1}
     summed, gathered = types_of_sums_and_gathers(traced.jaxpr.jaxpr, matrices)
     assert summed == {jnp.dtype("float32")}
@@ -168,8 +169,10 @@ def test_a_narrow_step_is_that_of_one_device(precision):
     """But for the order of sums."""
     told = []
     for mesh in ({}, dict(pipe=2, data=2, expert=2)):
-        traced, arguments = traced_step(precision, mesh)
-        state, metrics = traced.lower().compile()(*arguments)
+        traced, (shapes, *others), config = traced_step(precision, mesh)
+        places = jax.tree.map(lambda leaf: leaf.sharding, shapes)
+        state = jax.device_put(jax.jit(partial(init_state, config))(), places if mesh else None)
+        state, metrics = traced.lower().compile()(state, *others)
         assert all(leaf.dtype == jnp.float32 for leaf in jax.tree.leaves(state.params))
         told.append((float(metrics.loss), float(metrics.grad_norm)))
     (loss, norm), (loss_on_mesh, norm_on_mesh) = told

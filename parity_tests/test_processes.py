@@ -12,10 +12,10 @@ from types import SimpleNamespace
 import pytest
 
 from deepseek_jax.errors import report
+from parity_tests.compiling import QUICKLY
 
 LAUNCH = Path(__file__).parents[1] / "scripts" / "launch_local"
-ENVIRONMENT = {**os.environ, "JAX_PLATFORMS": "cpu", "JAX_ENABLE_X64": "1",
-               "XLA_FLAGS": "--xla_backend_optimization_level=0"}  # fmt: skip
+ENVIRONMENT = {**os.environ, "JAX_PLATFORMS": "cpu", "JAX_ENABLE_X64": "1", "XLA_FLAGS": QUICKLY}
 FIELDS = ["model.precision=float64", "model.num_hidden_layers=3", "model.hidden_size=32", "model.num_nextn_predict_layers=0",
           "train.sequence_length=8",
           "train.batch_size=8", "train.learning_rate_decay=1.0", "train.eval_every=2", "train.eval_sequences=3",

@@ -28,6 +28,7 @@ from deepseek_torch.training.optimizer import make_optimizer as make_torch_optim
 from deepseek_torch.training.step import TrainState as TorchTrainState
 from deepseek_torch.training.step import train_step as torch_train_step
 from parity_tests.comparison import assert_close
+from parity_tests.compiling import QUICKLY
 from parity_tests.modules import COMPILE_QUICKLY
 from parity_tests.siblings import Siblings
 from parity_tests.weights import to_torch
@@ -240,6 +241,6 @@ def test_both_programs_write_the_same_metrics(tmp_path):
 
 
 def _run(*words) -> subprocess.CompletedProcess:
-    environment = {**os.environ, "XLA_FLAGS": "--xla_backend_optimization_level=0"}
+    environment = {**os.environ, "XLA_FLAGS": QUICKLY}
     command = [sys.executable, *map(str, words)]
     return subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
