@@ -132,6 +132,7 @@ def _accumulated(
     """Gradients and metrics of the whole batch: means over its parts, but sums of the expert counts."""
     wide = param_dtype(config.model)
 
+    @partial(jax.jit, inline=True)  # traced once, for its shapes and for the loop; the program is the same
     def one(part: jax.Array) -> tuple[Any, jax.Array, LossParts]:
         loss_of = partial(training_loss, config=config, mtp_weight=scalars.mtp_loss_weight, division=division)
         (loss, parts), gradients = jax.value_and_grad(loss_of, has_aux=True)(params, router_state, part)
