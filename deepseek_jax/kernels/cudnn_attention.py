@@ -4,6 +4,7 @@ That public function wants values as wide as queries. It also asks this host's d
 which a program compiled for GPUs that are not here cannot answer; so only a program for this host's GPUs is checked.
 """
 
+import inspect
 from functools import partial
 from typing import Any
 
@@ -17,6 +18,10 @@ from deepseek_jax.model.products import keep
 WIDEST = 256
 """Head size, of which cuDNN takes multiples of 8."""
 LAYOUT = cudnn.AttentionLayout.BTNH.value
+SCORES_AS_THEY_ARE = (
+    {"score_mod": None} if "score_mod" in inspect.signature(cudnn._dot_product_attention_fwd).parameters else {}
+)
+"""An option that newer versions of JAX ask for and older ones do not know."""
 
 Residuals = tuple[jax.Array, ...]
 
@@ -67,7 +72,7 @@ def _absent(q: jax.Array) -> list[jax.Array]:
 def _options(scale: float) -> dict[str, Any]:
     return dict(
         scale=scale, seed=0, dropout_rate=0.0, variadic_args=(False, False), mask_type=cudnn.MaskType.CAUSAL,
-        layout=LAYOUT, sliding_window_length=None,
+        layout=LAYOUT, sliding_window_length=None, **SCORES_AS_THEY_ARE,
     )  # fmt: skip
 
 
