@@ -17,6 +17,7 @@ from deepseek_jax.model.layers import grouped_feed_forward
 from deepseek_jax.model.parcels import Parcels, next_journey, order_in, pack
 from deepseek_jax.model.products import keep
 from deepseek_jax.parallel.exchange import AXIS, OVERFLOW, Journey, Room, room_for, send
+from deepseek_jax.precision.narrow import narrow
 
 
 class Setting(NamedTuple):
@@ -45,7 +46,7 @@ def serve_in_rounds(
     parcels = pack(config, indices)
     factors = jnp.sum(jnp.where(parcels.holds, weights[:, None, None], 0), axis=3).reshape(parcels.experts.shape)
     if config.precision != "fp8":  # float8 codes are made from the weights as they are
-        projections = [projection.astype(x.dtype) for projection in projections]
+        projections = [narrow(projection, x.dtype) for projection in projections]
     return _serve_all(setting, (x, factors, projections), parcels)
 
 

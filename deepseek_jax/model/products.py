@@ -14,6 +14,7 @@ from deepseek_jax.model.matmul import matmul
 from deepseek_jax.model.panels import Panels, times
 from deepseek_jax.precision.fp8_grouped_matmul import fp8_grouped_matmul
 from deepseek_jax.precision.fp8_matmul import fp8_matmul
+from deepseek_jax.precision.narrow import narrow
 
 KEPT = "kept"
 """What `model.remat=products` keeps."""
@@ -32,7 +33,7 @@ def products(config: ModelConfig, x: jax.Array, *weights: jax.Array | Panels) ->
     if config.precision == "fp8":
         results = list(fp8_matmul(x, whole, _fp8_implementation(config)))
     else:
-        results = matmul(x, [weight.astype(x.dtype) for weight in whole])
+        results = matmul(x, [narrow(weight, x.dtype) for weight in whole])
     return [keep(result) for result in results]
 
 
@@ -41,8 +42,7 @@ def grouped_products(config: ModelConfig, x: jax.Array, group_sizes: jax.Array, 
     if config.precision == "fp8":
         results = list(fp8_grouped_matmul(x, weights, group_sizes, _fp8_implementation(config)))
     else:
-        narrow = [weight.astype(x.dtype) for weight in weights]
-        results = grouped_matmul(x, narrow, group_sizes, config.grouped_matmul)
+        results = grouped_matmul(x, [narrow(weight, x.dtype) for weight in weights], group_sizes, config.grouped_matmul)
     return [keep(result) for result in results]
 
 

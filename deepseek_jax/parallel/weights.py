@@ -16,6 +16,7 @@ import numpy as np
 from deepseek_jax.config import ModelConfig
 from deepseek_jax.parallel.pipeline import ABSENT, assign_layers
 from deepseek_jax.parallel.sharding import PIPELINED, Division, Place
+from deepseek_jax.precision.narrow import narrow
 
 Cuts = tuple[tuple[str, int], ...]
 
@@ -83,8 +84,10 @@ def layer_axes(division: Division, path: tuple[str, ...]) -> tuple[str, ...]:
 
 
 def step_type(division: Division, config: ModelConfig, path: tuple[str, ...], place: Place, dtype: jnp.dtype) -> jnp.dtype:
-    """In which `collect` returns a parameter: as products take it, if it is whole then."""
-    return dtype if _cuts(place, layer_axes(division, path)) else _product_type(config, path, dtype)
+    """In which `collect` returns a parameter: as products take it, if it travels and is whole then."""
+    travels = _is_dealt(division, path) or _cuts(place, _step_axes(division, path))
+    whole = not _cuts(place, layer_axes(division, path))
+    return _product_type(config, path, dtype) if travels and whole else dtype
 
 
 def sum_of_layers(division: Division, config: ModelConfig, dealt: jax.Array) -> jax.Array:
@@ -119,7 +122,7 @@ def _product_type(config: ModelConfig, path: tuple[str, ...], dtype: jnp.dtype) 
 
 @partial(jax.custom_vjp, nondiff_argnums=(1, 2))
 def _gather(x: jax.Array, cuts: Cuts, dtype: jnp.dtype) -> jax.Array:
-    x = x.astype(dtype)
+    x = narrow(x, dtype)
     for axis, dim in reversed(cuts):
         x = jax.lax.all_gather(x, axis, axis=dim, tiled=True)
     return x
