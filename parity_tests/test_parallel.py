@@ -180,16 +180,21 @@ def test_a_narrow_step_is_that_of_one_device(precision):
 
 
 def types_of_sums_and_gathers(jaxpr, matrices: set[tuple[int, int]]) -> tuple[set, set]:
-    """Of what reduce-scatters, and of what loops carry in the shape of a weight; and of what is gathered."""
+    """Of what reduce-scatters and of what loops carry in the shape of a weight, and of what is gathered.
+
+    Vectors of tokens travel by reduce-scatters of which one device has the vector and the others zeros.
+    """
     summed, gathered = set(), set()
     for equation in jaxpr.eqns:
-        if equation.primitive.name == "reduce_scatter":
+        if equation.primitive.name == "reduce_scatter" and "embed_tokens" not in str(equation.source_info.name_stack):
             summed |= {each.aval.dtype for each in equation.outvars}
         elif equation.primitive.name == "all_gather":
             gathered |= {each.aval.dtype for each in equation.outvars if each.aval.shape[-2:] in matrices}
         elif equation.primitive.name == "scan":
             (body,) = jaxprs_in_params(equation.params)  # what is not carried comes out with one more axis
-            carried = [out for out, inner in zip(equation.outvars, body.outvars) if out.aval.ndim == inner.aval.ndim]
+            written = {inner for made in body.eqns if made.primitive.name == "dynamic_update_slice" for inner in made.outvars}
+            carried = [out for out, inner in zip(equation.outvars, body.outvars)
+                       if out.aval.ndim == inner.aval.ndim and inner not in written]  # fmt: skip
             summed |= {each.aval.dtype for each in carried if each.aval.shape[-2:] in matrices}
         for inner in jaxprs_in_params(equation.params):
             for known, more in zip((summed, gathered), types_of_sums_and_gathers(inner, matrices)):

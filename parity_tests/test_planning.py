@@ -281,16 +281,16 @@ def test_time_of_a_gpus_product():
         '{"exec_time_us":1,"compute_time_us":0,"memory_access_time_us":0,"name":"sol"}'
     )
     text = (
-        "ENTRY %m (a: f32[64,64]) -> f32[64,64] {\n  %a = f32[64,64]{1,0} parameter(0)\n"
-        "  ROOT %d = f32[64,64]{1,0} dot(%a, %a), "
+        "ENTRY %m (a: f32[4096,4096]) -> f32[4096,4096] {\n  %a = f32[4096,4096]{1,0} parameter(0)\n"
+        "  ROOT %d = f32[4096,4096]{1,0} dot(%a, %a), "
         f'lhs_contracting_dims={{1}}, rhs_contracting_dims={{0}}, backend_config={{"reification_cost":[{models}]}}\n}}\n'
     )
     program = Program(text)
     instruction = program.computations["m"][-1]
     cost = Costs(program, machine).of(instruction, program.operands(instruction))
-    assert cost.flops == 2 * 64**3
-    on_tensor_cores = 90 * machine.cost_model_flops / (KERNEL_SHARE * machine.bf16_flops)
-    assert cost.seconds * 1e6 == pytest.approx(100 - 90 + max(on_tensor_cores, 4))
+    assert cost.flops == 2 * 4096**3
+    on_tensor_cores = 1e6 * cost.flops / (KERNEL_SHARE * machine.bf16_flops)
+    assert on_tensor_cores > 4 and cost.seconds * 1e6 == pytest.approx(100 - 90 + on_tensor_cores)
 
 
 @pytest.mark.parametrize("name", ["v9:2x2", "v5p", "v5p:2x2", "h100:1x2x3", "cpu:0", "h100:x8"])

@@ -1,9 +1,9 @@
 """The whole model: embedding, dense and mixture-of-experts layers, head, and MTP modules.
 
-Layers of one kind are one scanned module whose parameters are stacked, so that compile time does not
-grow with depth.
+Layers of one kind are a loop over stacked parameters, so that compile time does not grow with depth.
 """
 
+from collections.abc import Callable
 from functools import partial
 from typing import Any, NamedTuple, Optional
 
@@ -13,6 +13,7 @@ import jax.numpy as jnp
 
 from deepseek_jax.config import ModelConfig
 from deepseek_jax.model.block import Block, BlockOutput
+from deepseek_jax.model.layer_loop import run_layers
 from deepseek_jax.model.layers import Embedding, Linear, RMSNorm, compute_dtype, param_dtype
 from deepseek_jax.model.mtp import MTP_FORMS
 from deepseek_jax.model.products import KEPT
@@ -20,7 +21,7 @@ from deepseek_jax.model.rope import rope_angles
 from deepseek_jax.model.router import ROUTER_STATE
 from deepseek_jax.parallel.pipeline import ABSENT, assign_layers, run_pipeline
 from deepseek_jax.parallel.sharding import PIPELINED, Division
-from deepseek_jax.parallel.weights import gather_layer
+from deepseek_jax.parallel.weights import gather_layer, gradient_type
 
 
 class ModelOutput(NamedTuple):
@@ -51,17 +52,15 @@ class DeepseekV3(nn.Module):
 
     def setup(self):
         c = self.config
-        self.embed_tokens = Embedding(c)
-        dense, moe = c.first_k_dense_replace, c.num_hidden_layers - c.first_k_dense_replace
-        if dense:
-            self.dense_layers = self._stacked("dense_layers", Block, dense)(c, moe=False, division=self.division)
-        if moe and not self._is_pipelined():
-            self.moe_layers = self._stacked("moe_layers", Block, moe)(c, moe=True, division=self.division)
+        self.embed_tokens = Embedding(c, self.division)
+        moe = 0 if self._is_pipelined() else c.num_hidden_layers - c.first_k_dense_replace
+        counts = {"dense_layers": c.first_k_dense_replace, "moe_layers": moe, "mtp_layers": c.num_nextn_predict_layers}
+        for name, count in counts.items():
+            if count:
+                setattr(self, name, self._initial(name, count))
         self.norm = RMSNorm(c, c.rms_norm_eps)
         if not c.tie_word_embeddings:
             self.lm_head = Linear(c, c.hidden_size, c.vocab_size)
-        if c.num_nextn_predict_layers:
-            self.mtp_layers = self._stacked("mtp_layers", MTP_FORMS[c.mtp_form], c.num_nextn_predict_layers)(c, self.division)
 
     def __call__(self, tokens: jax.Array) -> ModelOutput:
         """Predict at every depth.
@@ -81,7 +80,7 @@ class DeepseekV3(nn.Module):
         if depth:
             previous = normed if c.mtp_hidden_after_norm else hidden
             ahead = jnp.stack([embedded[:, k : k + length] for k in range(1, depth + 1)])
-            _, (mtp_states, outputs["mtp_layers"]) = self.mtp_layers(previous, rope, positions, ahead)
+            _, (mtp_states, outputs["mtp_layers"]) = self._run("mtp_layers", previous, rope, positions, ahead)
             states = jnp.concatenate([states, mtp_states])
         return ModelOutput(states, self.head(), *_routing(c, outputs))
 
@@ -103,7 +102,7 @@ class DeepseekV3(nn.Module):
         outputs = {}
         for name in ("dense_layers", "moe_layers"):
             if hasattr(self, name):
-                x, outputs[name] = getattr(self, name)(x, rope, positions, None)
+                x, outputs[name] = self._run(name, x, rope, positions)
         if self._is_pipelined():
             x, outputs[PIPELINED] = self._pipelined(x, rope, positions)
         return x, outputs
@@ -123,16 +122,15 @@ class DeepseekV3(nn.Module):
         rounds, size = x.shape[0] // parallel.microbatch_size, parallel.microbatch_size
         layers = assign_layers(c.num_hidden_layers - c.first_k_dense_replace, parallel)
         present = (jnp.asarray(layers) != ABSENT)[jax.lax.axis_index("pipe")]
-        stack = self._stacked(PIPELINED, Block, layers.shape[-1])(c, moe=True, division=self.division, parent=None)
         # In the parameters' type, in which the ticks' gradients are summed.
         variables = {kind: jax.tree.map(lambda leaf: leaf.astype(param_dtype(c)).reshape(*layers.shape[1:], *leaf.shape[1:]),
                                         tree[PIPELINED])
                      for kind, tree in self.variables.items() if PIPELINED in tree}  # fmt: skip
-        of_microbatch = jax.tree.map(lambda leaf: leaf[:size], (rope, positions))
+        shared = jax.tree.map(lambda leaf: leaf[:size], (rope, positions))
 
         def chunk(number: jax.Array, state: jax.Array) -> tuple[jax.Array, tuple[jax.Array, Any]]:
             own = jax.tree.map(lambda leaf: leaf[number], variables)
-            state, output = stack.apply(own, state, *of_microbatch, None)
+            state, output = self._run_layers(PIPELINED, shared, own["params"], state, own[ROUTER_STATE], None)
             means = output.balance_loss, output.dropped
             return state, (output.counts, jax.tree.map(lambda mean: jnp.where(present[number], mean, 0), means))
 
@@ -143,26 +141,56 @@ class DeepseekV3(nn.Module):
         counts, means = own_layers((counts, jax.tree.map(lambda mean: mean / rounds, means)))
         return outputs.reshape(x.shape), BlockOutput(None, counts, *means)
 
-    def _stacked(self, name: str, layer: type[nn.Module], length: int) -> type[nn.Module]:
-        """`layer` scanned `length` times over the stacked parameters called `name`.
+    def _run(
+        self, name: str, x: jax.Array, rope: tuple[jax.Array, jax.Array], positions: jax.Array, each: Any = None
+    ) -> tuple[jax.Array, Any]:
+        """x through the layers called `name`; `each` has an entry for each of them."""
+        if self.is_initializing():
+            return getattr(self, name)(x, rope, positions, each)
+        params, biases = (self.variables.get(kind, {}).get(name, {}) for kind in ("params", ROUTER_STATE))
+        return self._run_layers(name, (rope, positions), params, x, biases, each)
 
-        Recomputed in the backward pass if so configured. Rope and positions are the same for every layer; the
-        remaining argument has an entry for each.
-        """
+    def _run_layers(self, name: str, shared: tuple, params: Any, x: jax.Array, *each: Any) -> tuple[jax.Array, Any]:
+        """x through layers with these parameters, of those called `name`."""
+
+        def narrowed(path: tuple, leaf: jax.Array) -> jnp.dtype:
+            return gradient_type(self.division, self.config, (name, *(key.key for key in path)), leaf.dtype)
+
+        types = jax.tree_util.tree_map_with_path(narrowed, params)
+        return run_layers(self._layer(name, *shared), params, types, x, *each)
+
+    def _layer(self, name: str, rope: tuple[jax.Array, jax.Array], positions: jax.Array) -> Callable[..., Any]:
+        """One of the layers called `name` for `run_layers`: made again in the backward pass if so configured."""
         c, division = self.config, self.division
-        per_layer = {"params": 0, ROUTER_STATE: 0}
-        shared, own = nn.broadcast, 0
-        in_axes = (shared, shared, own)
-        if division is not None:
+        kind, fields = self._kind(name)
+        module = kind(**fields, parent=None)
 
-            def gathered(variables: dict[str, Any]) -> dict[str, Any]:
-                return {"params": gather_layer(division, c, (name,), variables["params"], stacked=True)}
+        def layer(params: Any, x: jax.Array, biases: Any, each: Any) -> tuple[jax.Array, Any]:
+            if division is not None:
+                params = gather_layer(division, c, (name,), params, stacked=True)
+            with jax.named_scope(name):
+                return module.apply({"params": params, ROUTER_STATE: biases}, x, rope, positions, each)
 
-            layer = nn.map_variables(layer, "params", trans_in_fn=gathered)
-        if c.remat != "none":
-            policy = jax.checkpoint_policies.save_only_these_names(KEPT) if c.remat == "products" else None
-            layer = nn.remat(layer, prevent_cse=False, policy=policy)
-        return nn.scan(layer, variable_axes=per_layer, split_rngs={"params": True}, in_axes=in_axes, out_axes=0, length=length)
+        if c.remat == "none":
+            return layer
+        policy = jax.checkpoint_policies.save_only_these_names(KEPT) if c.remat == "products" else None
+        return jax.checkpoint(layer, prevent_cse=False, policy=policy)
+
+    def _initial(self, name: str, count: int) -> nn.Module:
+        """Makes the variables of so many layers called `name`, with a leading axis for the layers."""
+        kind, fields = self._kind(name)
+        scanned = nn.scan(
+            kind, variable_axes={"params": 0, ROUTER_STATE: 0}, split_rngs={"params": True},
+            in_axes=(nn.broadcast, nn.broadcast, 0), length=count,
+        )  # fmt: skip
+        return scanned(**fields)
+
+    def _kind(self, name: str) -> tuple[type[nn.Module], dict[str, Any]]:
+        """Of the layers called `name`: the module, and its fields."""
+        fields = dict(config=self.config, division=self.division)
+        if name == "mtp_layers":
+            return MTP_FORMS[self.config.mtp_form], fields
+        return Block, fields | {"moe": name == "moe_layers"}
 
 
 def _routing(

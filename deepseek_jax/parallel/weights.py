@@ -6,6 +6,7 @@ the pipelined stack the axis `pipe` is one more of that kind, so that no stage a
 Weights are gathered in the type that products take them in, gradients are summed in the parameters' own.
 """
 
+import math
 from functools import partial
 from typing import Any
 
@@ -72,10 +73,40 @@ def gather_layer(division: Division, config: ModelConfig, path: tuple[str, ...],
         return jax.tree_util.tree_map_with_path(one, places, params)
 
 
-def gather_unstacked(division: Division, config: ModelConfig, params: Any) -> Any:
-    """The parameters with those that belong to no stack of layers whole; differentiable."""
-    return {name: tree if name.endswith("_layers") else gather_layer(division, config, (name,), tree, stacked=False)
-            for name, tree in params.items()}  # fmt: skip
+def gradient_type(division: Division | None, config: ModelConfig, path: tuple[str, ...], dtype: jnp.dtype) -> jnp.dtype:
+    """In which the gradient of a layer's parameter comes out of the layer: as products make it, unless it is summed there.
+
+    Args:
+        path: of a parameter in a stack of layers, of type `dtype`.
+    """
+    if division is not None:
+        place = division.places
+        for name in path:
+            place = place[name]
+        if _cuts(place, layer_axes(division, path)):
+            return dtype
+    return _product_type(config, path, dtype)
+
+
+def gather_unstacked(division: Division, config: ModelConfig, params: Any, tokens: int) -> Any:
+    """The parameters with those that belong to no stack of layers whole; differentiable.
+
+    The embedding stays as it is if `parallel.embedding` looks up so many tokens of each device.
+    """
+
+    def one(name: str, tree: Any) -> Any:
+        stays = name.endswith("_layers") or (name == "embed_tokens" and _vectors_travel(division, config, tokens))
+        return tree if stays else gather_layer(division, config, (name,), tree, stacked=False)
+
+    return {name: one(name, tree) for name, tree in params.items()}
+
+
+def _vectors_travel(division: Division, config: ModelConfig, tokens: int) -> bool:
+    """Whether tokens' vectors are a smaller load than the embedding's rows, of which every device has its own."""
+    place, axes = division.places["embed_tokens"]["weight"], layer_axes(division, ("embed_tokens",))
+    devices = math.prod(division.mesh.shape[axis] for axis in axes)
+    in_rows = math.prod(division.mesh.shape[axis] for axis, dim in place.cuts if axis in axes and dim == 0) == devices
+    return devices > 1 and in_rows and devices * tokens < config.vocab_size and not config.tie_word_embeddings
 
 
 def layer_axes(division: Division, path: tuple[str, ...]) -> tuple[str, ...]:

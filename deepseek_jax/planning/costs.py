@@ -28,6 +28,8 @@ class Cost(NamedTuple):
 
 
 FREE = Cost(0.0)
+NO_ESTIMATE = 2**62
+"""Cycles that XLA for TPUs writes where its estimate went beyond all bounds: 2**63 - 1."""
 
 
 class Costs:
@@ -49,31 +51,40 @@ class Costs:
         flops = self._flops(instruction, operands)
         if self._machine.platform == "tpu":
             cycles = re.search(r'"estimated_cycles":"(\d+)"', instruction.rest)
+            if cycles and int(cycles[1]) >= NO_ESTIMATE:
+                moved = sum(array.bytes for array in (*operands, *instruction.results))
+                return Cost(self._by_work(flops, moved, self._machine.bf16_flops), flops)
             return Cost(int(cycles[1]) / self._machine.clock if cycles else 0.0, flops)
-        return Cost(self._by_models(instruction, flops > 0), flops)
+        return Cost(self._by_models(instruction, flops), flops)
 
     def _of_kernel(self, name: str, instruction: Instruction, operands: Sequence[Array]) -> Cost:
         work = kernel_work(name, instruction, operands, self._even_rows)
         if work is None:
             return Cost(0.0, kernel=name, is_known=False)
         peak = self._machine.fp8_flops if "fp8" in name else self._machine.bf16_flops
-        seconds = max(work.flops / (KERNEL_SHARE * peak), work.bytes / self._machine.memory_bandwidth)
-        return Cost(seconds, work.flops, name)
+        return Cost(self._by_work(work.flops, work.bytes, peak), work.flops, name)
 
-    def _by_models(self, instruction: Instruction, is_product: bool) -> float:
+    def _by_work(self, flops: float, moved: int, peak: float) -> float:
+        """Seconds for products and the bytes that they move, whichever takes longer."""
+        return max(flops / (KERNEL_SHARE * peak), moved / self._machine.memory_bandwidth)
+
+    def _by_models(self, instruction: Instruction, flops: int) -> float:
         """By XLA's cost models for GPUs, the least of theirs, `sol` aside, which is not comparable with the rest."""
         listed = re.search(r'"reification_cost":\[(.*?)\]', instruction.rest)
         entries = [entry for entry in re.findall(r"\{[^}]*\}", listed[1]) if '"name":"sol"' not in entry] if listed else []
-        return min((self._by_model(entry, is_product) for entry in entries), default=0.0) / 1e6
+        return min((self._by_model(entry, flops) for entry in entries), default=0.0) / 1e6
 
-    def _by_model(self, entry: str, is_product: bool) -> float:
-        """Microseconds by one of the models; products' as the tensor cores would compute them, at KERNEL_SHARE of the peak."""
+    def _by_model(self, entry: str, flops: int) -> float:
+        """Microseconds by one of the models; products' as the tensor cores would compute them, at KERNEL_SHARE of the peak.
+
+        The models count products on the float32 units, and twice for some tiles.
+        """
         whole, compute, memory = (
             _microseconds(entry, name) for name in ("exec_time_us", "compute_time_us", "memory_access_time_us")
         )
-        if not is_product:
+        if not flops:
             return whole
-        on_tensor_cores = compute * self._machine.cost_model_flops / (KERNEL_SHARE * self._machine.bf16_flops)
+        on_tensor_cores = 1e6 * flops / (KERNEL_SHARE * self._machine.bf16_flops)
         return whole - max(compute, memory) + max(on_tensor_cores, memory)
 
     def _flops(self, instruction: Instruction, operands: Sequence[Array]) -> int:

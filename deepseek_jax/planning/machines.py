@@ -24,8 +24,6 @@ class Machine:
     clock: float = 0.0
     """Cycles in which the TPU's compiler estimates."""
     devices_per_chip: int = 1
-    cost_model_flops: float = 0.0
-    """Of products, as XLA's cost model for GPUs counts them: on the float32 units."""
     wraps_from: int = 0
     """Chips along a side of the torus from which its ends are joined."""
 
@@ -46,9 +44,9 @@ MACHINES = {
             "tpu7x", "tpu", 1153.5e12, 2307e12, int(94.75 * GIB), 3690e9, 100e9, clock=2.2e9, devices_per_chip=2, wraps_from=4
         ),
         # NVIDIA's data sheets, dense rates; NVLink 4 and 5 one way; one 400 Gb/s adapter for each GPU.
-        Machine("h100", "gpu", 989e12, 1979e12, 84_978_434_048, 3352e9, 450e9, 50e9, cost_model_flops=66.9e12),
-        Machine("h200", "gpu", 989e12, 1979e12, 150_754_820_096, 4800e9, 450e9, 50e9, cost_model_flops=66.9e12),
-        Machine("b200", "gpu", 2250e12, 4500e12, 191_500_000_000, 8000e9, 900e9, 50e9, cost_model_flops=74.4e12),
+        Machine("h100", "gpu", 989e12, 1979e12, 84_978_434_048, 3352e9, 450e9, 50e9),
+        Machine("h200", "gpu", 989e12, 1979e12, 150_754_820_096, 4800e9, 450e9, 50e9),
+        Machine("b200", "gpu", 2250e12, 4500e12, 191_500_000_000, 8000e9, 900e9, 50e9),
         # Two cores of a shared machine; no figure of time is claimed for it.
         Machine("cpu", "cpu", 2e11, 2e11, 24 * GIB, 20e9, 10e9),
     )

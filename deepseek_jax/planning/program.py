@@ -178,7 +178,28 @@ def computations_of(text: str) -> tuple[dict[str, list[Instruction]], str]:
             current.append(_instruction(parts[1], line[parts.end() :]))
     if entry is None:
         raise ValueError("not the text of a compiled program: it has no ENTRY")
-    return computations, entry
+    return {name: _with_transfers_named(name, instructions) for name, instructions in computations.items()}, entry
+
+
+def _with_transfers_named(computation: str, instructions: list[Instruction]) -> list[Instruction]:
+    """What TPUs' fusions do with collectives, in the opcodes that it has outside of them.
+
+    An all-reduce of which each device takes its part is a reduce-scatter. A collective that runs beside other work is
+    named whole in each of a chain of fusions: the one that starts it, those that keep it going, and the one that awaits it.
+    """
+    if computation.startswith("all-reduce-scatter"):
+        return [i._replace(opcode="reduce-scatter") if i.opcode == "all-reduce" else i for i in instructions]
+    if not any(chain_of(i) for i in instructions):
+        return instructions
+    targets = " ".join(i.rest for i in instructions if i.opcode == "custom-call")
+    step = next((step for step in ("Start", "Done") if f'"AsyncCollective{step}"' in targets), "Update").lower()
+    return [i._replace(opcode=f"{i.opcode}-{step}") if chain_of(i) else i for i in instructions]
+
+
+def chain_of(instruction: Instruction) -> str:
+    """By which the fusions of an asynchronous collective know each other; empty for all else."""
+    found = re.search(r'frontend_attributes=\{[^}]*chain_id="(\w+)"', instruction.rest)
+    return found[1] if found else ""
 
 
 def _instruction(name: str, rest: str) -> Instruction:

@@ -6,14 +6,14 @@ is left at the second place is waited for. Loops count as often as they run, and
 """
 
 import re
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import NamedTuple
 
 from deepseek_jax.parallel.exchange import OVERFLOW
 from deepseek_jax.planning.collectives import Collective, is_collective
 from deepseek_jax.planning.costs import Cost
 from deepseek_jax.planning.parts import Part, part_of
-from deepseek_jax.planning.program import Array, Instruction, Program, annotated_passes, counted_passes
+from deepseek_jax.planning.program import Array, Instruction, Program, annotated_passes, chain_of, counted_passes
 
 
 class Entry(NamedTuple):
@@ -75,25 +75,25 @@ class _Player:
         free: dict[tuple[str, ...], float] = {}
         """Set of axes -> when its links are free."""
         running: dict[str, tuple[float, float, Collective]] = {}
-        """Start of a collective -> when it ends, how long it takes."""
+        """Start of a collective, or its chain -> when it ends, how long it takes."""
         for instruction, operands in self._inline(computation):
             if instruction.opcode in ("while", "conditional"):
                 inner, seconds = self._nested(instruction, times)
                 entries += inner
                 clock += seconds
                 continue
-            started = next((name for name in instruction.operands if name in running), None)
-            if instruction.opcode.endswith("-done") and started is not None:
+            kind = self._kind(instruction)
+            if (started := self._awaited(instruction, running)) is not None:
                 end, length, told = running.pop(started)
                 waited = max(end - clock, 0.0)
                 clock += waited
                 entries.append(self._transfer(instruction, times, told, waited, max(length - waited, 0.0)))
-            elif (kind := self._kind(instruction)) is not None:
+            elif kind is not None:
                 told = self._collective(kind, self._program.operands(kind), times)
                 length, begin = self._link_seconds(told), max(clock, free.get(told.axes, 0.0))
                 free[told.axes] = begin + length
-                if instruction.opcode.endswith("-start"):
-                    running[instruction.name] = (begin + length, length, told)
+                if instruction.opcode.endswith("-start") or kind.opcode.endswith("-start"):
+                    running[chain_of(kind) or instruction.name] = (begin + length, length, told)
                 else:
                     entries.append(self._transfer(instruction, times, told, begin + length - clock, 0.0))
                     clock = begin + length
@@ -124,6 +124,15 @@ class _Player:
                         return found
         return None
 
+    def _awaited(self, instruction: Instruction, running: Iterable[str]) -> str | None:
+        """Which of the running collectives an instruction waits for."""
+        if instruction.opcode.endswith("-done"):
+            return next((name for name in instruction.operands if name in running), None)
+        inside = (inner for name in instruction.called("calls") for inner in self._program.computations.get(name, ()))
+        return next(
+            (chain_of(inner) for inner in inside if inner.opcode.endswith("-done") and chain_of(inner) in running), None
+        )
+
     def _nested(self, instruction: Instruction, times: int) -> tuple[list[Entry], float]:
         """Entries and seconds of one run of a loop or of the costliest branch of a conditional."""
         computations = self._program.computations
@@ -134,7 +143,9 @@ class _Player:
         passes = annotated_passes(instruction) or counted_passes(computations[condition])
         if passes is None:
             path = self._open_loops[instruction.name] = op_name(instruction)
-            passes = 0 if OVERFLOW in path.split("/") else 1
+            if OVERFLOW in path.split("/"):
+                return [], 0.0
+            passes = 1
         parts = [self._run(name, times * passes) for name in (condition, body)]
         return [entry for entries, _ in parts for entry in entries], passes * sum(seconds for _, seconds in parts)
 

@@ -3,6 +3,7 @@
 import dataclasses
 import gzip
 import hashlib
+import itertools
 import json
 import os
 from pathlib import Path
@@ -57,8 +58,8 @@ def _key(config: Config, topology_name: str, versions: dict[str, str]) -> str:
 
 def _code() -> str:
     package = Path(__file__).resolve().parent.parent
+    folders = [sorted((package / name).rglob("*.py")) for name in ("model", "precision", "parallel", "training", "kernels")]
     digest = hashlib.sha256()
-    for folder in ("model", "precision", "parallel", "training", "kernels"):
-        for path in sorted((package / folder).rglob("*.py")):
-            digest.update(path.read_bytes())
+    for path in (package / "compilation.py", package / "implementations.py", *itertools.chain(*folders)):
+        digest.update(path.read_bytes())
     return digest.hexdigest()

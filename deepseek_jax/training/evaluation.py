@@ -72,7 +72,7 @@ def evaluation_nats(
 
     def of_device(params: Any, router_state: Any, tokens: jax.Array, weights: jax.Array) -> jax.Array:
         params, router_state = collect(division, config.model, params, router_state)
-        params = gather_unstacked(division, config.model, params)
+        params = gather_unstacked(division, config.model, params, tokens[:, :-1].size)
         return jax.lax.psum(_nats(params, router_state, tokens, weights, config, division), MESH_AXES)
 
     batch, whole = division.batch_spec(axis=0), PartitionSpec()

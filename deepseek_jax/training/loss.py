@@ -47,7 +47,7 @@ def training_loss(
     """
     model, depth = config.model, config.model.num_nextn_predict_layers
     if division is not None:
-        params = gather_unstacked(division, model, params)
+        params = gather_unstacked(division, model, params, tokens[:, :-1].size)
     variables = {"params": params, "router_state": router_state}
     output = DeepseekV3(model, division).apply(variables, tokens[:, :-1])
     length = output.hidden.shape[2]
@@ -112,6 +112,7 @@ def _chunked_forward(hidden: jax.Array, head: jax.Array, targets: jax.Array, wei
         logits, normalizer, nats = _logits_and_nats(h, head, target)
         hit = jnp.arange(logits.shape[-1]) == target[:, None]
         gradient = ((jnp.exp(logits - normalizer[:, None]) - hit.astype(wide)) * weight[:, None]).astype(h.dtype)
+        gradient = jax.lax.optimization_barrier(gradient)  # made once, not again within each of the products
         head_gradient += jnp.matmul(columns(h), gradient, preferred_element_type=wide)
         return head_gradient, (nats, gradient @ head.T)
 
