@@ -10,7 +10,7 @@ from jax.sharding import AxisType
 
 from deepseek_jax.config import ConfigError, load_config
 from deepseek_jax.planning.buffers import fullest_moment
-from deepseek_jax.planning.collectives import describe
+from deepseek_jax.planning.collectives import collectives, describe
 from deepseek_jax.planning.costs import Costs
 from deepseek_jax.planning.kernels import kernel_name, kernel_work
 from deepseek_jax.planning.links import Links
@@ -116,8 +116,59 @@ CYCLES = 3 * (5 * 1000 + 200) + 30 + 400 + 7 + 50
 """The loops' passes, the open loop once, the costlier branch."""
 
 
-def played(link_cycles):
-    program, machine = Program(PROGRAM), MACHINES["v5p"]
+def link(name, target):
+    """One of the fusions that a TPU's program makes of an asynchronous collective."""
+    return f"""%{name} (a.{name}: f32[8,128]) -> f32[64,128] {{
+  %a.{name} = f32[8,128]{{1,0}} parameter(0)
+  %g.{name} = f32[64,128]{{1,0}} all-gather(%a.{name}), replica_groups={ALL}, frontend_attributes={{chain_id="3"}}
+  ROOT %c.{name} = f32[64,128]{{1,0}} custom-call(%g.{name}), custom_call_target="{target}"
+}}
+"""
+
+
+def calling(name, called, cycles=None, shape="f32[64,128]"):
+    estimate = f', backend_config={{"estimated_cycles":"{cycles}"}}' if cycles else ""
+    return f"  %{name} = {shape}{{1,0}} fusion(%x), kind=kCustom, calls=%{called}{estimate}\n"
+
+
+FUSED = f"""HloModule jit_train_step
+
+%adds (a: f32[8,128]) -> f32[8,128] {{
+  ROOT %a = f32[8,128]{{1,0}} parameter(0)
+}}
+
+{link("begins", "AsyncCollectiveStart")}
+{link("goes_on", "Product")}
+{link("ends", "AsyncCollectiveDone")}
+%all-reduce-scatter.1 (r: f32[8,128]) -> f32[1,128] {{
+  %r = f32[8,128]{{1,0}} parameter(0)
+  %sum = f32[8,128]{{1,0}} all-reduce(%r), replica_groups={ALL}, to_apply=%adds
+}}
+
+ENTRY %main (x: f32[8,128]) -> f32[8,128] {{
+  %x = f32[8,128]{{1,0}} parameter(0)
+{calling("async-collective-start", "begins")}{calling("product", "goes_on", 300)}{calling("other", "adds", 2**63 - 1)}\
+{calling("async-collective-done", "ends")}{calling("scatter", "all-reduce-scatter.1", 999, "f32[1,128]")}}}
+"""
+
+
+def test_collectives_within_fusions():
+    """As TPUs have them: one that runs beside the fusions that keep it going, and one of which a part is kept."""
+    timeline, clock = played({"all-gather": 450, "reduce-scatter": 90}, FUSED)
+    gather, scatter = [entry for entry in timeline.entries if entry.collective]
+    product, other = [entry for entry in timeline.entries if not entry.collective]
+    moved = (8 + 64) * 128 * 4  # where the compiler's estimate went beyond all bounds, the bytes count
+    assert other.seconds == pytest.approx(moved / MACHINES["v5p"].memory_bandwidth)
+    beside = product.seconds + other.seconds
+    assert (product.seconds * clock, gather.hidden) == pytest.approx((300, beside))
+    assert gather.seconds * clock == pytest.approx(450 - beside * clock)
+    assert (scatter.seconds * clock, scatter.collective.kind) == (pytest.approx(90), "reduce-scatter")
+    mesh = jax.make_mesh((8,), ("expert",), axis_types=(AxisType.Auto,), devices=jax.devices()[:8])
+    assert [one.kind for one in collectives(FUSED, mesh)] == ["all-gather", "reduce-scatter"]
+
+
+def played(link_cycles, text=PROGRAM):
+    program, machine = Program(text), MACHINES["v5p"]
     mesh = jax.make_mesh((8,), ("expert",), axis_types=(AxisType.Auto,), devices=jax.devices()[:8])
     seconds = {kind: cycles / machine.clock for kind, cycles in link_cycles.items()}
     return play(
