@@ -12,7 +12,7 @@ from deepseek_jax.errors import UserError
 from deepseek_jax.kernels.splash_attention import block_size
 from deepseek_jax.model import chunked_attention
 from deepseek_jax.model.causal_attention import causal_attention
-from deepseek_jax.model.products import KEPT
+from deepseek_jax.model.products import policy
 
 SUPPORTED = [
     *((name, dtype) for name in ("reference", "blocked", "chunked") for dtype in ("float64", "float32", "bfloat16")),
@@ -125,13 +125,13 @@ def test_chunks_need_memory_in_proportion_to_the_length():
 
 @pytest.mark.parametrize("implementation, kernel", [("chunked", "scan"), ("cudnn", "dot_product_attention_fwd_wrapper")])
 def test_the_forward_pass_is_not_made_again(implementation, kernel):
-    """What `model.remat=products` keeps suffices for the backward pass."""
+    """What `model.remat` keeps of attention suffices for the backward pass."""
 
-    def times(policy):
-        layer = jax.checkpoint(partial(causal_attention, scale=SCALE, implementation=implementation), policy=policy)
+    def times(kept):
+        layer = jax.checkpoint(partial(causal_attention, scale=SCALE, implementation=implementation), policy=kept)
         return count(jax.make_jaxpr(lambda *x: jax.vjp(layer, *x[:3])[1](x[3]))(*arrays(LENGTH, "bfloat16")).jaxpr, kernel)
 
-    assert times(None) - times(jax.checkpoint_policies.save_only_these_names(KEPT)) == 1
+    assert times(policy("full")) - times(policy("attention")) == times(policy("full")) - times(policy("products")) == 1
 
 
 def count(jaxpr, kernel):
@@ -169,7 +169,7 @@ def test_splash_compiles_for_tpu(topology, dtype, monkeypatch):
     @jax.jit
     def gradients(q, k, v, gradient, segment_ids):
         layer = partial(causal_attention, scale=SCALE, segment_ids=segment_ids, implementation="splash")
-        kept = jax.checkpoint(layer, policy=jax.checkpoint_policies.save_only_these_names(KEPT))
+        kept = jax.checkpoint(layer, policy=policy("products"))
         return jax.vjp(kept, q, k, v)[1](gradient)
 
     text = gradients.lower(q, q, v, v, segment_ids).compile().as_text()

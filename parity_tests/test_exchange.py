@@ -13,7 +13,7 @@ from deepseek_jax.config import ModelConfig, ParallelConfig, load_config
 from deepseek_jax.model.expert_rounds import serve_in_rounds
 from deepseek_jax.model.experts import serve
 from deepseek_jax.model.parcels import next_journey, pack
-from deepseek_jax.model.products import KEPT
+from deepseek_jax.model.products import policy
 from deepseek_jax.parallel.exchange import Journey, devices_of_a_token, room_for, send
 from deepseek_jax.parallel.mesh import make_mesh
 from parity_tests.comparison import assert_close
@@ -109,8 +109,7 @@ def test_every_token_is_served(remat, x64, monkeypatch):
         def of(x, weights, *projections):
             return serve_in_rounds(MODEL, parallel, (x, indices, weights), projections)
 
-        policies = {"products": jax.checkpoint_policies.save_only_these_names(KEPT), "full": None}
-        return (of if remat == "none" else jax.checkpoint(of, policy=policies[remat]))(*inputs)
+        return (of if remat == "none" else jax.checkpoint(of, policy=policy(remat)))(*inputs)
 
     def rounds(indices):
         parcels, room = pack(MODEL, indices), room_for(MODEL, 1, TOKENS, DEVICES)

@@ -250,7 +250,7 @@ def test_layers_of_stages():
      "parallel.expert=8: must divide model.n_routed_experts=12; nearest 6 or 4"),
     (["parallel.data=2", "parallel.pipe=4"], "parallel.pipe=4 .* 4 parts for 3 mixture-of-experts layers; at most pipe=3"),
     (["parallel.data=8", "train.batch_size=12"], "train.batch_size=12: must be a multiple of 8, .* nearest 16"),
-    (["parallel.data=1", "parallel.fsdp=8", "model.remat=none"], "model.remat=none: .* choose products or full"),
+    (["parallel.data=1", "parallel.fsdp=8", "model.remat=none"], "model.remat=none: .* choose products, attention or full"),
     (["parallel.exchange_room=0.5"], "parallel.exchange_room=0.5: must be at least 1"),
     (["parallel.exchange=letters"], "parallel.exchange=letters: choose one of auto, rounds, ragged"),
     (["parallel.experts=2"], "unknown field parallel.experts; did you mean expert?"),

@@ -10,7 +10,7 @@ from typing import Optional
 from deepseek_jax.errors import UserError
 
 PRECISIONS = ("float64", "float32", "bfloat16", "fp8")
-REMAT_CHOICES = ("none", "products", "full")
+REMAT_CHOICES = ("none", "products", "attention", "full")
 GROUPED_MATMULS = ("auto", "reference", "blocked", "megablox", "triton")
 ATTENTIONS = ("auto", "reference", "blocked", "chunked", "splash", "cudnn")
 HOW_COMPUTED = ("precision", "remat", "grouped_matmul", "attention", "capacity_factor")
@@ -101,7 +101,8 @@ class ModelConfig:
     leaves embedding, head, routers and the attention core in bfloat16."""
     remat: str = "products"
     """What the backward pass recomputes: nothing (`none`), all but products with weights, attention and what has travelled
-    to experts (`products`), or every layer (`full`)."""
+    to experts (`products`), all but attention, the latents before it and the sum after it (`attention`), or every layer
+    (`full`)."""
     grouped_matmul: str = "auto"
     """Implementation of the routed experts' product, and in fp8, if it is `triton`, of all products; `auto` takes the
     platform's best."""

@@ -13,7 +13,7 @@ import jax.numpy as jnp
 from jax._src.cudnn import fused_attention_stablehlo as cudnn
 
 from deepseek_jax.errors import UserError
-from deepseek_jax.model.products import keep
+from deepseek_jax.model.products import ATTENDED, keep
 
 WIDEST = 256
 """Head size, of which cuDNN takes multiples of 8."""
@@ -50,7 +50,7 @@ def _forward(q: jax.Array, k: jax.Array, v: jax.Array, scale: float) -> tuple[ja
     out, normalizer = cudnn._dot_product_attention_fwd_p_wrapper.bind(
         q, k, v, *_absent(q), is_training=True, **_options(scale)
     )
-    out, normalizer = keep(out), keep(normalizer)
+    out, normalizer = keep(out, ATTENDED), keep(normalizer, ATTENDED)
     return out, (q, k, v, out, normalizer)
 
 

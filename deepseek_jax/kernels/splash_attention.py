@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 from jax.experimental.pallas.ops.tpu import splash_attention as splash
 
-from deepseek_jax.model.products import KEPT
+from deepseek_jax.model.products import ATTENDED
 
 BLOCKS = (1024, 512, 256, 128)
 """Sides of a block of scores, best first: the larger, the seldomer keys are read again."""
@@ -46,7 +46,9 @@ def _kernel(heads: int, length: int, block: int) -> splash.splash_attention_kern
     mask = splash.MultiHeadMask([splash.CausalMask((length, length))] * heads)
     names = ("block_q", "block_kv", "block_q_dkv", "block_kv_dkv", "block_q_dq", "block_kv_dq")
     sizes: dict[str, Any] = dict.fromkeys(names, block)
-    return splash.make_splash_mha_single_device(mask, block_sizes=splash.BlockSizes(**sizes), residual_checkpoint_name=KEPT)
+    return splash.make_splash_mha_single_device(
+        mask, block_sizes=splash.BlockSizes(**sizes), residual_checkpoint_name=ATTENDED
+    )
 
 
 def _filled(x: jax.Array, length: int) -> jax.Array:

@@ -14,7 +14,7 @@ import jax.numpy as jnp
 from deepseek_jax.config import ModelConfig
 from deepseek_jax.model.causal_attention import causal_attention
 from deepseek_jax.model.layers import Linear, RMSNorm, widen
-from deepseek_jax.model.products import products
+from deepseek_jax.model.products import WAYPOINT, keep, products
 from deepseek_jax.model.rope import apply_rope, softmax_scale
 
 LATENT_NORM_EPS = 1e-6
@@ -96,8 +96,9 @@ class MultiHeadLatentAttention(nn.Module):
         c = self.config
         first = self.q_proj if c.q_lora_rank is None else self.q_a_proj
         q, kv = products(c, x, first.weight, self.kv_a_proj_with_mqa.weight)
+        kv = keep(kv, WAYPOINT)
         if c.q_lora_rank is not None:
-            q = self.q_b_proj(self.q_a_layernorm(q))
+            q = self.q_b_proj(self.q_a_layernorm(keep(q, WAYPOINT)))
         q_nope, q_rope = jnp.split(q.reshape(*x.shape[:2], c.num_attention_heads, -1), [c.qk_nope_head_dim], axis=-1)
         c_kv, k_rope = jnp.split(kv, [c.kv_lora_rank], axis=-1)
         latents = Latents(self.kv_a_layernorm(c_kv), apply_rope(k_rope[:, :, None], *rope)[:, :, 0])

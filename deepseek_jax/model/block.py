@@ -9,6 +9,7 @@ from deepseek_jax.config import ModelConfig
 from deepseek_jax.model.attention import Latents, MultiHeadLatentAttention
 from deepseek_jax.model.layers import FeedForward, RMSNorm
 from deepseek_jax.model.moe import MoE
+from deepseek_jax.model.products import WAYPOINT, keep
 from deepseek_jax.parallel.sharding import Division
 
 
@@ -48,7 +49,7 @@ class Block(nn.Module):
     ) -> tuple[jax.Array, BlockOutput]:
         """[B, T, hidden_size] -> the same; arguments as for `MultiHeadLatentAttention`."""
         attended, latents = self.self_attn(self.input_layernorm(x), rope, positions, cache)
-        x = x + attended
+        x = keep(x + attended, WAYPOINT)
         normed = self.post_attention_layernorm(x)
         if not self.moe:
             return x + self.mlp(normed), BlockOutput(latents)

@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 
 from deepseek_jax.model.layers import widen
-from deepseek_jax.model.products import keep
+from deepseek_jax.model.products import ATTENDED, keep
 
 QUERY_BLOCKS = 4
 """More of them spare more products, and compile longer."""
@@ -44,8 +44,8 @@ def _forward(
         attended = jnp.einsum("bhts,bhsv->bhtv", weights.astype(v.dtype), v[:, :, :end], preferred_element_type=total.dtype)
         outputs.append((attended / total).astype(v.dtype))
         normalizers.append(largest + jnp.log(total))
-    out = keep(jnp.concatenate(outputs, axis=2))
-    normalizer = keep(jnp.concatenate(normalizers, axis=2))
+    out = keep(jnp.concatenate(outputs, axis=2), ATTENDED)
+    normalizer = keep(jnp.concatenate(normalizers, axis=2), ATTENDED)
     return out, (keep(q), keep(k), keep(v), segment_ids, out, normalizer)
 
 

@@ -12,7 +12,7 @@ import jax.numpy as jnp
 from jax import lax
 
 from deepseek_jax.model.layers import widen
-from deepseek_jax.model.products import keep
+from deepseek_jax.model.products import ATTENDED, keep
 
 CHUNK = 512
 """Queries and keys of a block: enough that products dominate, and scores are far smaller than what they are made of."""
@@ -58,7 +58,7 @@ def _forward(
     rows = (*q.shape[:3], 1)
     start: tuple[jax.Array, ...] = jnp.zeros(v.shape, wide), jnp.full(rows, -jnp.inf, wide), jnp.zeros(rows, wide)
     (out, largest, total), _ = lax.scan(visit, start, _pairs(q.shape[2] // size))
-    out, normalizer = keep((out / total).astype(v.dtype)), keep(largest + jnp.log(total))
+    out, normalizer = keep((out / total).astype(v.dtype), ATTENDED), keep(largest + jnp.log(total), ATTENDED)
     return out, (q, k, v, segment_ids, out, normalizer)
 
 

@@ -4,6 +4,8 @@ What several weights make of the same input is asked for together, so that float
 the input once. Every result is kept where others are made again.
 """
 
+from collections.abc import Callable
+
 import jax
 from jax.ad_checkpoint import checkpoint_name
 
@@ -16,13 +18,21 @@ from deepseek_jax.precision.fp8_grouped_matmul import fp8_grouped_matmul
 from deepseek_jax.precision.fp8_matmul import fp8_matmul
 from deepseek_jax.precision.narrow import narrow
 
-KEPT = "kept"
-"""What `model.remat=products` keeps."""
+PRODUCT, ATTENDED, WAYPOINT = "product", "attended", "waypoint"
+"""What costs more than elementwise work to make again; attention's output, with what its backward pass needs of it; and the
+few numbers between which a layer can be made again piece by piece."""
+KEPT: dict[str, tuple[str, ...]] = {"products": (PRODUCT, ATTENDED), "attention": (ATTENDED, WAYPOINT), "full": ()}
+"""By `model.remat`, what is kept of a layer beside its input."""
 
 
-def keep(x: jax.Array) -> jax.Array:
-    """Name x as what `model.remat=products` keeps, since making it again would cost more than elementwise work."""
-    return checkpoint_name(x, KEPT)
+def keep(x: jax.Array, name: str = PRODUCT) -> jax.Array:
+    """Name x as one of the above, for `policy`."""
+    return checkpoint_name(x, name)
+
+
+def policy(remat: str) -> Callable[..., bool]:
+    """For `jax.checkpoint`: keeps what KEPT says."""
+    return jax.checkpoint_policies.save_only_these_names(*KEPT[remat])
 
 
 def products(config: ModelConfig, x: jax.Array, *weights: jax.Array | Panels) -> list[jax.Array]:

@@ -16,7 +16,7 @@ from deepseek_jax.model.block import Block, BlockOutput
 from deepseek_jax.model.layer_loop import run_layers
 from deepseek_jax.model.layers import Embedding, Linear, RMSNorm, compute_dtype, param_dtype
 from deepseek_jax.model.mtp import MTP_FORMS
-from deepseek_jax.model.products import KEPT
+from deepseek_jax.model.products import policy
 from deepseek_jax.model.rope import rope_angles
 from deepseek_jax.model.router import ROUTER_STATE
 from deepseek_jax.parallel.pipeline import ABSENT, assign_layers, run_pipeline
@@ -173,8 +173,7 @@ class DeepseekV3(nn.Module):
 
         if c.remat == "none":
             return layer
-        policy = jax.checkpoint_policies.save_only_these_names(KEPT) if c.remat == "products" else None
-        return jax.checkpoint(layer, prevent_cse=False, policy=policy)
+        return jax.checkpoint(layer, prevent_cse=False, policy=policy(c.remat))
 
     def _initial(self, name: str, count: int) -> nn.Module:
         """Makes the variables of so many layers called `name`, with a leading axis for the layers."""

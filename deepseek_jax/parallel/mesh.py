@@ -32,7 +32,9 @@ def resolve(config: Config, devices: int) -> ParallelConfig:
             f"{layers} mixture-of-experts layers; at most pipe={max(layers // parallel.pipe_interleave, 1)}"
         )
     if parallel.fsdp > 1 and model.remat == "none":
-        raise ConfigError("model.remat=none: would keep every gathered weight under parallel.fsdp; choose products or full")
+        raise ConfigError(
+            "model.remat=none: would keep every gathered weight under parallel.fsdp; choose products, attention or full"
+        )
     part = train.gradient_accumulation_steps * math.prod(mesh_shape(parallel))
     if parallel.pipe > 1:
         part *= parallel.microbatch_size

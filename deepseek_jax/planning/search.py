@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 import jax
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
-from deepseek_jax.config import MESH_AXES, Config, ConfigError
+from deepseek_jax.config import MESH_AXES, Config, ConfigError, ModelConfig
 from deepseek_jax.parallel.mesh import make_mesh, resolve
 from deepseek_jax.parallel.pipeline import bubble
 from deepseek_jax.parallel.sharding import Division, bytes_per_device
@@ -31,7 +31,7 @@ COMPILED = 3
 """How many of the candidates are compiled."""
 ROUGH_SHARE = 0.5
 """Of the peak, for products."""
-REMATS = ("products", "full")
+REMATS = ("products", "attention", "full")
 
 
 class Candidate(NamedTuple):
@@ -153,13 +153,13 @@ def _rough(config: Config, topology: Topology, devices: list, state: Any) -> Can
     tokens = at_once * train.sequence_length
 
     layers = model.num_hidden_layers + model.num_nextn_predict_layers
-    kept = 1 if model.remat == "full" else 1 + _kept_widths(config) / model.hidden_size
+    kept = 1 + _kept_widths(model) / model.hidden_size
     rows = model.num_experts_per_tok * tokens
     working = 12 * rows * model.hidden_size + 8 * tokens * model.vocab_size // max(tokens // train.loss_chunk_tokens, 1)
     activations = 2 * tokens * model.hidden_size * kept * layers + working
 
     parts = flops_by_part(model, train.sequence_length).values()
-    flops = sum(part.forward + part.backward + (part.again if model.remat == "full" else 0) for part in parts)
+    flops = sum(part.forward + part.backward + (0 if model.remat == "products" else part.again) for part in parts)
     products = flops * sequences * train.sequence_length / (ROUGH_SHARE * machine.bf16_flops)
     if parallel.pipe > 1:
         moe = model.num_hidden_layers - model.first_k_dense_replace
@@ -173,7 +173,9 @@ def _rough(config: Config, topology: Topology, devices: list, state: Any) -> Can
         return links.seconds(Collective(kind, (axis,), count, whole, 1, 0, "")) if count > 1 else 0.0
 
     all_weights = sum(leaf.size for leaf in jax.tree.leaves(state.params)) * 2 // (parallel.expert * parallel.pipe)
-    exchanged = (5 if model.remat == "full" else 4) * rows * model.hidden_size * 2 * layers * train.gradient_accumulation_steps
+    exchanged = (
+        (4 if model.remat == "products" else 5) * rows * model.hidden_size * 2 * layers * train.gradient_accumulation_steps
+    )
     traffic = (
         sent("all-gather", "fsdp", 3 * all_weights * train.gradient_accumulation_steps)
         + sent("all-gather", "data", 3 * all_weights)
@@ -182,9 +184,12 @@ def _rough(config: Config, topology: Topology, devices: list, state: Any) -> Can
     return Candidate(config, products + traffic, int(held + weights + gradients + activations))
 
 
-def _kept_widths(config: Config) -> int:
-    """Numbers a token that `remat=products` keeps of a layer beside its input: what products with weights make."""
-    m = config.model
+def _kept_widths(m: ModelConfig) -> int:
+    """Numbers a token that `model.remat` keeps of a layer beside its input."""
+    if m.remat == "full":
+        return 0
+    if m.remat == "attention":
+        return m.num_attention_heads * m.v_head_dim + (m.q_lora_rank or 0) + m.kv_lora_rank + m.hidden_size
     q = m.num_attention_heads * (m.qk_nope_head_dim + m.qk_rope_head_dim)
     attention = 2 * q + m.num_attention_heads * (m.qk_nope_head_dim + 2 * m.v_head_dim) + m.hidden_size
     experts = m.n_shared_experts * (2 * m.moe_intermediate_size) + m.hidden_size

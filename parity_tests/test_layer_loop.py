@@ -1,0 +1,79 @@
+"""A loop over layers, whose gradients are written into memory that holds nothing yet."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from deepseek_jax.model.layer_loop import run_layers
+from deepseek_jax.model.products import PRODUCT, keep, policy
+
+LAYERS, WIDTH = 3, 4
+
+
+def layer(params, x, bias):
+    y = jnp.tanh(keep(x @ params["weight"].astype(x.dtype)) + (params["norm"] * bias).astype(x.dtype))
+    return x + y, jnp.sum(y)
+
+
+def one_by_one(layer, params, types, x, *each):
+    """The same without a loop."""
+    outputs = []
+    for number in range(LAYERS):
+        x, output = layer(*jax.tree.map(lambda leaf, n=number: leaf[n], (params,)), x, *(leaf[number] for leaf in each))
+        outputs.append(output)
+    return x, jnp.stack(outputs)
+
+
+def arrays(dtype):
+    weight, norm, bias = (np.random.default_rng(0).normal(size=(LAYERS, *shape)) for shape in [(WIDTH, WIDTH), (WIDTH,), (1,)])
+    return (
+        {"weight": jnp.asarray(weight, dtype), "norm": jnp.asarray(norm, dtype)},
+        jnp.ones((2, WIDTH), dtype),
+        jnp.array(bias),
+    )
+
+
+def gradients(run, layer, params, types, x, bias):
+    def loss(params, x):
+        x, outputs = run(layer, params, types, x, bias)
+        return jnp.sum(x**2) + jnp.sum(outputs)
+
+    return jax.jit(jax.grad(loss, argnums=(0, 1)))(params, x)
+
+
+@pytest.mark.parametrize("remat", ["none", "products", "full"])
+def test_gradients_are_those_of_layers_one_by_one(remat, x64, monkeypatch):
+    """In every place of memory that held no number before."""
+    monkeypatch.setattr(jax.lax, "empty", lambda shape, dtype: jnp.full(shape, jnp.nan, dtype))
+    params, x, bias = arrays(jnp.float64)
+    types = jax.tree.map(lambda leaf: leaf.dtype, params)
+    kept = layer if remat == "none" else jax.checkpoint(layer, policy=policy(remat))
+    found, expected = (gradients(run, each, params, types, x, bias)
+                       for run, each in ((run_layers, kept), (one_by_one, layer)))  # fmt: skip
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=0, atol=1e-13), found, expected)
+
+
+def test_no_wider_than_a_layer_makes_them():
+    """Gradients of narrowed weights come in the weights' own type, through memory of the narrow one, unchanged."""
+    params, x, bias = arrays(jnp.float32)
+    x, bias = x.astype(jnp.bfloat16), bias.astype(jnp.bfloat16)
+    types = {"weight": jnp.dtype("bfloat16"), "norm": jnp.dtype("float32")}
+    wide = jax.tree.map(lambda leaf: leaf.dtype, params)
+    program = jax.make_jaxpr(lambda *a: gradients(run_layers, layer, *a[:1], types, *a[1:]))(params, x, bias)
+    assert f"bf16[{LAYERS},{WIDTH},{WIDTH}] = dynamic_update_slice" in str(program)
+    found, expected = (gradients(run_layers, layer, params, each, x, bias) for each in (types, wide))
+    jax.tree.map(np.testing.assert_array_equal, found, expected)
+
+
+def test_weights_are_not_kept_twice():
+    """What a layer reads of the stack is read there again, not from a stack of copies."""
+    params, x, bias = arrays(jnp.float32)
+    types = jax.tree.map(lambda leaf: leaf.dtype, params)
+    kept = jax.checkpoint(layer, policy=jax.checkpoint_policies.save_only_these_names(PRODUCT))
+    program = jax.make_jaxpr(lambda params, x: jax.vjp(lambda *a: run_layers(kept, a[0], types, a[1], bias)[0], params, x)[0])(
+        params, x
+    )
+    (loop,) = [equation for equation in program.jaxpr.eqns if equation.primitive.name == "scan"]
+    stacked = [out.aval.shape for out in loop.outvars[loop.params["num_carry"] :]]
+    assert (LAYERS, 2, WIDTH) in stacked and (LAYERS, WIDTH, WIDTH) not in stacked
