@@ -272,6 +272,9 @@ def test_even_rows_of_a_kernel():
     assert kernel_work("gmm", gmm, operands, None).flops == 1000
     assert kernel_work("gmm", gmm, operands, 80).flops == 800
     assert kernel_work("gmm", gmm, operands, 200).flops == 1000
+    assert kernel_work("shard_map", gmm, operands, 80).flops == 1000
+    with_offsets = (Array("s32", (5,)), *operands)  # of four groups: what is called by no name of its own is known by them
+    assert kernel_work("shard_map", gmm, with_offsets, 80).flops == 800
 
 
 def test_work_of_our_grouped_kernels():

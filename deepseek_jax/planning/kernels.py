@@ -50,16 +50,23 @@ def kernel_work(name: str, instruction: Instruction, operands: Operands, even_ro
         flops = int(stated[1])
     else:
         return None
-    if even_rows is not None and any(word in name for word in GROUPED):
-        flops = flops * even_rows // max(_rows_worked_on(name, operands), even_rows)
+    if even_rows is not None and _is_grouped(name, operands, instruction.results):
+        flops = flops * even_rows // max(_rows_worked_on(name, operands, instruction.results), even_rows)
     return Work(flops, moved)
 
 
-def _rows_worked_on(name: str, operands: Operands) -> int:
+def _is_grouped(name: str, operands: Operands, results: Operands) -> bool:
+    """By its name, or, where XLA has left none, by operands that say where each matrix of a stack has its rows."""
+    stacks = {array.shape[0] for array in (*operands, *results) if len(array.shape) == 3}
+    tables = {array.shape[0] for array in operands if array.dtype == "s32" and len(array.shape) == 1}
+    return any(word in name for word in GROUPED) or any(stack + 1 in tables for stack in stacks)
+
+
+def _rows_worked_on(name: str, operands: Operands, results: Operands) -> int:
     if "of_rows_fp8" in name:
         tiles = _codes(operands)[0]
         return tiles.shape[0] * tiles.shape[2]
-    if "tgmm" in name:  # reads the rows' transpose as well
+    if len(results[0].shape) == 3 and "grouped_matmul" not in name:  # tgmm, which may read the rows' transpose
         return max((max(array.shape) for array in operands if len(array.shape) == 2), default=0)
     return _rows(operands)
 
