@@ -76,14 +76,14 @@ def _plan_step(args: argparse.Namespace, config: Config, topology: Topology) -> 
     one = estimate.extrapolated if args.layers else estimate.estimate
     found = one(config, topology, _tell, **({"layers": args.layers} if args.layers else {}))
     print(f"\n{report.step_report(found.config, topology, found.step)}")
-    if topology.machine.platform != "cpu":
+    if found.run is not None:
         print(f"\n{report.run_report(found.config, topology, found.run, found.bubble)}")
     if args.plot is not None:
         from deepseek_jax.planning.picture import draw
 
         draw(found.step, f"{args.config} on {topology.name}", args.plot)
         print(f"picture: {args.plot}")
-    return {"topology": topology.name, "step": found.step.as_dict(), "run": dataclasses.asdict(found.run)}
+    return {"topology": topology.name} | found.as_dict()
 
 
 def _tell(line: str) -> None:

@@ -23,9 +23,14 @@ class Estimate(NamedTuple):
     config: Config
     """As it was compiled: mesh, parts and implementations named."""
     step: StepFigures
-    run: RunFigures
+    run: RunFigures | None
+    """None on CPUs, of which no times are known."""
     bubble: float | None
     """Share of the stages' time, if there are stages."""
+
+    def as_dict(self) -> dict[str, Any]:
+        """For JSON."""
+        return {"step": self.step.as_dict(), "run": None if self.run is None else dataclasses.asdict(self.run)}
 
 
 def estimate(config: Config, topology: Topology, tell: Tell) -> Estimate:
@@ -71,7 +76,12 @@ def _from_before(config: Config, topology: Topology) -> Estimate | None:
 def _read(config: Config, topology: Topology, text: CompiledText) -> Estimate:
     """The plan of an arranged config from its compiled step."""
     step = read_step(text, make_mesh(config.parallel, make_devices(topology)), topology, even_rows(config))
-    return Estimate(config, step, run_figures(config, topology, step.seconds), _bubble(config))
+    return _estimate(config, topology, step)
+
+
+def _estimate(config: Config, topology: Topology, step: StepFigures) -> Estimate:
+    run = None if topology.machine.platform == "cpu" else run_figures(config, topology, step.seconds)
+    return Estimate(config, step, run, _bubble(config))
 
 
 def arranged(config: Config, topology: Topology) -> Config:
@@ -116,8 +126,7 @@ def extrapolated(config: Config, topology: Topology, tell: Tell, layers: int) ->
     if whole is not None:
         time, memory = step.seconds / whole.step.seconds - 1, step.needed_bytes / whole.step.needed_bytes - 1
         tell(f"all layers were compiled before: this extrapolation is off by {time:+.1%} in time and {memory:+.1%} in memory")
-    config = arranged(config, topology)
-    return Estimate(config, step, run_figures(config, topology, step.seconds), _bubble(config))
+    return _estimate(arranged(config, topology), topology, step)
 
 
 def _carried_on(fewer: Any, more: Any, further: int) -> Any:

@@ -79,11 +79,7 @@ def search(config: Config, topology: Topology, tell: Callable[[str], None]) -> d
     return {
         "topology": topology.name,
         "candidates": [{"name": one.name, "rough_seconds": one.seconds, "rough_bytes": one.bytes} for one in fitting],
-        "compiled": [
-            {"name": one.name, "step": estimated.step.as_dict(), "run": dataclasses.asdict(estimated.run)}
-            for one, estimated in ranked
-            if isinstance(estimated, Estimate)
-        ],
+        "compiled": [{"name": one.name} | estimated.as_dict() for one, estimated in ranked if isinstance(estimated, Estimate)],
     }
 
 
