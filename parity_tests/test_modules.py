@@ -195,3 +195,19 @@ def test_compiled_quickly_is_the_same_program():
         (quick,), _ = jax.jit(case.jax_call, compiler_options=COMPILE_QUICKLY)(case.params, x)
         (usual,), _ = jax.jit(case.jax_call)(case.params, x)
     assert relative_difference(quick, usual) < 1e-14
+
+
+@pytest.mark.parametrize("dtype", ["float64", "float32", "bfloat16"])
+def test_ends_turn_by_a_product_as_by_parts(dtype, x64):
+    """To the bit, and so does the gradient; angles of another magnitude, as under YaRN."""
+    rng = np.random.default_rng(0)
+    x, cotangent = (jnp.asarray(rng.normal(size=(2, 5, 3, 10)), dtype) for _ in range(2))
+    wide = jnp.float64 if dtype == "float64" else jnp.float32
+    angles = rng.normal(size=(2, 5, 2))
+    cos, sin = jnp.asarray(1.25 * np.cos(angles), wide), jnp.asarray(1.25 * np.sin(angles), wide)
+    parts, pull = jax.vjp(lambda x: jax_rope.turned_by_parts(x, cos, sin), x)
+    np.testing.assert_array_equal(jax_rope.turned_by_product(x, cos, sin), parts)
+    turned, pull_turned = jax.vjp(lambda x: jax_rope.turn_ends(x, cos, sin), x)
+    np.testing.assert_array_equal(turned, parts)
+    np.testing.assert_array_equal(*(jnp.asarray(p(cotangent)[0], wide) for p in (pull_turned, pull)))
+    np.testing.assert_array_equal(jax_rope.turned_by_product(cotangent, cos, -sin), pull(cotangent)[0])

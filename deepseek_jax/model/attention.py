@@ -15,7 +15,7 @@ from deepseek_jax.config import ModelConfig
 from deepseek_jax.model.causal_attention import causal_attention
 from deepseek_jax.model.layers import Linear, RMSNorm, widen
 from deepseek_jax.model.products import WAYPOINT, keep, products
-from deepseek_jax.model.rope import apply_rope, softmax_scale
+from deepseek_jax.model.rope import apply_rope, softmax_scale, turn_ends
 
 LATENT_NORM_EPS = 1e-6
 
@@ -82,41 +82,41 @@ class MultiHeadLatentAttention(nn.Module):
         Returns:
             Output [B, T, hidden_size]; and the latents of these tokens, or the cache with them in it.
         """
-        q_nope, q_rope, latents = self._project(x, rope)
+        q, latents = self._project(x, rope)
         if cache is None:
-            out = self._expanded(q_nope, q_rope, latents)
+            out = self._expanded(q, latents)
         else:
             rows = jnp.arange(x.shape[0])[:, None]
             latents = Latents(*(old.at[rows, positions].set(new) for old, new in zip(cache, latents)))
-            out = self._absorbed(q_nope, q_rope, latents, positions)
+            out = self._absorbed(q, latents, positions)
         return self.o_proj(out.reshape(*x.shape[:2], -1)), latents
 
-    def _project(self, x: jax.Array, rope: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array, Latents]:
-        """Queries without and with position, [B, T, H, nope] and [B, T, H, rope], and the tokens' latents."""
+    def _project(self, x: jax.Array, rope: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, Latents]:
+        """Queries [B, T, H, nope + rope], the last of which are turned to their position, and the tokens' latents."""
         c = self.config
         first = self.q_proj if c.q_lora_rank is None else self.q_a_proj
         q, kv = products(c, x, first.weight, self.kv_a_proj_with_mqa.weight)
         kv = keep(kv, WAYPOINT)
         if c.q_lora_rank is not None:
             q = self.q_b_proj(self.q_a_layernorm(keep(q, WAYPOINT)))
-        q_nope, q_rope = jnp.split(q.reshape(*x.shape[:2], c.num_attention_heads, -1), [c.qk_nope_head_dim], axis=-1)
+        q = turn_ends(q.reshape(*x.shape[:2], c.num_attention_heads, -1), *rope)
         c_kv, k_rope = jnp.split(kv, [c.kv_lora_rank], axis=-1)
         latents = Latents(self.kv_a_layernorm(c_kv), apply_rope(k_rope[:, :, None], *rope)[:, :, 0])
-        return q_nope, apply_rope(q_rope, *rope), latents
+        return q, latents
 
-    def _expanded(self, q_nope: jax.Array, q_rope: jax.Array, latents: Latents) -> jax.Array:
+    def _expanded(self, q: jax.Array, latents: Latents) -> jax.Array:
         """Attention with keys and values made for every head: the fewest operations for many queries."""
         c = self.config
-        expanded = self.kv_b_proj(latents.c_kv).reshape(*q_nope.shape[:3], -1)
+        expanded = self.kv_b_proj(latents.c_kv).reshape(*q.shape[:3], -1)
         k_nope, v = jnp.split(expanded, [c.qk_nope_head_dim], axis=-1)
-        k_rope = jnp.broadcast_to(latents.k_rope[:, :, None], q_rope.shape)
-        q = jnp.concatenate([q_nope, q_rope], axis=-1)
+        k_rope = jnp.broadcast_to(latents.k_rope[:, :, None], (*q.shape[:3], c.qk_rope_head_dim))
         k = jnp.concatenate([k_nope, k_rope], axis=-1)
         return causal_attention(q, k, v, softmax_scale(c), implementation=c.attention)
 
-    def _absorbed(self, q_nope: jax.Array, q_rope: jax.Array, cache: Latents, positions: jax.Array) -> jax.Array:
+    def _absorbed(self, q: jax.Array, cache: Latents, positions: jax.Array) -> jax.Array:
         """Attention in the latent space: W_uk goes into the query, W_uv into the output."""
         c = self.config
+        q_nope, q_rope = jnp.split(q, [c.qk_nope_head_dim], axis=-1)
         prepared = self.get_variable(ABSORBED, "weights") or absorbed_weights(c, self.kv_b_proj.weight)
         w_uk, w_uv = (weight.astype(q_nope.dtype) for weight in prepared)
         q_latent = jnp.einsum("bthn,hrn->bthr", q_nope, w_uk)

@@ -39,6 +39,50 @@ def apply_rope(x: jax.Array, cos: jax.Array, sin: jax.Array) -> jax.Array:
     return turned.reshape(x.shape).astype(x.dtype)
 
 
+@jax.custom_vjp
+def turn_ends(x: jax.Array, cos: jax.Array, sin: jax.Array) -> jax.Array:
+    """`apply_rope` to the last R of the last axis, what is before them as it is.
+
+    Args:
+        x: [..., T, H, D] queries.
+        cos, sin: [..., T, R / 2] from `rope_angles`; no gradient flows to them.
+    """
+    return jax.lax.platform_dependent(x, cos, sin, tpu=turned_by_product, default=turned_by_parts)
+
+
+def turned_by_parts(x: jax.Array, cos: jax.Array, sin: jax.Array) -> jax.Array:
+    """`turn_ends` as it is defined."""
+    start, end = jnp.split(x, [x.shape[-1] - 2 * cos.shape[-1]], axis=-1)
+    return jnp.concatenate([start, apply_rope(end, cos, sin)], axis=-1)
+
+
+def turned_by_product(x: jax.Array, cos: jax.Array, sin: jax.Array) -> jax.Array:
+    """`turn_ends` for TPUs, on which taking pairs apart and together moves all of x several times.
+
+    A product with a matrix of signs brings each of a pair to the other's place; no number changes by it.
+    """
+    pairs, start = cos.shape[-1], x.shape[-1] - 2 * cos.shape[-1]
+    even = np.arange(start, x.shape[-1], 2)
+    signs = np.zeros((x.shape[-1], x.shape[-1]))
+    signs[even + 1, even], signs[even, even + 1] = -1, 1
+    other = jnp.matmul(x, jnp.asarray(signs, x.dtype), precision=jax.lax.Precision.HIGHEST)
+
+    def factors(of_pairs: jax.Array, before: float) -> jax.Array:
+        """[..., T, 1, D]."""
+        unturned = jnp.full((*of_pairs.shape[:-1], start), before, of_pairs.dtype)
+        return jnp.concatenate([unturned, jnp.repeat(of_pairs, 2, axis=-1, total_repeat_length=2 * pairs)], axis=-1)[
+            ..., None, :
+        ]
+
+    return (x * factors(cos, 1) + other * factors(sin, 0)).astype(x.dtype)
+
+
+turn_ends.defvjp(
+    lambda x, cos, sin: (turn_ends(x, cos, sin), (cos, sin)),
+    lambda angles, gradient: (turn_ends(gradient, angles[0], -angles[1]), None, None),  # turned back
+)
+
+
 def inverse_frequencies(config: ModelConfig) -> np.ndarray:
     """Radians per position of each pair, [qk_rope_head_dim / 2] in float64.
 
