@@ -6,6 +6,7 @@ import jax
 import jax.numpy as jnp
 from jax.experimental.pallas.ops.tpu import splash_attention as splash
 
+from deepseek_jax.model.layers import with_gradient_apart
 from deepseek_jax.model.products import ATTENDED
 
 BLOCKS = (1024, 512, 256, 128)
@@ -28,7 +29,7 @@ def splash_attention(q: jax.Array, k: jax.Array, v: jax.Array, scale: float, seg
     q, k, v = (_filled(x, whole).swapaxes(1, 2) for x in (q * jnp.asarray(scale, q.dtype), k, v))
     documents = None if segment_ids is None else splash.SegmentIds(*[_filled(segment_ids, whole)] * 2)
     attended: Any = jax.vmap(_kernel(heads, whole, block))(q, k, v, documents)  # an array, unless residuals are asked for
-    return attended.swapaxes(1, 2)[:, :length]
+    return with_gradient_apart(attended.swapaxes(1, 2)[:, :length])
 
 
 def block_size(length: int, dtype: jnp.dtype) -> int:

@@ -58,20 +58,20 @@ class RMSNorm(nn.Module):
         weight = self.param("weight", nn.initializers.ones, (x.shape[-1],), param_dtype(self.config))
         wide = x.astype(widen(x.dtype))
         variance = jnp.mean(jnp.square(wide), axis=-1, keepdims=True)
-        return _with_gradient_apart((wide * jax.lax.rsqrt(variance + self.eps) * weight).astype(x.dtype))
+        return with_gradient_apart((wide * jax.lax.rsqrt(variance + self.eps) * weight).astype(x.dtype))
 
 
 @jax.custom_vjp
-def _with_gradient_apart(x: jax.Array) -> jax.Array:
+def with_gradient_apart(x: jax.Array) -> jax.Array:
     """x, whose gradient is an array of its own.
 
-    XLA for TPUs puts a norm's backward sums behind the product that makes this gradient, which then takes up to twice as
-    long (v5p, 7168 wide, by its own estimate).
+    XLA for TPUs puts sums, of a norm's backward pass or attention's, behind the product that makes this gradient, which then
+    takes up to twice as long (v5p, 7168 wide, by its own estimate).
     """
     return x
 
 
-_with_gradient_apart.defvjp(lambda x: (x, None), lambda _, gradient: (jax.lax.optimization_barrier(gradient),))
+with_gradient_apart.defvjp(lambda x: (x, None), lambda _, gradient: (jax.lax.optimization_barrier(gradient),))
 
 
 class Embedding(nn.Module):
