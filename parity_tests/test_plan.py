@@ -14,6 +14,7 @@ from deepseek_jax.config import load_config
 from deepseek_jax.parallel.sharding import Division, place_batch
 from deepseek_jax.planning import estimate, report, store
 from deepseek_jax.planning.picture import draw
+from deepseek_jax.planning.run import run_figures
 from deepseek_jax.planning.step import CompiledText
 from deepseek_jax.planning.topologies import read_topology
 from deepseek_jax.training.optimizer import make_optimizer
@@ -87,8 +88,8 @@ def test_what_matters_is_in_the_key():
 
 def test_reports_fit_a_terminal(planned, tmp_path):
     found, _, _ = planned
-    step = found.step
-    texts = [report.step_report(found.config, CPU, step), report.run_report(found.config, CPU, found.run, 0.1)]
+    step, run = found.step, run_figures(found.config, CPU, 0.5)
+    texts = [report.step_report(found.config, CPU, step), report.run_report(found.config, CPU, run, 0.1)]
     texts += [report._time(step), report._largest(step)]  # which a CPU's report leaves out
     assert max(len(line) for text in texts for line in text.splitlines()) <= 100
     draw(step, "tiny", tmp_path / "plan.png")
