@@ -18,10 +18,10 @@ import jax.numpy as jnp
 
 from deepseek_jax.checkpoint.forms import FORMS, tensor_specs
 from deepseek_jax.config import Config, ModelConfig
-from deepseek_jax.model.transformer import DeepseekV3
 from deepseek_jax.parallel.sharding import names
 from deepseek_jax.parallel.summary import readable_bytes
 from deepseek_jax.training.optimizer import make_optimizer
+from deepseek_jax.training.step import init_variables
 
 MTP = "mtp"
 PROJECTIONS, CORE = "attention/projections", "attention/core"
@@ -269,8 +269,7 @@ def _trained(flops: Flops) -> int:
 @cache
 def _variables(model: ModelConfig) -> dict[str, Any]:
     """Shapes of the parameters and biases."""
-    tokens = jax.ShapeDtypeStruct((1, 1 + model.num_nextn_predict_layers), jnp.int32)
-    return jax.eval_shape(DeepseekV3(model).init, jax.random.key(0), tokens)
+    return jax.eval_shape(lambda: init_variables(model, seed=0))
 
 
 def _weights(model: ModelConfig) -> list[tuple[tuple[str, ...], int]]:
