@@ -28,7 +28,7 @@ from deepseek_jax.generate import Generator, check_sampling, load_run
 from deepseek_jax.planning.figures import ParameterCount, count_parameters
 from deepseek_jax.precision.fp8 import require_fp8
 from deepseek_jax.train import Interrupted, train
-from deepseek_jax.training.fitting import History, plan_run
+from deepseek_jax.training.fitting import History, plan_run, trainer_fields
 from deepseek_jax.training.step import init_variables
 
 
@@ -142,6 +142,9 @@ class DeepSeekTrainer:
             on the texts if it has none.
         precision: of the products with weights, such as "bfloat16" or "fp8"; None leaves the model's.
         fields: more fields of `TrainConfig`, such as warmup_steps=100 or weight_decay=0.01.
+
+    Raises:
+        ConfigError: for a field that `train` is given.
     """
 
     def __init__(
@@ -153,7 +156,7 @@ class DeepSeekTrainer:
         **fields: Any,
     ):
         self.model, self._tokenizer = model, tokenizer
-        self._precision, self._fields = precision, {"learning_rate": learning_rate, **fields}
+        self._precision, self._fields = precision, trainer_fields(learning_rate, fields)
 
     def train(
         self,

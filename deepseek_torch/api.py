@@ -21,7 +21,7 @@ from deepseek_jax.config import ModelConfig
 from deepseek_jax.config.sizes import model_from
 from deepseek_jax.data.texts import as_prompts, continued
 from deepseek_jax.data.tokenizer import end_of_document_id, load_tokenizer
-from deepseek_jax.training.fitting import History, plan_run
+from deepseek_jax.training.fitting import History, plan_run, trainer_fields
 from deepseek_jax.training.plot import plot_run
 from deepseek_torch.generate import check_sampling, generate, model_directory
 from deepseek_torch.model.transformer import DeepseekV3
@@ -130,6 +130,9 @@ class DeepSeekTrainer:
             on the texts if it has none.
         precision: of the products with weights, such as "bfloat16" or "fp8"; None leaves the model's.
         fields: more fields of `TrainConfig`, such as warmup_steps=100 or weight_decay=0.01.
+
+    Raises:
+        ConfigError: for a field that `train` is given.
     """
 
     def __init__(
@@ -141,7 +144,7 @@ class DeepSeekTrainer:
         **fields: Any,
     ):
         self.model, self._tokenizer = model, tokenizer
-        self._precision, self._fields = precision, {"learning_rate": learning_rate, **fields}
+        self._precision, self._fields = precision, trainer_fields(learning_rate, fields)
 
     def train(
         self,

@@ -178,6 +178,14 @@ def test_what_cannot_be_trained_on_is_one_line(tmp_path, changes, complaint):
     with pytest.raises(UserError, match=complaint) as error:
         plan_run(**usual | changes, epochs=1, save_path=tmp_path / "run", fits_vocabulary=False)
     assert "\n" not in str(error.value)
+    assert "train" not in changes or not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize(("field", "word"), [("batch_size", "batch_size"), ("sequence_length", "max_length")])
+def test_a_trainer_is_not_made_with_what_train_would_replace(field, word):
+    for package in (deepseek_jax, deepseek_torch):
+        with pytest.raises(ConfigError, match=f"^DeepSeekTrainer: {field} is said to its train\\(\\), as {word}=$"):
+            package.DeepSeekTrainer(package.DeepSeekModel("tiny"), **{field: 8})
 
 
 def test_a_tokenizer_stays_as_it_is():

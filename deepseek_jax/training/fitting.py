@@ -16,6 +16,19 @@ from deepseek_jax.training.plot import PLOT_FILE
 HELD_OUT_BYTES_PER_TOKEN = 6
 """More than a token has, so that a part held out is long enough for a sequence."""
 VOCABULARY_MULTIPLE = 128
+GIVEN_TO_TRAIN = {"batch_size": "batch_size", "sequence_length": "max_length"}
+"""Fields of `TrainConfig` that a trainer's `train` has words for."""
+
+
+def trainer_fields(learning_rate: float, fields: Mapping[str, Any]) -> dict[str, Any]:
+    """Fields of `TrainConfig` that a trainer is made with.
+
+    Raises:
+        ConfigError: when its `train` would replace one of them.
+    """
+    for name in GIVEN_TO_TRAIN.keys() & fields:
+        raise ConfigError(f"DeepSeekTrainer: {name} is said to its train(), as {GIVEN_TO_TRAIN[name]}=")
+    return {"learning_rate": learning_rate, **fields}
 
 
 def plan_run(
@@ -42,6 +55,7 @@ def plan_run(
     length, context = train["sequence_length"], model.max_position_embeddings
     if length > context:
         raise ConfigError(f"max_length={length}: the model's max_position_embeddings is {context}")
+    from_mapping({"model": dataclasses.asdict(model), "train": train}, where="DeepSeekTrainer")  # before anything is written
     run_dir = _free_directory() if save_path is None else Path(save_path)
     if (run_dir / METRICS_FILE).exists():
         raise ConfigError(f"save_path={run_dir}: holds a run already; give another, or go on with its model, which "
