@@ -13,6 +13,7 @@ import pytest
 from deepseek_jax.config import load_config
 from deepseek_jax.parallel.sharding import Division, place_batch
 from deepseek_jax.planning import estimate, report, store
+from deepseek_jax.planning.depth import carried_on
 from deepseek_jax.planning.picture import draw
 from deepseek_jax.planning.run import run_figures
 from deepseek_jax.planning.step import CompiledText
@@ -99,7 +100,7 @@ def test_reports_fit_a_terminal(planned, tmp_path):
 def test_figures_are_carried_on_in_a_straight_line(planned):
     step = planned[0].step
     more = dataclasses.replace(step, seconds=step.seconds + 2, temporary_bytes=step.temporary_bytes + 10)
-    further = estimate._carried_on(step, more, 5)
+    further = carried_on(step, more, 5)
     assert further.seconds == pytest.approx(step.seconds + 2 * 6)
     assert further.temporary_bytes == step.temporary_bytes + 10 * 6
     assert (further.argument_bytes, further.memory_bytes) == (step.argument_bytes, step.memory_bytes)
@@ -111,7 +112,7 @@ def test_figures_are_carried_on_in_a_straight_line(planned):
         (["--config", "tiny", "--topology", "v9:8"], "known are v5e"),
         (["--config", "tiny", "--search"], "--search: needs --topology"),
         (["--config", "tiny", "--topology", "cpu:8", "parallel.expert=3", "parallel.data=-1"], "parallel"),
-        (["--config", "tiny", "--topology", "cpu:8", "--layers", "9", "train.batch_size=8"], "--layers 9: must be from"),
+        (["--config", "tiny", "--topology", "cpu:8", "--layers", "9", "train.batch_size=8"], "--layers 9: must be one of 3"),
     ],
 )
 def test_mistakes_are_one_line(words, told):

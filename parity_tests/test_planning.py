@@ -12,6 +12,7 @@ from deepseek_jax.config import ConfigError, load_config
 from deepseek_jax.planning.buffers import fullest_moment
 from deepseek_jax.planning.collectives import collectives, describe
 from deepseek_jax.planning.costs import Costs
+from deepseek_jax.planning.depth import fewer_layers, fullest_at_depth
 from deepseek_jax.planning.kernels import kernel_name, kernel_work
 from deepseek_jax.planning.links import Links
 from deepseek_jax.planning.machines import KERNEL_SHARE, MACHINES
@@ -206,8 +207,53 @@ def test_fullest_moment_of_a_known_program():
     """While `beside` is made, what was gathered from is alive, and what it is gathered into."""
     found = fullest_moment(Program(PROGRAM))
     piece = 8 * 128 * 4
-    assert found.bytes == 8 * piece + piece + piece  # gathered; `y`, of the loop; `beside`
+    assert found.bytes == 8 * piece + piece  # gathered, and its source; `beside` and `y` lie in the argument's place
     assert (found.buffers[0].array, found.buffers[0].bytes) == ("f32[64,128]", 8 * piece)
+
+
+STACKS = """HloModule jit_train_step, is_scheduled=true
+
+%body (p: (s32[], f32[L,8,128], f32[8,128])) -> (s32[], f32[L,8,128], f32[8,128]) {{
+  %p = (s32[], f32[L,8,128]{{2,1,0}}, f32[8,128]{{1,0}}) parameter(0)
+  %i = s32[] get-tuple-element(%p), index=0
+  %sums = f32[L,8,128]{{2,1,0}} get-tuple-element(%p), index=1
+  %x = f32[8,128]{{1,0}} get-tuple-element(%p), index=2
+  %made = f32[L,8,128]{{2,1,0}} broadcast(%x), dimensions={{1,2}}
+  %twice = f32[2,8,128]{{2,1,0}} broadcast(%x), dimensions={{1,2}}, metadata={{op_name="twice"}}
+  %y = f32[8,128]{{1,0}} reduce(%twice), dimensions={{0}}
+  %added = f32[L,8,128]{{2,1,0}} add(%sums, %made)
+  ROOT %r = (s32[], f32[L,8,128]{{2,1,0}}, f32[8,128]{{1,0}}) tuple(%i, %added, %y)
+}}
+
+ENTRY %main (x: f32[8,128], i: s32[]) -> f32[8,128] {{
+  %a = f32[8,128]{{1,0}} parameter(0)
+  %n = s32[] parameter(1)
+  %wide = f32[9,8,128]{{2,1,0}} broadcast(%a), dimensions={{1,2}}
+  %b = f32[8,128]{{1,0}} reduce(%wide), dimensions={{0}}
+  %zeros = f32[L,8,128]{{2,1,0}} broadcast(%n), dimensions={{}}
+  %t = (s32[], f32[L,8,128]{{2,1,0}}, f32[8,128]{{1,0}}) tuple(%n, %zeros, %b)
+  %loop = (s32[], f32[L,8,128]{{2,1,0}}, f32[8,128]{{1,0}}) while(%t), condition=%c, body=%body
+  ROOT %last = f32[8,128]{{1,0}} get-tuple-element(%loop), index=2
+}}
+"""
+
+
+def test_fewer_layers_make_stacks_one_shorter():
+    config = load_config("large_671b", ["parallel.pipe=4", "parallel.pipe_interleave=2", "parallel.data=1"])
+    assert [each.model.num_hidden_layers for each in fewer_layers(config, 27)] == [19, 27]
+    with pytest.raises(ConfigError, match="--layers 20: must be one of 19, 27, 35, 43, 51, 59, for this model and mesh"):
+        fewer_layers(config, 20)
+
+
+def test_a_few_layers_peak_elsewhere_than_many():
+    """Two layers need the most where nine rows are made; forty where a stack is added to another, in its place."""
+    piece = 8 * 128 * 4
+    fewer, more = (Program(STACKS.format().replace("L", str(layers))) for layers in (1, 2))
+    assert fullest_moment(more).bytes == (9 + 1) * piece
+    found = fullest_at_depth(fewer, more, 2, 38)
+    assert found.bytes == (40 + 1 + 40 + 2 + 1) * piece  # what the loop carries, and `made`, `twice`, `y`
+    assert [buffer.array for buffer in found.buffers[:2]] == ["f32[40,8,128]"] * 2
+    assert found.buffers[2].array == "f32[2,8,128]"  # no stack: it is the same with one layer
 
 
 @pytest.mark.parametrize(

@@ -9,6 +9,7 @@ from deepseek_jax.config import Config, ConfigError
 from deepseek_jax.implementations import choose
 from deepseek_jax.parallel.mesh import make_mesh, resolve
 from deepseek_jax.parallel.pipeline import bubble
+from deepseek_jax.planning.depth import at_depth, fewer_layers, stacked
 from deepseek_jax.planning.run import RunFigures, accumulated, run_figures
 from deepseek_jax.planning.step import CompiledText, StepFigures, compile_text, read_step
 from deepseek_jax.planning.store import keep, kept
@@ -67,12 +68,6 @@ def compiled(config: Config, topology: Topology, tell: Tell) -> CompiledText:
     return text
 
 
-def _from_before(config: Config, topology: Topology) -> Estimate | None:
-    config = arranged(config, topology)
-    text = kept(config, topology.name, compiler_versions())
-    return None if text is None else _read(config, topology, text)
-
-
 def _read(config: Config, topology: Topology, text: CompiledText) -> Estimate:
     """The plan of an arranged config from its compiled step."""
     step = read_step(text, make_mesh(config.parallel, make_devices(topology)), topology, even_rows(config))
@@ -108,49 +103,23 @@ def parallel_size(config: Config) -> int:
 
 
 def extrapolated(config: Config, topology: Topology, tell: Tell, layers: int) -> Estimate:
-    """A plan from two compilations with `layers` and one fewer, every figure carried on in a straight line to all layers.
+    """A plan from two compilations of `layers` layers and of fewer, carried on to all.
 
     Raises:
-        ConfigError: as `estimate`; or the model has no such number of layers.
+        ConfigError: as `estimate`; or `depth.fewer_layers` can't have so many.
     """
-    model = config.model
-    least = model.first_k_dense_replace + 2
-    if not least <= layers < model.num_hidden_layers:
-        raise ConfigError(f"--layers {layers}: must be from {least} to {model.num_hidden_layers - 1} for this model")
-    fewer, more = (
-        estimate(dataclasses.replace(config, model=dataclasses.replace(model, num_hidden_layers=n)), topology, tell)
-        for n in (layers - 1, layers)
-    )
-    step = _carried_on(fewer.step, more.step, model.num_hidden_layers - layers)
-    whole = _from_before(config, topology)
-    if whole is not None:
-        time, memory = step.seconds / whole.step.seconds - 1, step.needed_bytes / whole.step.needed_bytes - 1
+    whole = arranged(config, topology)
+    shallow = [arranged(each, topology) for each in fewer_layers(whole, layers)]
+    texts = [compiled(each, topology, tell) for each in shallow]
+    fewer, more = ((text, _read(each, topology, text).step) for each, text in zip(shallow, texts))
+    stack = stacked(shallow[1])
+    step = at_depth(fewer, more, stack, stacked(whole) - stack)
+    before = kept(whole, topology.name, compiler_versions())
+    if before is not None:
+        known = _read(whole, topology, before).step
+        time, memory = step.seconds / known.seconds - 1, step.needed_bytes / known.needed_bytes - 1
         tell(f"all layers were compiled before: this extrapolation is off by {time:+.1%} in time and {memory:+.1%} in memory")
-    return _estimate(arranged(config, topology), topology, step)
-
-
-def _carried_on(fewer: Any, more: Any, further: int) -> Any:
-    """`more` and `further` times what it has more than `fewer`, number by number; rows that only one has stay as they are."""
-    if isinstance(more, bool | str) or more is None:
-        return more
-    if isinstance(more, int | float):
-        return type(more)(max(more + further * (more - fewer), 0))
-    if dataclasses.is_dataclass(more) and not isinstance(more, type):
-        same = ("memory_bytes", "compile_seconds", "slowest", "kernels", "fullest", "unknown_kernels", "open_loops")
-        changed = {
-            f.name: _carried_on(getattr(fewer, f.name), getattr(more, f.name), further)
-            for f in dataclasses.fields(more)
-            if f.name not in same
-        }
-        return dataclasses.replace(more, **changed)
-    if isinstance(more, list):
-        by_key = {_key(row): row for row in fewer}
-        return [_carried_on(by_key[_key(row)], row, further) if _key(row) in by_key else row for row in more]
-    return more
-
-
-def _key(row: Any) -> tuple:
-    return tuple(value for value in dataclasses.astuple(row) if isinstance(value, str | tuple))
+    return _estimate(whole, topology, step)
 
 
 def too_large(error: Exception, topology: Topology) -> Exception:

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from deepseek_jax.config import Config
-from deepseek_jax.planning.buffers import fullest_moment
+from deepseek_jax.planning.buffers import Fullest, fullest_moment
 from deepseek_jax.planning.collectives import describe
 from deepseek_jax.planning.costs import Costs
 from deepseek_jax.planning.links import Links
@@ -152,11 +152,13 @@ def read_step(compiled: CompiledText, mesh: Any, topology: Topology, even_rows: 
         sorted({entry.kernel for entry in timeline.entries if not entry.is_known}),
         sorted(timeline.open_loops),
         fullest.bytes,
-        [
-            Line(buffer.array, f"{buffer.part.name}, {buffer.part.of_pass}", buffer.bytes)
-            for buffer in fullest.buffers[:LARGEST]
-        ],
+        lines_of(fullest),
     )
+
+
+def lines_of(fullest: Fullest) -> list[Line]:
+    """The largest arrays of a moment."""
+    return [Line(each.array, f"{each.part.name}, {each.part.of_pass}", each.bytes) for each in fullest.buffers[:LARGEST]]
 
 
 def timeline_of(program: Program, mesh: Any, topology: Topology, even_rows: int | None) -> Timeline:
