@@ -1,11 +1,13 @@
 """A loop over layers, whose gradients are written into memory that holds nothing yet."""
 
+from functools import partial
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from deepseek_jax.model.layer_loop import run_layers
+from deepseek_jax.model.layer_loop import begin_sums, end_sums, run_chunk, run_layers
 from deepseek_jax.model.products import PRODUCT, keep, policy
 
 LAYERS, WIDTH = 3, 4
@@ -77,3 +79,43 @@ def test_weights_are_not_kept_twice():
     (loop,) = [equation for equation in program.jaxpr.eqns if equation.primitive.name == "scan"]
     stacked = [out.aval.shape for out in loop.outvars[loop.params["num_carry"] :]]
     assert (LAYERS, 2, WIDTH) in stacked and (LAYERS, WIDTH, WIDTH) not in stacked
+
+
+def in_chunks(again, params, x, bias, order=(1, 0, 1, 1)):
+    """Layers of two chunks, visited in an order, as a pipeline's stage does; and their own numbers."""
+    params = jax.tree.map(lambda leaf: jnp.stack([leaf, 2 * leaf]), params)
+
+    def tick(state, chunk):
+        x, sums, output = run_chunk(layer, again, params, state[1], chunk, state[0], bias)
+        return (x, sums), output
+
+    (x, sums), outputs = jax.lax.scan(tick, (x, begin_sums(params, bias.dtype)), jnp.array(order))
+    return end_sums(x, sums), outputs
+
+
+@pytest.mark.parametrize("remat", ["none", "products", "full"])
+def test_gradients_of_chunks_add_up(remat, x64):
+    """Over all ticks that come by, in float64; and with rematerialisation no tick keeps weights."""
+    params, x, bias = arrays(jnp.float64)
+
+    def again(layer):
+        return layer if remat == "none" else jax.checkpoint(layer, policy=policy(remat))
+
+    def plainly(params, x, bias, order=(1, 0, 1, 1)):
+        outputs = []
+        for chunk in order:
+            x, output = one_by_one(layer, jax.tree.map(lambda leaf, chunk=chunk: (1 + chunk) * leaf, params), None, x, bias)
+            outputs.append(output)
+        return x, jnp.stack(outputs)
+
+    def loss(run, *args):
+        x, outputs = run(*args, bias)
+        return jnp.sum(x**2) + jnp.sum(outputs)
+
+    found, expected = (jax.grad(partial(loss, run), argnums=(0, 1))(params, x) for run in (partial(in_chunks, again), plainly))
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-13, atol=1e-13), found, expected)
+    program = jax.make_jaxpr(lambda params, x: jax.vjp(lambda *a: in_chunks(again, *a, bias), params, x)[0])(params, x)
+    loops = [equation for equation in program.jaxpr.eqns if equation.primitive.name == "scan"]
+    stacked = {out.aval.shape for loop in loops for out in loop.outvars[loop.params["num_carry"] :]}
+    assert (4, LAYERS, 2, WIDTH) in stacked
+    assert ((4, LAYERS, WIDTH, WIDTH) in stacked) == (remat == "none")

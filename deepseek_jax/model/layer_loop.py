@@ -1,6 +1,7 @@
 """A loop over layers of one kind, whose parameters are stacked, so that compile time does not grow with depth."""
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import jax
@@ -55,6 +56,90 @@ def _write(index: jax.Array, gradients: tuple[Any, Any]) -> tuple[Any, None, Non
 
 
 _with_gradients_in.defvjp(lambda stack, params, index: ((params, stack), index), _write)
+
+
+def run_chunk(
+    layer: Callable[..., tuple[jax.Array, Any]],
+    again: Callable[[Callable], Callable],
+    params: Any,
+    sums: Any,
+    chunk: jax.Array,
+    x: jax.Array,
+    *each: Any,
+) -> tuple[jax.Array, Any, Any]:
+    """Run x through one of several chunks of layers, each of which others go through, too.
+
+    Nothing is kept for the backward pass but what `again` keeps of a layer: its parameters are picked, and added up to
+    their gradients, where they lie.
+
+    Args:
+        layer: as of `run_layers`.
+        again: how the layer is made again in the backward pass, such as `jax.checkpoint`.
+        params: tree of arrays with leading axes of chunks and their layers.
+        sums: what the last chunk returned, or at first `begin_sums`.
+        chunk: number of it.
+        each: trees with an axis of the chunk's layers.
+
+    Returns:
+        The last x, `sums`, and the outputs stacked. After all chunks `x = end_sums(x, sums)`.
+    """
+    known, count = jax.lax.stop_gradient(params), jax.tree.leaves(params)[0].shape[1]
+
+    @again
+    def picked(known: Any, sums: Any, place: tuple, x: jax.Array, *each: Any) -> tuple[tuple[jax.Array, Any], Any]:
+        own, sums = _with_sums_in(sums, jax.tree.map(partial(_pick, place), known), place)
+        x, output = layer(own, x, *each)
+        return (x, sums), output
+
+    def one(state: tuple[jax.Array, Any], own: tuple[jax.Array, tuple]) -> tuple[tuple[jax.Array, Any], Any]:
+        (x, sums), (index, each) = state, own
+        return picked(known, sums, (chunk, index), x, *each)
+
+    (x, sums), outputs = jax.lax.scan(one, (x, sums), (jnp.arange(count, dtype=chunk.dtype), each))
+    return x, sums, outputs
+
+
+def begin_sums(params: Any, dtype: jnp.dtype) -> Any:
+    """What stands for the sums of the parameters' gradients, backwards, in the type in which they are summed."""
+    return jax.tree.map(lambda leaf: leaf.astype(dtype), params)
+
+
+def _pick(place: tuple, leaf: jax.Array) -> jax.Array:
+    depth = len(place)
+    start = (*place, *[jnp.zeros_like(place[0])] * (leaf.ndim - depth))
+    return jax.lax.dynamic_slice(leaf, start, (*[1] * depth, *leaf.shape[depth:])).reshape(leaf.shape[depth:])
+
+
+@jax.custom_vjp
+def _with_sums_in(sums: Any, params: Any, place: tuple) -> tuple[Any, Any]:
+    """The parameters of a layer, whose gradients are added to `sums`, at its place; and `sums` as it is."""
+    return params, sums
+
+
+def _add(place: tuple, gradients: tuple[Any, Any]) -> tuple[Any, None, None]:
+    own, sums = gradients
+
+    def added(sums: jax.Array, own: jax.Array) -> jax.Array:
+        start = (*place, *[jnp.zeros_like(place[0])] * own.ndim)
+        total = _pick(place, sums) + own.astype(sums.dtype)
+        return jax.lax.dynamic_update_slice(sums, total.reshape(*[1] * len(place), *own.shape), start)
+
+    return jax.tree.map(added, sums, own), None, None
+
+
+_with_sums_in.defvjp(lambda sums, params, place: ((params, sums), place), _add)
+
+
+@jax.custom_vjp
+def end_sums(x: jax.Array, sums: Any) -> jax.Array:
+    """x; where the backward pass comes by, `sums` are zero."""
+    return x
+
+
+end_sums.defvjp(
+    lambda x, sums: (x, jax.tree.map(lambda leaf: jnp.zeros((0, *leaf.shape), leaf.dtype), sums)),
+    lambda like, gradient: (gradient, jax.tree.map(lambda leaf: jnp.zeros(leaf.shape[1:], leaf.dtype), like)),
+)
 
 
 @jax.custom_vjp

@@ -13,7 +13,7 @@ import jax.numpy as jnp
 
 from deepseek_jax.config import ModelConfig
 from deepseek_jax.model.block import Block, BlockOutput
-from deepseek_jax.model.layer_loop import run_layers
+from deepseek_jax.model.layer_loop import begin_sums, end_sums, run_chunk, run_layers
 from deepseek_jax.model.layers import Embedding, Linear, RMSNorm, compute_dtype, param_dtype
 from deepseek_jax.model.mtp import MTP_FORMS
 from deepseek_jax.model.products import policy
@@ -122,20 +122,23 @@ class DeepseekV3(nn.Module):
         rounds, size = x.shape[0] // parallel.microbatch_size, parallel.microbatch_size
         layers = assign_layers(c.num_hidden_layers - c.first_k_dense_replace, parallel)
         present = (jnp.asarray(layers) != ABSENT)[jax.lax.axis_index("pipe")]
-        # In the parameters' type, in which the ticks' gradients are summed.
-        variables = {kind: jax.tree.map(lambda leaf: leaf.astype(param_dtype(c)).reshape(*layers.shape[1:], *leaf.shape[1:]),
-                                        tree[PIPELINED])
-                     for kind, tree in self.variables.items() if PIPELINED in tree}  # fmt: skip
-        shared = jax.tree.map(lambda leaf: leaf[:size], (rope, positions))
+        params, biases = (
+            jax.tree.map(
+                lambda leaf: leaf.reshape(*layers.shape[1:], *leaf.shape[1:]), self.variables.get(kind, {})[PIPELINED]
+            )
+            for kind in ("params", ROUTER_STATE)
+        )
+        layer = self._layer(PIPELINED, *jax.tree.map(lambda leaf: leaf[:size], (rope, positions)))
 
-        def chunk(number: jax.Array, state: jax.Array) -> tuple[jax.Array, tuple[jax.Array, Any]]:
-            own = jax.tree.map(lambda leaf: leaf[number], variables)
-            state, output = self._run_layers(PIPELINED, shared, own["params"], state, own[ROUTER_STATE], None)
+        def chunk(number: jax.Array, state: jax.Array, sums: Any) -> tuple[jax.Array, Any, tuple[jax.Array, Any]]:
+            own = jax.tree.map(lambda leaf: leaf[number], biases)
+            state, sums, output = run_chunk(layer, self._again, params, sums, number, state, own, None)
             means = output.balance_loss, output.dropped
-            return state, (output.counts, jax.tree.map(lambda mean: jnp.where(present[number], mean, 0), means))
+            return state, sums, (output.counts, jax.tree.map(lambda mean: jnp.where(present[number], mean, 0), means))
 
         inputs = x.reshape(rounds, size, *x.shape[1:])
-        outputs, (counts, means) = run_pipeline(chunk, inputs, parallel)
+        outputs, sums, (counts, means) = run_pipeline(chunk, inputs, begin_sums(params, param_dtype(c)), parallel)
+        outputs = end_sums(outputs, sums)
         own_layers = partial(jax.tree.map, lambda leaf: leaf.reshape(-1, *leaf.shape[2:]))
         # Each of the rounds brought one micro-batch of every stage's: that many shares of the mean over sequences.
         counts, means = own_layers((counts, jax.tree.map(lambda mean: mean / rounds, means)))
@@ -157,10 +160,10 @@ class DeepseekV3(nn.Module):
             return gradient_type(self.division, self.config, (name, *(key.key for key in path)), leaf.dtype)
 
         types = jax.tree_util.tree_map_with_path(narrowed, params)
-        return run_layers(self._layer(name, *shared), params, types, x, *each)
+        return run_layers(self._again(self._layer(name, *shared)), params, types, x, *each)
 
     def _layer(self, name: str, rope: tuple[jax.Array, jax.Array], positions: jax.Array) -> Callable[..., Any]:
-        """One of the layers called `name` for `run_layers`: made again in the backward pass if so configured."""
+        """One of the layers called `name`."""
         c, division = self.config, self.division
         kind, fields = self._kind(name)
         module = kind(**fields, parent=None)
@@ -171,9 +174,12 @@ class DeepseekV3(nn.Module):
             with jax.named_scope(name):
                 return module.apply({"params": params, ROUTER_STATE: biases}, x, rope, positions, each)
 
-        if c.remat == "none":
-            return layer
-        return jax.checkpoint(layer, prevent_cse=False, policy=policy(c.remat))
+        return layer
+
+    def _again(self, layer: Callable) -> Callable:
+        """The layer, made again in the backward pass if so configured."""
+        remat = self.config.remat
+        return layer if remat == "none" else jax.checkpoint(layer, prevent_cse=False, policy=policy(remat))
 
     def _initial(self, name: str, count: int) -> nn.Module:
         """Makes the variables of so many layers called `name`, with a leading axis for the layers."""
