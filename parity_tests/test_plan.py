@@ -16,6 +16,7 @@ from deepseek_jax.planning import estimate, report, store
 from deepseek_jax.planning.depth import carried_on
 from deepseek_jax.planning.picture import draw
 from deepseek_jax.planning.run import run_figures
+from deepseek_jax.planning.search import candidates
 from deepseek_jax.planning.step import CompiledText
 from deepseek_jax.planning.topologies import read_topology
 from deepseek_jax.training.optimizer import make_optimizer
@@ -104,6 +105,12 @@ def test_figures_are_carried_on_in_a_straight_line(planned):
     assert further.seconds == pytest.approx(step.seconds + 2 * 6)
     assert further.temporary_bytes == step.temporary_bytes + 10 * 6
     assert (further.argument_bytes, further.memory_bytes) == (step.argument_bytes, step.memory_bytes)
+
+
+def test_parts_are_part_of_a_search():
+    """A preset's own number of parts may divide the batch on its own mesh alone."""
+    found = candidates(load_config("tiny", ["train.batch_size=8", "train.gradient_accumulation_steps=8"]), CPU)
+    assert "fsdp=2 expert=4, remat=full, 1 parts" in [one.name for one in found]
 
 
 @pytest.mark.parametrize(

@@ -29,6 +29,13 @@ MODELS = (
     Model("mini", "8 to 16 GB", "h100:1"),
     Model("small", "24 to 40 GB", "h100:8"),
     Model("medium", "40 to 80 GB", "h100:8x8"),
+    Model(
+        "large_671b",
+        "8 to 16 x 80 GB",
+        "h100:256x8",
+        ("parallel.pipe=16", "parallel.pipe_interleave=2", "parallel.expert=64", "train.batch_size=16384",
+         "train.batch_size_start=null"),
+    ),
 )  # fmt: skip
 
 

@@ -6,6 +6,7 @@ only has to bring the right few to the compiler.
 """
 
 import dataclasses
+import itertools
 from collections.abc import Callable, Iterator
 from functools import partial
 from typing import Any, NamedTuple
@@ -43,10 +44,10 @@ class Candidate(NamedTuple):
 
     @property
     def name(self) -> str:
-        """Its mesh and rematerialisation."""
+        """Its mesh, rematerialisation and accumulation parts."""
         sizes = {axis: getattr(self.config.parallel, axis) for axis in MESH_AXES}
         mesh = " ".join(f"{axis}={size}" for axis, size in sizes.items() if size > 1) or "one device"
-        return f"{mesh}, remat={self.config.model.remat}"
+        return f"{mesh}, remat={self.config.model.remat}, {self.config.train.gradient_accumulation_steps} parts"
 
 
 def search(config: Config, topology: Topology, tell: Callable[[str], None]) -> dict[str, Any]:
@@ -105,26 +106,31 @@ def _compiled(best: list[Candidate], topology: Topology) -> list[tuple[Candidate
 
 
 def candidates(config: Config, topology: Topology) -> list[Candidate]:
-    """Every mesh of so many devices, with each rematerialisation, that the model and the batch can be divided by."""
+    """Every mesh of so many devices, with each rematerialisation, that the model and the batch can be divided by.
+
+    In as many accumulation parts as the config names, and in as many as leave a device one sequence at a time.
+    """
     devices = make_devices(topology)
     state = jax.eval_shape(partial(init_state, config))
-    found = []
+    found: dict[str, Candidate] = {}
     for sizes in _meshes(topology.devices):
-        for remat in REMATS:
+        for remat, parts in itertools.product(REMATS, {config.train.gradient_accumulation_steps, 1}):
             changed = dataclasses.replace(
                 config,
                 model=dataclasses.replace(config.model, remat=remat),
+                train=dataclasses.replace(config.train, gradient_accumulation_steps=parts),
                 parallel=dataclasses.replace(config.parallel, **sizes),
             )
             try:
                 resolve(changed, topology.devices)
             except ConfigError:
                 continue
-            found.append(_rough(arranged(changed, topology), topology, devices, state))
+            one = _rough(arranged(changed, topology), topology, devices, state)
+            found[one.name] = one
     if not found:
         resolve(config, topology.devices)
         raise ConfigError(f"--topology {topology.name}: no mesh of {topology.devices} devices divides this model and batch")
-    return found
+    return list(found.values())
 
 
 def _meshes(devices: int) -> Iterator[dict[str, Any]]:
