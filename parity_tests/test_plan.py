@@ -109,8 +109,9 @@ def test_figures_are_carried_on_in_a_straight_line(planned):
 
 def test_parts_are_part_of_a_search():
     """A preset's own number of parts may divide the batch on its own mesh alone."""
-    found = candidates(load_config("tiny", ["train.batch_size=8", "train.gradient_accumulation_steps=8"]), CPU)
-    assert "fsdp=2 expert=4, remat=full, 1 parts" in [one.name for one in found]
+    found = candidates(load_config("tiny", ["train.batch_size=16", "train.gradient_accumulation_steps=16"]), CPU)
+    one, two = [next(each for each in found if each.name == f"fsdp=2 expert=4, remat=full, {n} parts") for n in (1, 2)]
+    assert one.bytes > two.bytes and one.seconds < two.seconds
 
 
 @pytest.mark.parametrize(
