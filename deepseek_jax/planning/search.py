@@ -174,9 +174,11 @@ def _rough(config: Config, topology: Topology, devices: list, state: Any) -> Can
     parts = flops_by_part(model, train.sequence_length).values()
     flops = sum(part.forward + part.backward + (0 if model.remat == "products" else part.again) for part in parts)
     products = flops * sequences * train.sequence_length / (ROUGH_SHARE * machine.bf16_flops)
+    times = train.gradient_accumulation_steps
     if parallel.pipe > 1:
-        moe = model.num_hidden_layers - model.first_k_dense_replace
-        products /= 1 - bubble(moe, parallel, at_once // parallel.microbatch_size)
+        moe, rounds = model.num_hidden_layers - model.first_k_dense_replace, at_once // parallel.microbatch_size
+        products /= 1 - bubble(moe, parallel, rounds)
+        times *= rounds * parallel.pipe
 
     links = Links(mesh, machine, topology.per_host)
 
@@ -194,7 +196,7 @@ def _rough(config: Config, topology: Topology, devices: list, state: Any) -> Can
         + sent("all-gather", "data", 3 * all_weights)
         + sent("all-to-all", "expert", exchanged)
     )
-    passes = train.gradient_accumulation_steps * (weights + 3 * gradients) / machine.memory_bandwidth
+    passes = times * (weights + 3 * gradients) / machine.memory_bandwidth
     return Candidate(config, products + traffic + passes, int(MARGIN * (held + weights + gradients + activations)))
 
 
