@@ -14,7 +14,7 @@ from deepseek_jax.model.expert_rounds import serve_in_rounds
 from deepseek_jax.model.experts import serve
 from deepseek_jax.model.parcels import next_journey, pack
 from deepseek_jax.model.products import policy
-from deepseek_jax.parallel.exchange import Journey, devices_of_a_token, room_for, send
+from deepseek_jax.parallel.exchange import Hop, Journey, Room, devices_of_a_token, hops_of, send
 from deepseek_jax.parallel.mesh import make_mesh
 from parity_tests.comparison import assert_close
 
@@ -43,10 +43,12 @@ def across_devices(function, *specs):
 def test_rows_arrive_and_come_back(implementation, x64):
     """Where they arrive, what comes back, and gradients; a device's first row stays where there is another for everyone."""
 
+    hop = Hop(DEVICES, 1, 4, 4, 4, Room(ROOM, ROOM))
+
     def there_and_back(rows, sizes, starts):
         journey = Journey(sizes, starts, jnp.cumsum(sizes, axis=0) - sizes)
-        here = send(rows, journey, ROOM, implementation)
-        return here, send(here * here, journey.back(), ROWS, implementation)
+        here = send(rows, journey, hop, ROOM, implementation)
+        return here, send(here * here, journey.back(), hop, ROWS, implementation)
 
     travel = across_devices(there_and_back, CUT, WHOLE, WHOLE)
     pull = jax.jit(lambda cotangent, rows, *journey: jax.vjp(lambda rows: travel(rows, *journey)[1], rows)[1](cotangent)[0])
@@ -99,11 +101,11 @@ ROUTINGS = {
 """And how many rounds they take in room for an even share."""
 
 
-@pytest.mark.parametrize("remat", ["none", "products", "full"])
-def test_every_token_is_served(remat, x64, monkeypatch):
+@pytest.mark.parametrize("remat, hops", [("none", 1), ("products", 1), ("full", 1), ("full", 2)])
+def test_every_token_is_served(remat, hops, x64, monkeypatch):
     """As on one device, gradients too, however many rounds it takes; what lies where no row arrived is not read."""
     monkeypatch.setattr(jax.lax, "empty", lambda shape, dtype: jnp.full(shape, jnp.nan, dtype))
-    parallel = ParallelConfig(data=1, expert=DEVICES, exchange_room=1)
+    parallel = ParallelConfig(data=1, expert=DEVICES, exchange_room=1, exchange_groups=hops)
 
     def served(indices, *inputs):
         def of(x, weights, *projections):
@@ -112,10 +114,11 @@ def test_every_token_is_served(remat, x64, monkeypatch):
         return (of if remat == "none" else jax.checkpoint(of, policy=policy(remat)))(*inputs)
 
     def rounds(indices):
-        parcels, room = pack(MODEL, indices), room_for(MODEL, 1, TOKENS, DEVICES)
+        (hop,) = hops_of(MODEL, dataclasses.replace(parallel, exchange_groups=1), TOKENS)
+        parcels = pack(hop, indices)
 
         def one(state):
-            return state[0] + 1, next_journey(parcels, state[1], room)[1]
+            return state[0] + 1, next_journey(hop, parcels, state[1])[1]
 
         return jax.lax.while_loop(lambda state: jnp.any(state[1] > 0), one, (0, parcels.loads))[0][None]
 

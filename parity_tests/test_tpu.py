@@ -6,7 +6,7 @@ import pytest
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 from deepseek_jax.config import load_config
-from deepseek_jax.parallel.exchange import AXIS, Journey, send
+from deepseek_jax.parallel.exchange import AXIS, Hop, Journey, Room, send
 from deepseek_jax.planning.collectives import collectives
 from deepseek_jax.training.ahead import compile_step
 

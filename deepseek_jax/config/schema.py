@@ -196,6 +196,9 @@ class ParallelConfig:
     exchange_room: float = 1.25
     """For how many tokens a device's experts have room at once, as a multiple of an even share. The others follow in further
     rounds: more room takes memory, and less takes time where routing is uneven."""
+    exchange_groups: int = 1
+    """Groups of neighbours along `expert` with faster links within, such as the hosts that it spans: tokens go once to each
+    group and from there on. By itself a token goes once to each device."""
     exchange: str = "auto"
     """How tokens travel to experts: `ragged` (TPU, GPU) or in `rounds` of equal parts (anywhere); `auto` chooses."""
 

@@ -16,7 +16,7 @@ from deepseek_jax.model.dispatch import combine, dispatch, sort_slots
 from deepseek_jax.model.layers import grouped_feed_forward
 from deepseek_jax.model.parcels import Parcels, next_journey, order_in, pack
 from deepseek_jax.model.products import keep
-from deepseek_jax.parallel.exchange import AXIS, OVERFLOW, Journey, Room, room_for, send
+from deepseek_jax.parallel.exchange import AXIS, OVERFLOW, Hop, Journey, hops_of, send
 from deepseek_jax.precision.narrow import narrow
 
 
@@ -24,7 +24,8 @@ class Setting(NamedTuple):
     """What is known before a program runs."""
 
     config: ModelConfig
-    room: Room
+    hops: tuple[Hop, ...]
+    """That are still to come, the one at hand first."""
     exchange: str
     """Implementation of `send`."""
 
@@ -41,12 +42,17 @@ def serve_in_rounds(
 
     Inside `shard_map` over the axis `expert`, all devices of which serve each other's tokens.
     """
-    x, indices, weights = tokens
-    setting = Setting(config, room_for(config, parallel.exchange_room, x.shape[0], parallel.expert), parallel.exchange)
-    parcels = pack(config, indices)
-    factors = jnp.sum(jnp.where(parcels.holds, weights[:, None, None], 0), axis=3).reshape(parcels.experts.shape)
+    x = tokens[0]
     if config.precision != "fp8":  # float8 codes are made from the weights as they are
         projections = [narrow(projection, x.dtype) for projection in projections]
+    return _hop(Setting(config, hops_of(config, parallel, x.shape[0]), parallel.exchange), tokens, projections)
+
+
+def _hop(setting: Setting, tokens: Sequence[jax.Array], projections: Sequence[jax.Array]) -> jax.Array:
+    """What the experts beyond a hop make of tokens (x, indices, weights)."""
+    x, indices, weights = tokens
+    parcels = pack(setting.hops[0], indices)
+    factors = jnp.sum(jnp.where(parcels.holds, weights[:, None, None], 0), axis=3).reshape(parcels.experts.shape)
     return _serve_all(setting, (x, factors, projections), parcels)
 
 
@@ -56,7 +62,7 @@ def _serve_all(setting: Setting, inputs: Inputs, parcels: Parcels) -> jax.Array:
 
 
 def _forward(setting: Setting, inputs: Inputs, parcels: Parcels) -> tuple[jax.Array, Any]:
-    journey, waiting = next_journey(parcels, parcels.loads, setting.room)
+    journey, waiting = next_journey(setting.hops[0], parcels, parcels.loads)
     served, pull = jax.vjp(partial(_serve, setting, parcels, journey), inputs)
 
     def one_more(served: jax.Array, journey: Journey) -> jax.Array:
@@ -82,29 +88,47 @@ _serve_all.defvjp(_forward, _backward)
 def _while_some_wait(setting: Setting, parcels: Parcels, waiting: jax.Array, start: Any, one_more: Any) -> Any:
     """Fold `one_more(result, journey)` over the rounds that are left."""
 
-    def one_round(state: tuple[jax.Array, Any]) -> tuple[jax.Array, Any]:
-        waiting, result = state
-        journey, waiting = next_journey(parcels, waiting, setting.room)
-        return waiting, one_more(result, journey)
+    hop = setting.hops[0]
+
+    def some_wait(waiting: jax.Array) -> jax.Array:
+        """On any device with which one shares a hop to come: all of them take part in each of its rounds."""
+        some = jnp.any(waiting > 0)
+        return some if len(setting.hops) == 1 else jax.lax.pmax(some.astype(jnp.int32), AXIS) > 0
+
+    def one_round(state: tuple[jax.Array, jax.Array, Any]) -> tuple[jax.Array, jax.Array, Any]:
+        _, waiting, result = state
+        journey, waiting = next_journey(hop, parcels, waiting)
+        return some_wait(waiting), waiting, one_more(result, journey)
 
     with jax.named_scope(OVERFLOW):
-        return jax.lax.while_loop(lambda state: jnp.any(state[0] > 0), one_round, (waiting, start))[1]
+        return jax.lax.while_loop(lambda state: state[0], one_round, (some_wait(waiting), waiting, start))[2]
 
 
 def _serve(setting: Setting, parcels: Parcels, journey: Journey, inputs: Inputs) -> jax.Array:
     """What one round adds to each token, [N, hidden_size]."""
-    (config, room, exchange), (x, factors, projections) = setting, inputs
+    (config, (hop, *further), exchange), (x, factors, projections) = setting, inputs
     labels = jnp.concatenate([parcels.experts.astype(factors.dtype), factors], axis=1)
-    outward = order_in(parcels, journey)
-    rows, labels = (keep(send(dispatch(each, outward), journey, room.parcels, exchange)) for each in (x, labels))
+    outward = order_in(hop, parcels, journey)
+    rows, labels = (keep(send(dispatch(each, outward), journey, hop, hop.room.parcels, exchange)) for each in (x, labels))
 
-    arrived = jnp.arange(room.parcels) < jnp.sum(journey.sizes[:, jax.lax.axis_index(AXIS)])
+    arrived = jnp.arange(hop.room.parcels) < jnp.sum(journey.sizes[:, hop.mine()])
     experts, factors = jnp.split(jnp.where(arrived[:, None], labels, 0), 2, axis=1)
-    experts, number = experts.astype(jnp.int32).reshape(-1) - 1, projections[0].shape[0]
-    order = jax.tree.map(keep, sort_slots(jnp.where(experts < 0, number, experts), number, room.choices))
-    group_sizes = jnp.sum(experts[:, None] == jnp.arange(number), axis=0, dtype=jnp.int32)
-    rows, factors = dispatch(rows, order), dispatch(factors.reshape(-1, 1), order)
-    outputs = combine(grouped_feed_forward(config, rows, factors, group_sizes, projections), order, room.parcels)
-
-    returned = send(outputs, journey.back(), outward.slots.size, exchange)
+    tokens = rows, experts.astype(jnp.int32) - 1, factors
+    if further:
+        outputs = _hop(setting._replace(hops=tuple(further)), tokens, projections)
+    else:
+        outputs = _serve_here(config, hop, tokens, projections)
+    returned = send(outputs, journey.back(), hop, outward.slots.size, exchange)
     return combine(returned, outward, x.shape[0])
+
+
+def _serve_here(
+    config: ModelConfig, hop: Hop, tokens: Sequence[jax.Array], projections: Sequence[jax.Array]
+) -> jax.Array:
+    """What this device's experts make of the tokens that arrived."""
+    (rows, indices, factors), number = tokens, hop.experts
+    experts = indices.reshape(-1)
+    order = jax.tree.map(keep, sort_slots(jnp.where(experts < 0, number, experts), number, hop.room.choices))
+    group_sizes = jnp.sum(experts[:, None] == jnp.arange(number), axis=0, dtype=jnp.int32)
+    chosen, factors = dispatch(rows, order), dispatch(factors.reshape(-1, 1), order)
+    return combine(grouped_feed_forward(config, chosen, factors, group_sizes, projections), order, rows.shape[0])

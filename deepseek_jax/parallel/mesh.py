@@ -25,6 +25,7 @@ def resolve(config: Config, devices: int) -> ParallelConfig:
     parallel = _filled(config, devices)
     model, train = config.model, config.train
     _divides("parallel.expert", parallel.expert, "model.n_routed_experts", model.n_routed_experts)
+    _divides("parallel.exchange_groups", parallel.exchange_groups, "parallel.expert", parallel.expert)
     layers, stages = model.num_hidden_layers - model.first_k_dense_replace, parallel.pipe * parallel.pipe_interleave
     if parallel.pipe > 1 and stages > layers:
         raise ConfigError(

@@ -7,7 +7,7 @@ import jax
 import numpy as np
 
 from deepseek_jax.config import Config, ModelConfig
-from deepseek_jax.parallel.exchange import devices_of_a_token, room_for
+from deepseek_jax.parallel.exchange import hops_of
 from deepseek_jax.parallel.pipeline import assign_layers, bubble
 from deepseek_jax.parallel.sharding import PIPELINED, Division, Place, bytes_per_device
 from deepseek_jax.parallel.weights import layer_axes, step_type
@@ -46,11 +46,12 @@ def _exchange(config: Config, division: Division) -> str:
     parallel, model, train = division.parallel, config.model, config.train
     sequences = train.batch_size // train.gradient_accumulation_steps // division.mesh.size
     tokens = (parallel.microbatch_size if parallel.pipe > 1 else sequences) * train.sequence_length
-    room = room_for(model, parallel.exchange_room, tokens, parallel.expert)
-    reached = devices_of_a_token(model, parallel.expert)
+    hops = hops_of(model, parallel, tokens)
+    reached, room = min(model.num_experts_per_tok, math.prod(hop.parcels for hop in hops)), hops[-1].room
+    first = f"{hops[0].parcels} groups and on to " if len(hops) > 1 else ""
     return (
-        f"  {tokens:,} tokens at a time go to {reached} devices each at most; a device has room for {room.parcels:,} of them "
-        f"and {room.choices:,} choices of its experts, and what finds none follows"
+        f"  {tokens:,} tokens at a time go to {first}{reached} devices each at most; a device has room for {room.parcels:,} of "
+        f"them and {room.choices:,} choices of its experts, and what finds none follows"
     )
 
 
