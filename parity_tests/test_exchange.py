@@ -16,6 +16,7 @@ from deepseek_jax.model.parcels import next_journey, pack
 from deepseek_jax.model.products import policy
 from deepseek_jax.parallel.exchange import Hop, Journey, Room, devices_of_a_token, hops_of, send
 from deepseek_jax.parallel.mesh import make_mesh
+from deepseek_jax.planning.collectives import collectives
 from parity_tests.comparison import assert_close
 
 DEVICES, ROWS, ROOM, WIDTH = 4, 10, 20, 3
@@ -135,11 +136,28 @@ def test_every_token_is_served(remat, hops, x64, monkeypatch):
     x, cotangent = rng.standard_normal((2, DEVICES * TOKENS, hidden))
     inputs = x, rng.random((DEVICES * TOKENS, 4)), *map(rng.standard_normal, shapes)
     on_mesh, count = with_gradients(across_devices(served, *[CUT] * 6)), across_devices(rounds, CUT)
+    on_mesh = on_mesh.lower(cotangent, ROUTINGS["even"][0], *inputs).compile()
     alone = with_gradients(lambda indices, x, weights, *projections: serve(MODEL, (x, indices, weights), projections))
     for name, (indices, turns) in ROUTINGS.items():
         assert count(indices).tolist() == [turns] * DEVICES, name
         results = (on_mesh(cotangent, indices, *inputs), alone(cotangent, indices, *inputs))
         assert_close(*(dict(zip(("out", "x", "weights", "gate", "up", "down"), result)) for result in results), 1e-12)
+    assert (
+        sent_by_group(on_mesh.as_text())
+        == {
+            1: {(0, 1, 2, 3): 2 * TOKENS * hidden * 8 * 3 // 4},  # to two devices, where a quarter of the rows are already
+            2: {(0, 2): 2 * TOKENS * hidden * 8 // 2, (0, 1): 2 * TOKENS * hidden * 8 // 2},  # to two groups, to two devices
+        }[hops]
+    )
+
+
+def sent_by_group(text):
+    """Bytes of rows that a device sends at once in a first round, by who sends to whom; every time as many."""
+    mesh = make_mesh(ParallelConfig(data=1, expert=DEVICES), jax.devices()[:DEVICES])
+    found = [one for one in collectives(text, mesh) if one.kind == "all-to-all" and not one.overflow]
+    rows = {(one.group, one.sent) for one in found if one.arrays[0].shape[-1] == MODEL.hidden_size}
+    assert len(rows) == len({group for group, _ in rows})
+    return dict(rows)
 
 
 def test_devices_of_a_token():

@@ -361,12 +361,14 @@ def test_links():
     assert gather.sent == 8 * 1000 * 7 // 8
     assert Links(mesh, machine, 8).seconds(gather) == pytest.approx(7000 / machine.link_bandwidth / 0.8)
     assert Links(mesh, machine, 4).seconds(gather) == pytest.approx(7000 / machine.network_bandwidth / 0.8)
+    within = describe(*instruction_and_operands("all-gather", "{{0,1,2,3},{4,5,6,7}}"), mesh)
+    assert Links(mesh, machine, 4).seconds(within) == pytest.approx(6000 / machine.link_bandwidth / 0.8)
 
 
-def instruction_and_operands(kind):
+def instruction_and_operands(kind, groups=ALL):
     text = (
         "ENTRY %m (a: s8[1000]) -> s8[8000] {\n  %a = s8[1000]{0} parameter(0)\n"
-        f"  ROOT %g = s8[8000]{{0}} {kind}(%a), replica_groups={ALL}, dimensions={{0}}\n}}\n"
+        f"  ROOT %g = s8[8000]{{0}} {kind}(%a), replica_groups={groups}, dimensions={{0}}\n}}\n"
     )
     program = Program(text)
     instruction = program.computations["m"][-1]

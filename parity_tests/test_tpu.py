@@ -29,13 +29,13 @@ def test_ragged_exchange_compiles(topology):
     """There and back, and both gradients: four collectives."""
     devices, rows, width = chips(topology), 1024, 512
     mesh = jax.make_mesh((len(devices),), (AXIS,), axis_types=(AxisType.Auto,), devices=devices)
-    cut = PartitionSpec(AXIS)
+    cut, hop = PartitionSpec(AXIS), Hop(len(devices), 1, 1, 1, 1, Room(2 * rows, rows))
 
     def gradient(rows, sizes, starts):
         def loss(rows):
             journey = Journey(sizes, starts, jnp.cumsum(sizes, axis=0) - sizes)
-            here = jnp.sin(send(rows, journey, 2 * rows.shape[0], "ragged"))
-            return jnp.sum(jnp.sin(send(here, journey.back(), rows.shape[0], "ragged")))
+            here = jnp.sin(send(rows, journey, hop, 2 * rows.shape[0], "ragged"))
+            return jnp.sum(jnp.sin(send(here, journey.back(), hop, rows.shape[0], "ragged")))
 
         return jax.grad(loss)(rows)
 

@@ -87,7 +87,6 @@ _serve_all.defvjp(_forward, _backward)
 
 def _while_some_wait(setting: Setting, parcels: Parcels, waiting: jax.Array, start: Any, one_more: Any) -> Any:
     """Fold `one_more(result, journey)` over the rounds that are left."""
-
     hop = setting.hops[0]
 
     def some_wait(waiting: jax.Array) -> jax.Array:
@@ -122,9 +121,7 @@ def _serve(setting: Setting, parcels: Parcels, journey: Journey, inputs: Inputs)
     return combine(returned, outward, x.shape[0])
 
 
-def _serve_here(
-    config: ModelConfig, hop: Hop, tokens: Sequence[jax.Array], projections: Sequence[jax.Array]
-) -> jax.Array:
+def _serve_here(config: ModelConfig, hop: Hop, tokens: Sequence[jax.Array], projections: Sequence[jax.Array]) -> jax.Array:
     """What this device's experts make of the tokens that arrived."""
     (rows, indices, factors), number = tokens, hop.experts
     experts = indices.reshape(-1)

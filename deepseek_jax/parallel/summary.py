@@ -50,8 +50,8 @@ def _exchange(config: Config, division: Division) -> str:
     reached, room = min(model.num_experts_per_tok, math.prod(hop.parcels for hop in hops)), hops[-1].room
     first = f"{hops[0].parcels} groups and on to " if len(hops) > 1 else ""
     return (
-        f"  {tokens:,} tokens at a time go to {first}{reached} devices each at most; a device has room for {room.parcels:,} of "
-        f"them and {room.choices:,} choices of its experts, and what finds none follows"
+        f"  {tokens:,} tokens at a time go to {first}{reached} devices each at most; a device has room for {room.parcels:,} "
+        f"of them and {room.choices:,} choices of its experts, and what finds none follows"
     )
 
 

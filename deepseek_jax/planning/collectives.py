@@ -24,8 +24,8 @@ class Collective(NamedTuple):
     kind: str
     axes: tuple[str, ...]
     """Mesh axes along which devices talk to each other."""
-    devices: int
-    """How many talk to each other: the size of a group."""
+    group: tuple[int, ...]
+    """The first devices that talk to each other, by their numbers in the mesh; other groups are alike."""
     arrays: tuple[Array, ...]
     """What is whole on a device: the results of an all-gather, the operands of all others; of a ragged all-to-all
     the smaller of the array that rows leave and the one that they arrive in."""
@@ -35,6 +35,11 @@ class Collective(NamedTuple):
     """How many loops around it make a number of passes that only running it tells."""
     op_name: str
     """The way through the model's code."""
+
+    @property
+    def devices(self) -> int:
+        """How many talk to each other."""
+        return len(self.group)
 
     @property
     def overflow(self) -> bool:
@@ -112,17 +117,17 @@ def describe(
         arrays = (min(operands[:2], key=lambda array: array.bytes),)
     else:
         arrays = tuple(operands)
-    axes, devices = _axes(instruction.rest, mesh)
+    axes, group = _axes(instruction.rest, mesh)
     name = re.search(r'op_name="([^"]*)"', instruction.rest)
-    return Collective(kind, axes, devices, arrays, times, open_loops, name[1] if name else "")
+    return Collective(kind, axes, group, arrays, times, open_loops, name[1] if name else "")
 
 
-def _axes(rest: str, mesh: Mesh) -> tuple[tuple[str, ...], int]:
-    """Axes along which the devices of a group differ, and the number of devices in a group."""
+def _axes(rest: str, mesh: Mesh) -> tuple[tuple[str, ...], tuple[int, ...]]:
+    """Axes along which the devices of a group differ, and the first group."""
     groups = _groups(rest, mesh.size)
     places = np.stack(np.unravel_index(groups, mesh.devices.shape), axis=-1)  # [groups, devices, axes]
     differ = (places != places[:, :1]).any(axis=(0, 1))
-    return tuple(axis for axis, differs in zip(mesh.axis_names, differ) if differs), groups.shape[1]
+    return tuple(axis for axis, differs in zip(mesh.axis_names, differ) if differs), tuple(groups[0].tolist())
 
 
 def _groups(rest: str, devices: int) -> np.ndarray:

@@ -1,6 +1,5 @@
 """How long a collective takes over the links of a mesh, by the bytes that it must move: a bound that ignores latency."""
 
-import numpy as np
 from jax.sharding import Mesh
 
 from deepseek_jax.planning.collectives import Collective
@@ -23,18 +22,13 @@ class Links:
         """Of one execution."""
         if collective.devices == 1:
             return 0.0
-        group = self._group(collective.axes)
+        group = [self._mesh.devices.flat[number] for number in collective.group]
         if self._machine.platform == "tpu":
             return self._on_torus(collective, group) / LINK_SHARE
         hosts = len({device.id // self._per_host for device in group})
         rate = self._machine.link_bandwidth if hosts == 1 else self._machine.network_bandwidth
         share = (len(group) - len(group) // hosts) / (len(group) - 1) if hosts > 1 and "all-to-all" in collective.kind else 1
         return collective.sent * share / rate / LINK_SHARE
-
-    def _group(self, axes: tuple[str, ...]) -> list:
-        """The devices of the first group along these axes."""
-        index = tuple(slice(None) if axis in axes else 0 for axis in self._mesh.axis_names)
-        return list(np.asarray(self._mesh.devices[index]).reshape(-1))
 
     def _on_torus(self, collective: Collective, group: list) -> float:
         """Rings along each side that the group spans, all at once, in both directions where the ends are joined."""

@@ -105,7 +105,7 @@ def _transfers(transfers: list[Transfer]) -> str:
     lines.append(f"  {'':20}{'over':18}{'times':>9}{'GB sent':>10}{'waited ms':>12}{'hidden ms':>12}")
     for one in transfers:
         lines.append(
-            f"  {one.kind:20}{' '.join(one.axes):18}{one.executions:9,}{one.bytes / 1e9:10.2f}"
+            f"  {one.kind:20}{one.over:18}{one.executions:9,}{one.bytes / 1e9:10.2f}"
             f"{one.waited_seconds * 1e3:12.2f}{one.hidden_seconds * 1e3:12.2f}"
         )
     return "\n".join(lines) if transfers else "no collectives"

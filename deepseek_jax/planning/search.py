@@ -12,6 +12,7 @@ from functools import partial
 from typing import Any, NamedTuple
 
 import jax
+import numpy as np
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
 from deepseek_jax.config import MESH_AXES, Config, ConfigError, ModelConfig, ParallelConfig
@@ -183,9 +184,9 @@ def _rough(config: Config, topology: Topology, devices: list, state: Any) -> Can
     links = Links(mesh, machine, topology.per_host)
 
     def sent(kind: str, axis: str, size: float) -> float:
-        count = getattr(parallel, axis)
-        whole = (Array("s8", (int(size),)),)
-        return links.seconds(Collective(kind, (axis,), count, whole, 1, 0, "")) if count > 1 else 0.0
+        numbers = np.moveaxis(np.arange(mesh.size).reshape(mesh.devices.shape), MESH_AXES.index(axis), -1)
+        group = tuple(numbers.reshape(-1, getattr(parallel, axis))[0].tolist())
+        return links.seconds(Collective(kind, (axis,), group, (Array("s8", (int(size),)),), 1, 0, ""))
 
     all_weights = sum(leaf.size for leaf in jax.tree.leaves(state.params)) * 2 // (parallel.expert * parallel.pipe)
     exchanged = (

@@ -47,7 +47,8 @@ class Transfer:
     """A kind of collective over the same mesh axes, summed over a step."""
 
     kind: str
-    axes: tuple[str, ...]
+    over: str
+    """Mesh axes, and the number of devices that talk to each other along them."""
     executions: int
     bytes: int
     """That leave a device."""
@@ -189,20 +190,20 @@ def _parts(timeline: Timeline, peak: float) -> list[PartTime]:
 
 
 def _transfers(timeline: Timeline) -> list[Transfer]:
-    groups: dict[tuple[str, tuple[str, ...]], list[tuple[Entry, int]]] = {}
+    groups: dict[tuple[str, str], list[tuple[Entry, int]]] = {}
     for entry in timeline.entries:
         if (told := entry.collective) is not None:
-            groups.setdefault((told.kind, told.axes), []).append((entry, told.sent))
+            groups.setdefault((told.kind, f"{' '.join(told.axes)} {told.devices}"), []).append((entry, told.sent))
     return [
         Transfer(
             kind,
-            axes,
+            over,
             sum(entry.times for entry, _ in found),
             sum(entry.times * sent for entry, sent in found),
             sum(entry.seconds for entry, _ in found),
             sum(entry.hidden for entry, _ in found),
         )
-        for (kind, axes), found in sorted(groups.items())
+        for (kind, over), found in sorted(groups.items())
     ]
 
 
