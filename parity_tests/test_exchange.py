@@ -10,6 +10,7 @@ import pytest
 from jax.sharding import PartitionSpec
 
 from deepseek_jax.config import ModelConfig, ParallelConfig, load_config
+from deepseek_jax.model.dispatch import gathered_sum, scattered_sum, sort_slots, sum_by_slot
 from deepseek_jax.model.expert_rounds import serve_in_rounds
 from deepseek_jax.model.experts import serve
 from deepseek_jax.model.parcels import next_journey, pack
@@ -44,7 +45,7 @@ def across_devices(function, *specs):
 def test_rows_arrive_and_come_back(implementation, x64):
     """Where they arrive, what comes back, and gradients; a device's first row stays where there is another for everyone."""
 
-    hop = Hop(DEVICES, 1, 4, 4, 4, Room(ROOM, ROOM))
+    hop = Hop(DEVICES, 1, 4, 4, 4, ROWS, Room(ROOM, ROOM))
 
     def there_and_back(rows, sizes, starts):
         journey = Journey(sizes, starts, jnp.cumsum(sizes, axis=0) - sizes)
@@ -158,6 +159,18 @@ def sent_by_group(text):
     rows = {(one.group, one.sent) for one in found if one.arrays[0].shape[-1] == MODEL.hidden_size}
     assert len(rows) == len({group for group, _ in rows})
     return dict(rows)
+
+
+@pytest.mark.parametrize("form", [gathered_sum, sum_by_slot, scattered_sum])
+def test_every_form_of_a_sum_over_slots(form, x64):
+    """Two of five rows' three slots have no place, and one of the places no slot."""
+    kinds = np.array([0, 2, 1, 2, 0, 2, 1, 1, 2, 2, 2, 2, 0, 1, 0])
+    order, rows = sort_slots(jnp.asarray(kinds), 2, 10), jnp.asarray(np.random.default_rng(0).standard_normal((10, WIDTH)))
+    expected = np.zeros((5, WIDTH))
+    for slot, place in enumerate(order.places):
+        if place < 10:
+            expected[slot // 3] += rows[place]
+    np.testing.assert_allclose(form(rows, order, 5), expected, rtol=0, atol=1e-15)
 
 
 def test_devices_of_a_token():

@@ -16,7 +16,7 @@ from deepseek_jax.planning.depth import fewer_layers, fullest_at_depth
 from deepseek_jax.planning.kernels import kernel_name, kernel_work
 from deepseek_jax.planning.links import Links
 from deepseek_jax.planning.machines import KERNEL_SHARE, MACHINES
-from deepseek_jax.planning.parts import part_of
+from deepseek_jax.planning.parts import is_overflow, part_of
 from deepseek_jax.planning.products import product_flops
 from deepseek_jax.planning.program import Array, Instruction, Program, visits
 from deepseek_jax.planning.schedule import play
@@ -278,6 +278,12 @@ def test_a_few_layers_peak_elsewhere_than_many():
 )  # fmt: skip
 def test_part_of(path, part):
     assert part_of(path) == part
+
+
+def test_is_overflow():
+    """Also of a hop within a hop, whose scope JAX wraps."""
+    assert is_overflow("jit(f)/mlp/experts/overflow/while/body") and is_overflow("experts/jvp(overflow)/while")
+    assert not is_overflow("jit(f)/mlp/experts/no_overflow/while")
 
 
 def flops(text):

@@ -29,7 +29,7 @@ def test_ragged_exchange_compiles(topology):
     """There and back, and both gradients: four collectives."""
     devices, rows, width = chips(topology), 1024, 512
     mesh = jax.make_mesh((len(devices),), (AXIS,), axis_types=(AxisType.Auto,), devices=devices)
-    cut, hop = PartitionSpec(AXIS), Hop(len(devices), 1, 1, 1, 1, Room(2 * rows, rows))
+    cut, hop = PartitionSpec(AXIS), Hop(len(devices), 1, 1, 1, 1, rows, Room(2 * rows, rows))
 
     def gradient(rows, sizes, starts):
         def loss(rows):

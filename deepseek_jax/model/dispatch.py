@@ -40,15 +40,26 @@ def dispatch(x: jax.Array, order: Order) -> jax.Array:
 @partial(jax.custom_vjp, nondiff_argnums=(2,))
 def combine(rows: jax.Array, order: Order, count: int) -> jax.Array:
     """Sum over each of N = `count` rows' slots, [R, d] -> [N, d]; transpose of `dispatch`."""
+    by_slot, gathered, scattered = (partial(form, count=count) for form in (sum_by_slot, gathered_sum, scattered_sum))
     if order.places.size <= order.slots.size:
-        return gathered_sum(rows, order, count)
-    gathered, scattered = (partial(form, count=count) for form in (gathered_sum, scattered_sum))
-    return jax.lax.platform_dependent(rows, order, tpu=scattered, default=gathered)
+        return jax.lax.platform_dependent(rows, order, cuda=by_slot, default=gathered)
+    return jax.lax.platform_dependent(rows, order, cuda=by_slot, tpu=scattered, default=gathered)
 
 
 def gathered_sum(rows: jax.Array, order: Order, count: int) -> jax.Array:
     """`combine` where each slot reads its row."""
     return rows.at[order.places].get(mode="fill", fill_value=0).reshape(count, -1, rows.shape[-1]).sum(axis=1)
+
+
+def sum_by_slot(rows: jax.Array, order: Order, count: int) -> jax.Array:
+    """`combine` where each sum reads the rows of its slots, one after the other.
+
+    For GPUs, where it is one pass; a row for every slot, also for those without a place, would be written and read again.
+    """
+    wide = jnp.promote_types(rows.dtype, jnp.float32)
+    places = order.places.reshape(count, -1)
+    parts = (rows.at[places[:, slot]].get(mode="fill", fill_value=0).astype(wide) for slot in range(places.shape[1]))
+    return sum(parts, jnp.zeros((), wide)).astype(rows.dtype)
 
 
 def scattered_sum(rows: jax.Array, order: Order, count: int) -> jax.Array:

@@ -21,9 +21,9 @@ class Parcels(NamedTuple):
     holds: jax.Array
     """[N, D, W, K] whether an expert of a slot is that choice of its token."""
     order: Order
-    """Slots sorted by receiver; empty ones have no place. [N * D] each way."""
+    """Slots sorted by receiver, [R <= N * D]; empty ones have no place."""
     choices_before: jax.Array
-    """[N * D + 1] choices that lie in the parcels before a place."""
+    """[R + 1] choices that lie in the parcels before a place."""
     loads: jax.Array
     """[X, X, 2] parcels and choices in all, by sender and receiver; the same on all devices."""
 
@@ -50,7 +50,7 @@ def pack(hop: Hop, indices: jax.Array) -> Parcels:
     receiver = jnp.max(jnp.where(in_slot, device[:, None], 0), axis=2).reshape(-1)
     receiver = jnp.where(sizes > 0, receiver, devices)
 
-    order = sort_slots(receiver, devices, receiver.size)
+    order = sort_slots(receiver, devices, hop.rows)
     to_device = receiver[:, None] == jnp.arange(devices)
     load = jnp.stack([jnp.sum(jnp.where(to_device, each, 0), axis=0) for each in (1, sizes[:, None])], axis=1)
     before = jnp.append(0, jnp.cumsum(dispatch(sizes[:, None], order)))

@@ -45,6 +45,8 @@ class Hop(NamedTuple):
     """Of a token at most."""
     choices: int
     """In a parcel at most."""
+    rows: int
+    """Parcels of all its tokens that a device can have to send."""
     room: Room
 
     def mine(self) -> jax.Array:
@@ -89,21 +91,20 @@ def hops_of(model: ModelConfig, parallel: ParallelConfig, tokens: int) -> tuple[
     """The way to their experts of so many tokens of each device: one hop, or one between groups and one within."""
     devices, groups, chosen = parallel.expert, parallel.exchange_groups, model.num_experts_per_tok
 
-    def hop(reached: int, size: int, sent: int, parcels: int) -> Hop:
+    def hop(reached: int, size: int, sent: int, parcels: int, rows: int) -> Hop:
         """To one of `reached` parts of the experts from `size` devices, of which none sends more than `sent` parcels there."""
         experts = model.n_routed_experts // reached
-        choices = min(chosen, experts)
+        choices, parcels = min(chosen, experts), min(parcels, size)
         share = math.ceil(parallel.exchange_room * tokens * devices_of_a_token(model, reached))
         room = min(share, size * sent)
-        return Hop(
-            size, devices // reached, experts, min(parcels, size), choices,
-            Room(room, min(math.ceil(parallel.exchange_room * tokens * chosen), room * choices)),
-        )  # fmt: skip
+        room_of_choices = min(math.ceil(parallel.exchange_room * tokens * chosen), room * choices)
+        return Hop(size, devices // reached, experts, parcels, choices, min(sent * parcels, rows), Room(room, room_of_choices))
 
+    every = tokens * chosen
     if groups == 1:
-        return (hop(devices, devices, tokens, devices_of_a_token(model, devices)),)
-    between = hop(groups, groups, tokens, devices_of_a_token(model, groups))
-    return between, hop(devices, devices // groups, between.room.parcels, between.choices)
+        return (hop(devices, devices, tokens, devices_of_a_token(model, devices), every),)
+    between = hop(groups, groups, tokens, devices_of_a_token(model, groups), every)
+    return between, hop(devices, devices // groups, between.room.parcels, between.choices, between.room.choices)
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(2, 3, 4))

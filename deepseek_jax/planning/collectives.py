@@ -12,7 +12,7 @@ from typing import NamedTuple
 import numpy as np
 from jax.sharding import Mesh
 
-from deepseek_jax.parallel.exchange import OVERFLOW
+from deepseek_jax.planning.parts import is_overflow
 from deepseek_jax.planning.program import Array, Instruction, visits
 
 KINDS = ("all-reduce", "all-gather", "reduce-scatter", "all-to-all", "collective-permute", "ragged-all-to-all")
@@ -44,7 +44,7 @@ class Collective(NamedTuple):
     @property
     def overflow(self) -> bool:
         """Whether it runs only for tokens that found no room in the first round, so never under even routing."""
-        return f"/{OVERFLOW}/" in self.op_name
+        return is_overflow(self.op_name)
 
     @property
     def bytes(self) -> int:

@@ -6,6 +6,8 @@ A fusion carries one name for all that is in it, so that a norm fused into a pro
 import re
 from typing import NamedTuple
 
+from deepseek_jax.parallel.exchange import OVERFLOW
+
 OTHER = "other"
 
 
@@ -39,7 +41,13 @@ PARTS = {
 programs `scripts/against_maxtext` reads by the same table; XLA cuts some kernels' paths down to their own names. `layers`
 is what a loop over layers does around them: slices and sums of stacks, residual sums."""
 
-_WORDS = {name: re.compile(rf"(?:^|[/(]|jit\()(?:{words})(?=$|[/).])") for name, words in PARTS.items()}
+
+def _word(words: str) -> re.Pattern[str]:
+    return re.compile(rf"(?:^|[/(]|jit\()(?:{words})(?=$|[/).])")
+
+
+_WORDS = {name: _word(words) for name, words in PARTS.items()}
+_OVERFLOW = _word(OVERFLOW)
 
 
 def part_of(op_name: str) -> Part:
@@ -48,3 +56,8 @@ def part_of(op_name: str) -> Part:
     if "rematted_computation" in op_name:
         return Part(name, "again")
     return Part(name, "backward" if "transpose(" in op_name else "forward")
+
+
+def is_overflow(op_name: str) -> bool:
+    """Whether it runs only for tokens that found no room in the first round, so never under even routing."""
+    return _OVERFLOW.search(op_name) is not None

@@ -4,10 +4,9 @@ from collections import Counter
 from collections.abc import Iterable
 
 from deepseek_jax.config import MESH_AXES, Config
-from deepseek_jax.parallel.exchange import OVERFLOW
 from deepseek_jax.parallel.summary import readable_bytes
 from deepseek_jax.planning.machines import KERNEL_SHARE, LINK_SHARE
-from deepseek_jax.planning.parts import PASSES, part_of
+from deepseek_jax.planning.parts import PASSES, is_overflow, part_of
 from deepseek_jax.planning.run import RunFigures
 from deepseek_jax.planning.step import Line, PartTime, StepFigures, Transfer
 from deepseek_jax.planning.topologies import Topology
@@ -128,8 +127,7 @@ def _warnings(step: StepFigures) -> list[str]:
     found = []
     if step.open_loops:
         counted = Counter(
-            ("overflow" if OVERFLOW in path.split("/") else part_of(path).name, part_of(path).of_pass)
-            for path in step.open_loops
+            ("overflow" if is_overflow(path) else part_of(path).name, part_of(path).of_pass) for path in step.open_loops
         )
         rows = "\n".join(f"  {count} in {name}, {of_pass}" for (name, of_pass), count in sorted(counted.items()))
         found.append(

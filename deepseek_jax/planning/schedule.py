@@ -9,10 +9,9 @@ import re
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import NamedTuple
 
-from deepseek_jax.parallel.exchange import OVERFLOW
 from deepseek_jax.planning.collectives import Collective, is_collective
 from deepseek_jax.planning.costs import Cost
-from deepseek_jax.planning.parts import Part, part_of
+from deepseek_jax.planning.parts import Part, is_overflow, part_of
 from deepseek_jax.planning.program import Array, Instruction, Program, annotated_passes, chain_of, counted_passes
 
 
@@ -143,7 +142,7 @@ class _Player:
         passes = annotated_passes(instruction) or counted_passes(computations[condition])
         if passes is None:
             path = self._open_loops[instruction.name] = op_name(instruction)
-            if OVERFLOW in path.split("/"):
+            if is_overflow(path):
                 return [], 0.0
             passes = 1
         parts = [self._run(name, times * passes) for name in (condition, body)]
