@@ -16,6 +16,7 @@ import numpy as np
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
 from deepseek_jax.config import MESH_AXES, Config, ConfigError, ModelConfig, ParallelConfig
+from deepseek_jax.parallel.exchange import devices_of_a_token, hops_of
 from deepseek_jax.parallel.mesh import make_mesh, resolve
 from deepseek_jax.parallel.pipeline import bubble
 from deepseek_jax.parallel.sharding import Division, bytes_per_device
@@ -50,7 +51,8 @@ class Candidate(NamedTuple):
         """Its mesh, rematerialisation and accumulation parts."""
         sizes = {axis: getattr(self.config.parallel, axis) for axis in MESH_AXES}
         mesh = " ".join(f"{axis}={size}" for axis, size in sizes.items() if size > 1) or "one device"
-        return f"{mesh}, remat={self.config.model.remat}, {self.config.train.gradient_accumulation_steps} parts"
+        hops = f" exchange_groups={groups}" if (groups := self.config.parallel.exchange_groups) > 1 else ""
+        return f"{mesh}{hops}, remat={self.config.model.remat}, {self.config.train.gradient_accumulation_steps} parts"
 
 
 def search(config: Config, topology: Topology, tell: Callable[[str], None]) -> dict[str, Any]:
@@ -121,7 +123,7 @@ def candidates(config: Config, topology: Topology) -> list[Candidate]:
     state = jax.eval_shape(partial(init_state, config))
     whole = _in_parts(config, 1)
     found = []
-    for sizes, remat in itertools.product(_meshes(topology.devices), REMATS):
+    for sizes, remat in itertools.product(_meshes(topology), REMATS):
         changed = dataclasses.replace(
             whole,
             model=dataclasses.replace(config.model, remat=remat),
@@ -145,15 +147,19 @@ def _in_parts(config: Config, parts: int) -> Config:
     return dataclasses.replace(config, train=dataclasses.replace(config.train, gradient_accumulation_steps=parts))
 
 
-def _meshes(devices: int) -> Iterator[dict[str, Any]]:
-    """Sizes of the axes; `data` and `fsdp` share what is left so that one of them has all of it."""
-    divisors = [n for n in range(1, devices + 1) if devices % n == 0]
-    for pipe in divisors:
-        for expert in (n for n in divisors if devices // pipe % n == 0):
-            left = devices // pipe // expert
-            yield dict(pipe=pipe, data=left, fsdp=1, expert=expert)
-            if left > 1:
-                yield dict(pipe=pipe, data=1, fsdp=left, expert=expert)
+def _meshes(topology: Topology) -> Iterator[dict[str, Any]]:
+    """Sizes of the axes, and one hop or two where experts are on several hosts.
+
+    `data` and `fsdp` share what is left so that one of them has all of it.
+    """
+    divisors = [n for n in range(1, topology.devices + 1) if topology.devices % n == 0]
+    for pipe, expert in itertools.product(divisors, divisors):
+        left, alone = divmod(topology.devices // pipe, expert)
+        if alone:
+            continue
+        hosts = expert // topology.per_host if topology.machine.platform == "gpu" and expert % topology.per_host == 0 else 1
+        for groups, (data, fsdp) in itertools.product({1, hosts}, {(left, 1), (1, left)}):
+            yield dict(pipe=pipe, data=data, fsdp=fsdp, expert=expert, exchange_groups=groups)
 
 
 def _rough(config: Config, topology: Topology, devices: list, state: Any) -> Candidate:
@@ -183,20 +189,24 @@ def _rough(config: Config, topology: Topology, devices: list, state: Any) -> Can
 
     links = Links(mesh, machine, topology.per_host)
 
-    def sent(kind: str, axis: str, size: float) -> float:
+    def along(axis: str) -> np.ndarray:
+        """The first devices along an axis."""
         numbers = np.moveaxis(np.arange(mesh.size).reshape(mesh.devices.shape), MESH_AXES.index(axis), -1)
-        group = tuple(numbers.reshape(-1, getattr(parallel, axis))[0].tolist())
-        return links.seconds(Collective(kind, (axis,), group, (Array("s8", (int(size),)),), 1, 0, ""))
+        return numbers.reshape(-1, getattr(parallel, axis))[0]
+
+    def sent(kind: str, devices: np.ndarray, size: float) -> float:
+        """Seconds for an array of so many bytes."""
+        whole = (Array("s8", (int(size),)),)
+        return links.seconds(Collective(kind, (), tuple(devices.tolist()), whole, 1, 0, ""))
 
     all_weights = sum(leaf.size for leaf in jax.tree.leaves(state.params)) * 2 // (parallel.expert * parallel.pipe)
-    exchanged = (
-        (4 if model.remat == "products" else 5) * rows * model.hidden_size * 2 * layers * train.gradient_accumulation_steps
-    )
-    traffic = (
-        sent("all-gather", "fsdp", 3 * all_weights * train.gradient_accumulation_steps)
-        + sent("all-gather", "data", 3 * all_weights)
-        + sent("all-to-all", "expert", exchanged)
-    )
+    traffic = sent("all-gather", along("fsdp"), 3 * all_weights * train.gradient_accumulation_steps)
+    traffic += sent("all-gather", along("data"), 3 * all_weights)
+    exchanges = (4 if model.remat == "products" else 5) * layers * train.gradient_accumulation_steps
+    for hop in hops_of(model, parallel, tokens):
+        travelling = tokens * devices_of_a_token(model, model.n_routed_experts // hop.experts) * model.hidden_size * 2
+        among = along("expert")[: hop.stride * hop.devices : hop.stride]
+        traffic += sent("all-to-all", among, exchanges * travelling)
     passes = times * (weights + 3 * gradients) / machine.memory_bandwidth
     return Candidate(config, products + traffic + passes, int(MARGIN * (held + weights + gradients + activations)))
 
