@@ -37,7 +37,7 @@ def main() -> None:
     parser.add_argument("--config", required=True, help=f"a .yaml file or a preset ({', '.join(presets())})")
     parser.add_argument("--topology", metavar="KIND:SHAPE", help="the devices, such as v5p:8x8x8 or h100:8")
     parser.add_argument("--layers", type=int, metavar="N", help="compile for N and N - 1 layers and extrapolate to all")
-    parser.add_argument("--search", action="store_true", help="try meshes and rematerialisations that fit, and rank them")
+    parser.add_argument("--search", action="store_true", help="try meshes, rematerialisations, parts and hops; rank them")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write everything that was found")
     parser.add_argument("--plot", type=Path, metavar="FILE.png", help="draw time and memory by part")
     parser.add_argument("overrides", nargs="*", metavar="section.field=value", help="fields of the config to change")

@@ -108,7 +108,8 @@ def _serve(setting: Setting, parcels: Parcels, journey: Journey, inputs: Inputs)
     (config, (hop, *further), exchange), (x, factors, projections) = setting, inputs
     labels = jnp.concatenate([parcels.experts.astype(factors.dtype), factors], axis=1)
     outward = order_in(hop, parcels, journey)
-    rows, labels = (keep(send(dispatch(each, outward), journey, hop, hop.room.parcels, exchange)) for each in (x, labels))
+    # Labels first: where rows go from here is found out while they travel.
+    labels, rows = (keep(send(dispatch(each, outward), journey, hop, hop.room.parcels, exchange)) for each in (labels, x))
 
     arrived = jnp.arange(hop.room.parcels) < jnp.sum(journey.sizes[:, hop.mine()])
     experts, factors = jnp.split(jnp.where(arrived[:, None], labels, 0), 2, axis=1)

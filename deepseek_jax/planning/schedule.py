@@ -1,7 +1,7 @@
 """A compiled program played through: which operation takes how long, and which collectives other work hides.
 
 Operations run one after the other in the order that the compiler scheduled. A collective that the program starts in one
-place and awaits in another runs beside what stands between, on links of its own for each set of mesh axes; what of it
+place and awaits in another runs beside what stands between, on links of its own for each group of devices; what of it
 is left at the second place is waited for. Loops count as often as they run, and once where only the data tell how often.
 """
 
@@ -71,8 +71,8 @@ class _Player:
     def _run(self, computation: str, times: int) -> tuple[list[Entry], float]:
         """Entries of a computation that runs so often, and the seconds of one run."""
         clock, entries = 0.0, []
-        free: dict[tuple[str, ...], float] = {}
-        """Set of axes -> when its links are free."""
+        free: dict[tuple[int, ...], float] = {}
+        """Group of devices -> when its links are free."""
         running: dict[str, tuple[float, float, Collective]] = {}
         """Start of a collective, or its chain -> when it ends, how long it takes."""
         for instruction, operands in self._inline(computation):
@@ -89,8 +89,8 @@ class _Player:
                 entries.append(self._transfer(instruction, times, told, waited, max(length - waited, 0.0)))
             elif kind is not None:
                 told = self._collective(kind, self._program.operands(kind), times)
-                length, begin = self._link_seconds(told), max(clock, free.get(told.axes, 0.0))
-                free[told.axes] = begin + length
+                length, begin = self._link_seconds(told), max(clock, free.get(told.group, 0.0))
+                free[told.group] = begin + length
                 if instruction.opcode.endswith("-start") or kind.opcode.endswith("-start"):
                     running[chain_of(kind) or instruction.name] = (begin + length, length, told)
                 else:

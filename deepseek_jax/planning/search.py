@@ -1,4 +1,4 @@
-"""Meshes and rematerialisations for so many devices, ranked: by a rough estimate first, then by compiling the best few.
+"""Meshes, rematerialisations and parts of the batch, ranked: by a rough estimate first, then by compiling the best few.
 
 The rough estimate knows the state's bytes exactly and all else by rule of thumb: products at half of the peak, the
 traffic of weights and tokens over the links with nothing hidden, that of weights and gradients in memory, and of
