@@ -33,8 +33,8 @@ MODELS = (
         "large_671b",
         "8 to 16 x 80 GB",
         "h100:256x8",
-        ("parallel.pipe=16", "parallel.pipe_interleave=2", "parallel.expert=64", "parallel.exchange_groups=8", "train.batch_size=16384",
-         "train.batch_size_start=null"),
+        ("parallel.pipe=16", "parallel.pipe_interleave=2", "parallel.expert=64", "parallel.exchange_groups=8",
+         "train.batch_size=16384", "train.batch_size_start=null"),
     ),
 )  # fmt: skip
 
