@@ -101,16 +101,18 @@ MESHES = [
     dict(fsdp=8),
     dict(expert=8),
     dict(data=2, expert=4, exchange_room=1),
+    dict(fsdp=2, expert=4),
     dict(fsdp=2, expert=4, exchange_groups=2),
     dict(pipe=4, fsdp=2),
     dict(pipe=8),
     dict(pipe=2, fsdp=2, data=2, pipe_interleave=3, microbatch_size=2),
 ]
+SLOW = [dict(fsdp=8), dict(expert=8), dict(fsdp=2, expert=4, exchange_groups=2)]
 
 
 @pytest.mark.parametrize("mesh", [
     pytest.param(mesh, id="-".join(f"{axis}{size}" for axis, size in mesh.items()),
-                 marks=[pytest.mark.slow] if mesh in (dict(fsdp=8), dict(expert=8)) else [])
+                 marks=[pytest.mark.slow] if mesh in SLOW else [])
     for mesh in MESHES
 ])  # fmt: skip
 def test_five_steps_are_those_of_one_device(mesh, start, one_device):
