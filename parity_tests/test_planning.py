@@ -241,7 +241,7 @@ ENTRY %main (x: f32[8,128], i: s32[]) -> f32[8,128] {{
 def test_fewer_layers_make_stacks_one_shorter():
     config = load_config("large_671b", ["parallel.pipe=4", "parallel.pipe_interleave=2", "parallel.data=1"])
     assert [each.model.num_hidden_layers for each in fewer_layers(config, 27)] == [19, 27]
-    with pytest.raises(ConfigError, match="--layers 20: must be one of 19, 27, 35, 43, 51, 59, for this model and mesh"):
+    with pytest.raises(ConfigError, match="--layers 20: .* must be from 19 to 59 in steps of 8"):
         fewer_layers(config, 20)
 
 

@@ -27,8 +27,9 @@ def fewer_layers(config: Config, layers: int) -> tuple[Config, Config]:
     step = parallel.pipe * parallel.pipe_interleave
     few = range(model.first_k_dense_replace + 2 * step, model.num_hidden_layers, step)
     if layers not in few:
-        known = f"one of {', '.join(map(str, few))}" if few else "left out, for the mesh has too many stages"
-        raise ConfigError(f"--layers {layers}: must be {known}, for this model and mesh")
+        in_steps = f" in steps of {step}" if step > 1 else ""
+        known = f"from {few[0]} to {few[-1]}{in_steps}" if few else "left out: no fewer layers make stages of two"
+        raise ConfigError(f"--layers {layers}: for this model and mesh it must be {known}")
     fewer, more = (
         dataclasses.replace(config, model=dataclasses.replace(model, num_hidden_layers=n)) for n in (layers - step, layers)
     )
