@@ -120,7 +120,10 @@ def test_parts_are_part_of_a_search():
         (["--config", "tiny", "--topology", "v9:8"], "known are v5e"),
         (["--config", "tiny", "--search"], "--search: needs --topology"),
         (["--config", "tiny", "--topology", "cpu:8", "parallel.expert=3", "parallel.data=-1"], "parallel"),
-        (["--config", "tiny", "--topology", "cpu:8", "--layers", "9", "train.batch_size=8"], "--layers 9: for this model and mesh it must be from 3 to 3"),
+        (
+            ["--config", "tiny", "--topology", "cpu:8", "--layers", "9", "train.batch_size=8"],
+            "--layers 9: for this model and mesh it must be from 3 to 3",
+        ),
     ],
 )
 def test_mistakes_are_one_line(words, told):

@@ -168,6 +168,41 @@ def test_collectives_within_fusions():
     assert [one.kind for one in collectives(FUSED, mesh)] == ["all-gather", "reduce-scatter"]
 
 
+CALLED = f"""HloModule jit_train_step
+
+%adds (a: f32[8,128]) -> f32[8,128] {{
+  ROOT %a = f32[8,128]{{1,0}} parameter(0)
+}}
+
+%inner (q: f32[8,128]) -> f32[64,128] {{
+  %q = f32[8,128]{{1,0}} parameter(0)
+  ROOT %g = f32[64,128]{{1,0}} all-gather(%q), replica_groups={ALL}, dimensions={{0}}
+}}
+
+%outer (o: f32[8,128]) -> f32[64,128] {{
+  %o = f32[8,128]{{1,0}} parameter(0)
+  %s = ((f32[8,128]{{1,0}}), f32[64,128]{{1,0}}, u32[]) call-start(%o), async_execution_thread="sparsecore", to_apply=%inner
+  ROOT %d = f32[64,128]{{1,0}} call-done(%s)
+}}
+
+ENTRY %main (x: f32[8,128]) -> f32[64,128] {{
+  %x = f32[8,128]{{1,0}} parameter(0)
+  %start = ((f32[8,128]{{1,0}}), f32[64,128]{{1,0}}, u32[]) call-start(%x), async_execution_thread="sparsecore", to_apply=%outer
+{fusion("beside", 300, "")}
+  ROOT %done = f32[64,128]{{1,0}} call-done(%start)
+}}
+"""
+
+
+def test_collectives_of_a_core_beside():
+    """As v6e and tpu7x have them, in calls of their sparse cores."""
+    timeline, clock = played({"all-gather": 450}, CALLED)
+    (gather,) = [entry for entry in timeline.entries if entry.collective]
+    assert (gather.seconds * clock, gather.hidden * clock) == pytest.approx((150, 300))
+    mesh = jax.make_mesh((8,), ("expert",), axis_types=(AxisType.Auto,), devices=jax.devices()[:8])
+    assert [one.kind for one in collectives(CALLED, mesh)] == ["all-gather"]
+
+
 def played(link_cycles, text=PROGRAM):
     program, machine = Program(text), MACHINES["v5p"]
     mesh = jax.make_mesh((8,), ("expert",), axis_types=(AxisType.Auto,), devices=jax.devices()[:8])

@@ -9,7 +9,7 @@ import re
 from collections.abc import Iterator
 from typing import NamedTuple
 
-TRANSPARENT = ("call", "async-start")
+TRANSPARENT = ("call", "call-start", "async-start")
 """Opcodes whose computation's instructions run one by one."""
 
 

@@ -116,8 +116,8 @@ class _Player:
         """The collective that an instruction is, or starts, or is made of; null if there is none."""
         if is_collective(instruction):
             return instruction
-        if instruction.opcode in ("async-start", "fusion"):
-            for name in instruction.called("calls"):
+        if instruction.opcode in ("async-start", "call-start", "fusion"):  # a call is of a core beside, on v6e and tpu7x
+            for name in instruction.called("to_apply" if instruction.opcode == "call-start" else "calls"):
                 for inner in self._program.computations.get(name, ()):
                     if (found := self._kind(inner)) is not None:
                         return found
