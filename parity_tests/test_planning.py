@@ -187,7 +187,7 @@ CALLED = f"""HloModule jit_train_step
 
 ENTRY %main (x: f32[8,128]) -> f32[64,128] {{
   %x = f32[8,128]{{1,0}} parameter(0)
-  %start = ((f32[8,128]{{1,0}}), f32[64,128]{{1,0}}, u32[]) call-start(%x), async_execution_thread="sparsecore", to_apply=%outer
+  %start = ((f32[8,128]{{1,0}}), f32[64,128]{{1,0}}, u32[]) call-start(%x), to_apply=%outer
 {fusion("beside", 300, "")}
   ROOT %done = f32[64,128]{{1,0}} call-done(%start)
 }}
@@ -276,7 +276,7 @@ ENTRY %main (x: f32[8,128], i: s32[]) -> f32[8,128] {{
 def test_fewer_layers_make_stacks_one_shorter():
     config = load_config("large_671b", ["parallel.pipe=4", "parallel.pipe_interleave=2", "parallel.data=1"])
     assert [each.model.num_hidden_layers for each in fewer_layers(config, 27)] == [19, 27]
-    with pytest.raises(ConfigError, match="--layers 20: .* must be from 19 to 59 in steps of 8"):
+    with pytest.raises(ConfigError, match=r"--layers 20: .* must be from 19 to 59 in steps of 8"):
         fewer_layers(config, 20)
 
 
