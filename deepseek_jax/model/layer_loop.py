@@ -29,33 +29,14 @@ def run_layers(
 
     def one(state: tuple[jax.Array, Any], own: tuple[jax.Array, Any, tuple]) -> tuple[tuple[jax.Array, Any], Any]:
         (x, gradients), (index, params, each) = state, own
-        params, gradients = _with_gradients_in(gradients, params, index)
+        params, gradients = _with_gradients_in(_write, gradients, params, (index,))
         x, output = layer(params, x, *each)
         return (x, gradients), output
 
     # What is carried stands for the gradients, backwards; nothing reads it.
     stack = jax.tree.map(lambda leaf, dtype: leaf.astype(dtype), params, types)
     (x, gradients), outputs = jax.lax.scan(one, (x, stack), (jnp.arange(count), known, each))
-    return _begin(x, gradients), outputs
-
-
-@jax.custom_vjp
-def _with_gradients_in(stack: Any, params: Any, index: jax.Array) -> tuple[Any, Any]:
-    """The parameters of layer `index`, whose gradients become those of the stack; and the stack as it is."""
-    return params, stack
-
-
-def _write(index: jax.Array, gradients: tuple[Any, Any]) -> tuple[Any, None, None]:
-    own, stack = gradients
-
-    def written(stack: jax.Array, own: jax.Array) -> jax.Array:
-        start = (index, *[jnp.zeros_like(index)] * own.ndim)
-        return jax.lax.dynamic_update_slice(stack, own.astype(stack.dtype)[None], start)
-
-    return jax.tree.map(written, stack, own), None, None
-
-
-_with_gradients_in.defvjp(lambda stack, params, index: ((params, stack), index), _write)
+    return _ending(jax.lax.empty, x, gradients), outputs
 
 
 def run_chunk(
@@ -87,7 +68,7 @@ def run_chunk(
 
     @again
     def picked(known: Any, sums: Any, place: tuple, x: jax.Array, *each: Any) -> tuple[tuple[jax.Array, Any], Any]:
-        own, sums = _with_sums_in(sums, jax.tree.map(partial(_pick, place), known), place)
+        own, sums = _with_gradients_in(_add, sums, jax.tree.map(partial(_pick, place), known), place)
         x, output = layer(own, x, *each)
         return (x, sums), output
 
@@ -110,50 +91,46 @@ def _pick(place: tuple, leaf: jax.Array) -> jax.Array:
     return jax.lax.dynamic_slice(leaf, start, (*[1] * depth, *leaf.shape[depth:])).reshape(leaf.shape[depth:])
 
 
-@jax.custom_vjp
-def _with_sums_in(sums: Any, params: Any, place: tuple) -> tuple[Any, Any]:
-    """The parameters of a layer, whose gradients are added to `sums`, at its place; and `sums` as it is."""
-    return params, sums
-
-
-def _add(place: tuple, gradients: tuple[Any, Any]) -> tuple[Any, None, None]:
-    own, sums = gradients
-
-    def added(sums: jax.Array, own: jax.Array) -> jax.Array:
-        start = (*place, *[jnp.zeros_like(place[0])] * own.ndim)
-        total = _pick(place, sums) + own.astype(sums.dtype)
-        return jax.lax.dynamic_update_slice(sums, total.reshape(*[1] * len(place), *own.shape), start)
-
-    return jax.tree.map(added, sums, own), None, None
-
-
-_with_sums_in.defvjp(lambda sums, params, place: ((params, sums), place), _add)
-
-
-@jax.custom_vjp
 def end_sums(x: jax.Array, sums: Any) -> jax.Array:
     """x; where the backward pass comes by, `sums` are zero."""
+    return _ending(jnp.zeros, x, sums)
+
+
+@partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _with_gradients_in(put: Callable[..., jax.Array], stack: Any, params: Any, place: tuple) -> tuple[Any, Any]:
+    """The parameters of the layer at a place, whose gradients are put into the stack's there; and the stack as it is."""
+    return params, stack
+
+
+def _put_all(put: Callable[..., jax.Array], place: tuple, gradients: tuple[Any, Any]) -> tuple[Any, None, None]:
+    own, stack = gradients
+    return jax.tree.map(partial(put, place), stack, own), None, None
+
+
+_with_gradients_in.defvjp(lambda put, stack, params, place: ((params, stack), place), _put_all)
+
+
+def _write(place: tuple, stack: jax.Array, own: jax.Array) -> jax.Array:
+    start = (*place, *[jnp.zeros_like(place[0])] * own.ndim)
+    return jax.lax.dynamic_update_slice(stack, own.astype(stack.dtype).reshape(*[1] * len(place), *own.shape), start)
+
+
+def _add(place: tuple, stack: jax.Array, own: jax.Array) -> jax.Array:
+    return _write(place, stack, _pick(place, stack) + own.astype(stack.dtype))
+
+
+@partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _ending(begin: Callable[..., jax.Array], x: jax.Array, stack: Any) -> jax.Array:
+    """x; where the backward pass comes by, the gradients of the stack are what `begin(shape, dtype)` makes."""
     return x
 
 
-end_sums.defvjp(
-    lambda x, sums: (x, jax.tree.map(lambda leaf: jnp.zeros((0, *leaf.shape), leaf.dtype), sums)),
-    lambda like, gradient: (gradient, jax.tree.map(lambda leaf: jnp.zeros(leaf.shape[1:], leaf.dtype), like)),
-)
-
-
-@jax.custom_vjp
-def _begin(x: jax.Array, stack: Any) -> jax.Array:
-    """x; where the backward pass comes by, the gradients of the stack are memory without content."""
-    return x
-
-
-def _begin_forward(x: jax.Array, stack: Any) -> tuple[jax.Array, Any]:
+def _ending_forward(begin: Callable[..., jax.Array], x: jax.Array, stack: Any) -> tuple[jax.Array, Any]:
     return x, jax.tree.map(lambda leaf: jnp.zeros((0, *leaf.shape), leaf.dtype), stack)
 
 
-def _begin_backward(like: Any, gradient: jax.Array) -> tuple[jax.Array, Any]:
-    return gradient, jax.tree.map(lambda leaf: jax.lax.empty(leaf.shape[1:], leaf.dtype), like)
+def _ending_backward(begin: Callable[..., jax.Array], like: Any, gradient: jax.Array) -> tuple[jax.Array, Any]:
+    return gradient, jax.tree.map(lambda leaf: begin(leaf.shape[1:], leaf.dtype), like)
 
 
-_begin.defvjp(_begin_forward, _begin_backward)
+_ending.defvjp(_ending_forward, _ending_backward)
