@@ -1,6 +1,13 @@
-"""How XLA is asked to compile our larger programs."""
+"""How XLA is asked to compile our larger programs, and where what it compiled is kept."""
 
+import hashlib
+import os
+import sys
+from pathlib import Path
 from typing import Optional
+
+import jax
+from jax.experimental.compilation_cache import compilation_cache
 
 OPTIONS = {
     # The order of work that needs the least memory: other orders save no time.
@@ -8,8 +15,55 @@ OPTIONS = {
     # Tokens travel to their experts and back beside other work; without it the core waits for them.
     "tpu": {"xla_tpu_enable_async_ragged_all_to_all": "true"},
 }
+CACHE_BYTES = 2 * 2**30
+"""Of programs that are kept; those that were used longest ago go first."""
+CACHE_SECONDS = 0.3
+"""Programs that compile faster are not kept."""
 
 
 def compiler_options(platform: str) -> Optional[dict[str, str]]:
     """What `jax.jit` takes for a platform."""
     return OPTIONS.get(platform)
+
+
+def cache_directory(place: str) -> Path:
+    """Where programs are kept, by the field `compilation_cache`.
+
+    Programs for CPUs hold instructions of the very kind of CPU: each kind has a directory of its own.
+    """
+    base = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "deepseek_jax" / "xla"
+    directory = base if place == "auto" else Path(place).expanduser()
+    return directory / _cpu_kind() if jax.default_backend() == "cpu" else directory
+
+
+def keep_programs(place: Optional[str]) -> None:
+    """Keep what is compiled from now on, and use what was kept before; `place` is the field `compilation_cache`.
+
+    What `JAX_COMPILATION_CACHE_DIR` or `jax.config` said before stays. A directory that cannot be written costs a
+    line and the cache, not the run; a damaged program is compiled again.
+    """
+    if place is None or jax.config.values["jax_compilation_cache_dir"] is not None:
+        return
+    directory = cache_directory(place)
+    try:
+        directory.mkdir(parents=True, exist_ok=True)
+        if not os.access(directory, os.W_OK):
+            raise PermissionError(f"{directory}: not writable")
+    except OSError as error:
+        reason = error.strerror or error
+        print(f"compilation_cache={place}: {reason}; programs are not kept", file=sys.stderr, flush=True)
+        return
+    jax.config.update("jax_compilation_cache_dir", str(directory))
+    jax.config.update("jax_compilation_cache_max_size", CACHE_BYTES)
+    jax.config.update("jax_persistent_cache_min_compile_time_secs", CACHE_SECONDS)
+    compilation_cache.reset_cache()  # a program may have been compiled already, without it
+
+
+def _cpu_kind() -> str:
+    """A short name of this CPU's instructions."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        return "cpu"
+    flags = next((line for line in lines if line.startswith(("flags", "Features"))), "")
+    return "cpu-" + hashlib.sha256(flags.encode()).hexdigest()[:12]

@@ -92,7 +92,7 @@ def metrics_line(plan: StepPlan, metrics: StepMetrics, config: Config) -> dict[s
     load = [(counts / counts.mean(-1, True, dtype=torch.float64)).max() for counts in metrics.parts.counts.values()]
     return {
         "step": plan.step,
-        "tokens": (plan.first_sequence + plan.batch_size) * config.train.sequence_length,
+        "tokens": plan.tokens,
         "loss": metrics.loss.item(),
         "next_token_loss": first,
         "mtp_losses": further,

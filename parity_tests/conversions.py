@@ -18,6 +18,7 @@ from deepseek_jax.data.tokenizer import train_tokenizer
 from deepseek_jax.errors import UserError
 from deepseek_jax.training.checkpoint import Checkpoints
 from deepseek_jax.training.optimizer import make_optimizer
+from deepseek_jax.training.schedules import Position
 from deepseek_jax.training.step import TrainState
 from parity_tests.checkpoints import random_variables
 
@@ -30,7 +31,7 @@ def make_run(path, model, step=7):
     variables = random_variables(model)
     optimizer = make_optimizer(config.train).init(variables["params"])
     checkpoints = Checkpoints(path, config)
-    checkpoints.save(step, TrainState(variables["params"], variables["router_state"], optimizer))
+    checkpoints.save(Position(step), TrainState(variables["params"], variables["router_state"], optimizer))
     checkpoints.wait()
     (path / "config.yaml").write_text(to_yaml(config))
     train_tokenizer([TEXT], model.vocab_size).save(str(path / "tokenizer.json"))

@@ -22,7 +22,7 @@ from deepseek_jax.precision import fp8, fp8_grouped_matmul, fp8_matmul
 from deepseek_jax.train import train
 from deepseek_jax.training.checkpoint import Checkpoints
 from deepseek_jax.training.optimizer import make_optimizer
-from deepseek_jax.training.schedules import plan_steps
+from deepseek_jax.training.schedules import Position, plan_steps
 from deepseek_jax.training.step import Scalars, TrainState, train_step
 from deepseek_torch.precision import fp8 as torch_fp8
 from deepseek_torch.precision import fp8_matmul as torch_fp8_matmul
@@ -151,7 +151,7 @@ def test_convert_writes_the_codes_and_scales_that_training_uses(tmp_path, monkey
     params["moe_layers"]["mlp"]["experts"]["up_proj"] *= np.float32(1e-6)
     state = TrainState(params, variables["router_state"], make_optimizer(config.train).init(params))
     checkpoints = Checkpoints(tmp_path / "run", config)
-    checkpoints.save(1, state)
+    checkpoints.save(Position(1), state)
     checkpoints.wait()
     (tmp_path / "run" / "config.yaml").write_text(to_yaml(config))
     convert(tmp_path / "run", tmp_path / "out", dtype="fp8", verify=True)

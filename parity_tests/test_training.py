@@ -76,6 +76,16 @@ def test_twenty_steps_in_lockstep():
             variables = {"params": in_jax.params, "router_state": in_jax.router_state}
             assert_close(to_torch(variables, config.model), in_torch.model.state_dict(), 1e-10)
             clipped += float(ours.grad_norm) > config.train.gradient_clip
+        # A loss that is no number changes nothing, on either side.
+        no_number = Scalars(*map(jnp.float64, (plan.learning_rate, plan.bias_update_speed, math.nan)))
+        in_jax, ours = step(in_jax, tokens, no_number)
+        variables = {"params": in_jax.params, "router_state": in_jax.router_state}
+        before = {name: value.clone() for name, value in in_torch.model.state_dict().items()}
+        broken = dataclasses.replace(plan, mtp_loss_weight=math.nan)
+        skipped = torch_train_step(in_torch, torch.from_numpy(tokens).long(), broken, config).skipped
+        assert ours.skipped and skipped and in_jax.optimizer[1].count == STEPS
+        assert_close(to_torch(variables, config.model), before, 1e-10)
+        assert_close(before, in_torch.model.state_dict(), 0)
     assert clipped >= 10, "the clip is to be part of the proof"
     assert all(0 < bias.abs().max() < 0.15 for bias in pair.torch.buffers()), "gamma was 0.01, then 0"
     assert theirs.loss < 5.9, "log 320 is 5.8 and lambda adds to it: something was learnt"

@@ -173,7 +173,19 @@ class TrainConfig:
     eval_every: int = 100
     eval_sequences: int = 64
     checkpoint_every: int = 200
+    """Steps; the last one is saved anyway."""
+    checkpoint_minutes: Optional[float] = None
+    """Save when so long has passed since the last checkpoint, too."""
     keep_checkpoints: int = 2
+    """How many of the last are kept."""
+    keep_every: Optional[int] = None
+    """Checkpoints whose step is a multiple of it are kept for good."""
+    max_skips: int = 10
+    """Steps in a row whose loss or gradients may be no numbers, and which then change nothing, before the run ends."""
+    hang_after: int = 3600
+    """Seconds without the end of a step after which every thread's stack is told; 0 never."""
+    profile: Optional[str] = None
+    """Steps `first-last` of which a trace is written into run_dir, for TensorBoard, XProf or Perfetto."""
 
 
 @dataclass(frozen=True)
@@ -212,3 +224,5 @@ class Config:
     train: TrainConfig = field(default_factory=TrainConfig)
     parallel: ParallelConfig = field(default_factory=ParallelConfig)
     run_dir: str = "runs/default"
+    compilation_cache: Optional[str] = "auto"
+    """Where compiled programs are kept for the next start: a directory, `auto` (in the user's cache) or null, nowhere."""

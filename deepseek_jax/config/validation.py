@@ -1,5 +1,6 @@
 """Whether a config's values can work, and work together: what can be said without a device."""
 
+import re
 from collections.abc import Sequence
 from typing import Any
 
@@ -106,8 +107,11 @@ def _validate_data(d: DataConfig) -> None:
 def _validate_train(t: TrainConfig, m: ModelConfig) -> None:
     _at_least("train", t, 1, "steps", "sequence_length", "batch_size", "batch_size_start",
               "gradient_accumulation_steps", "loss_chunk_tokens", "eval_every", "eval_sequences",
-              "checkpoint_every", "keep_checkpoints")  # fmt: skip
-    _at_least("train", t, 0, "warmup_steps", "weight_decay", "sequence_balance_weight", "batch_size_ramp_tokens", "seed")
+              "checkpoint_every", "keep_checkpoints", "keep_every", "max_skips")  # fmt: skip
+    _at_least("train", t, 0, "warmup_steps", "weight_decay", "sequence_balance_weight", "batch_size_ramp_tokens", "seed",
+              "hang_after", "checkpoint_minutes")  # fmt: skip
+    _require(t.profile is None or re.fullmatch(r"[1-9]\d*-[1-9]\d*", t.profile) is not None, "train.profile", t.profile,
+             "write it as first-last, two numbers of steps")  # fmt: skip
     _above_zero("train", t, "learning_rate", "adam_eps", "gradient_clip")
     _choice("train.adam_moment_dtype", t.adam_moment_dtype, MOMENT_DTYPES)
     for name in ("beta1", "beta2"):

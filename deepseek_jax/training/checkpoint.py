@@ -1,7 +1,9 @@
 """Checkpoints of a run through orbax: each is whole or absent, and belongs to one model config."""
 
 import dataclasses
+import itertools
 import math
+import os
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -13,8 +15,14 @@ import orbax.checkpoint as ocp
 from deepseek_jax.checkpoint.orbax_step import META, VARIABLES, first_line, read_meta, stacked_arrays, step_meta
 from deepseek_jax.checkpoint.tensors import CheckpointError
 from deepseek_jax.config import HOW_COMPUTED, Config, ModelConfig
+from deepseek_jax.parallel import processes
 from deepseek_jax.training.optimizer import make_optimizer
+from deepseek_jax.training.resume import saved_sections
+from deepseek_jax.training.schedules import Position
 from deepseek_jax.training.step import TrainState, init_state
+
+CHECKPOINTS = "checkpoints"
+"""Folder of a run directory."""
 
 OPTIMIZER = "optimizer"
 """Item of a step: the moments, which no one but training needs."""
@@ -27,6 +35,10 @@ SPARE_ROOM = 2**24
 """Bytes that must be free beside a checkpoint's numbers, for its many small files and the run's own."""
 
 
+class DamagedCheckpoint(CheckpointError):
+    """A checkpoint that cannot be read; another may do."""
+
+
 class Checkpoints:
     """The `checkpoints` folder of a run directory, one numbered folder per saved step.
 
@@ -37,16 +49,51 @@ class Checkpoints:
     def __init__(self, run_dir: Path, config: Config, shardings: Optional[TrainState] = None):
         """`shardings` says where restored arrays go; null is one device."""
         self._config, self._shardings = config, shardings
-        self._folder = (run_dir / "checkpoints").resolve()
-        options = ocp.CheckpointManagerOptions(max_to_keep=config.train.keep_checkpoints, create=True)
+        self._folder = (run_dir / CHECKPOINTS).resolve()
+        train = config.train
+        options = ocp.CheckpointManagerOptions(max_to_keep=train.keep_checkpoints, keep_period=train.keep_every, create=True)
         self._manager = ocp.CheckpointManager(self._folder, options=options)
 
     def latest(self) -> int | None:
         """The last step saved whole, or None."""
         return self._manager.latest_step()
 
-    def save(self, step: int, state: TrainState) -> None:
-        """Write `state` as of the end of `step`; returns while the files are still being written.
+    def steps(self) -> list[int]:
+        """All that were saved to their end, the last one first."""
+        return sorted(self._manager.all_steps(), reverse=True)
+
+    def meta(self, step: int) -> dict[str, Any]:
+        """What was saved beside the numbers: the config's sections and the run's position.
+
+        Raises:
+            CheckpointError: if it is missing or damaged.
+        """
+        try:
+            return read_meta(self._folder / str(step))
+        except CheckpointError as error:
+            raise DamagedCheckpoint(str(error)) from None
+
+    def position(self, step: int) -> Position:
+        """How far the run had come at `step`; a converted model's begins anew. Raises as `meta` does."""
+        saved = self.meta(step).get("position", {"step": step} if step == 0 else {})
+        fields = dataclasses.asdict(Position())
+        if "step" not in saved or any(type(saved.get(name, value)) is not type(value) for name, value in fields.items()):
+            raise CheckpointError(
+                f"{self._folder / str(step)}: does not say how many tokens were seen; it is of an older version: "
+                f"convert it to Hugging Face's form and back, and train from there"
+            )
+        return Position(**{name: saved[name] for name in fields if name in saved})
+
+    def set_aside(self, step: int) -> Path:
+        """Move a checkpoint that cannot be read out of the way, for a person to look at; where it went."""
+        names = itertools.chain([f"damaged-{step}"], (f"damaged-{step}-{number}" for number in itertools.count(2)))
+        place = next(path for path in map(self._folder.parent.joinpath, names) if not path.exists())
+        processes.first_alone(lambda: os.rename(self._folder / str(step), place))
+        self._manager.reload()
+        return place
+
+    def save(self, position: Position, state: TrainState) -> None:
+        """Write `state` as of `position`; returns while the files are still being written.
 
         Raises:
             CheckpointError: what went wrong here or in the save before, and the last good step.
@@ -56,9 +103,13 @@ class Checkpoints:
         items = ocp.args.Composite(**{
             VARIABLES: ocp.args.StandardSave(variables, save_args=_piecewise(self._config, variables)),
             OPTIMIZER: ocp.args.StandardSave(state.optimizer),
-            META: ocp.args.JsonSave(step_meta(self._config.model, step)),
+            META: ocp.args.JsonSave(
+                step_meta(self._config.model, position.step)
+                | saved_sections(self._config)
+                | {"position": dataclasses.asdict(position)}
+            ),
         })  # fmt: skip
-        self._guarded(lambda: self._manager.save(step, args=items, force=True))
+        self._guarded(lambda: self._manager.save(position.step, args=items, force=True))
 
     def wait(self) -> None:
         """Return when all that was saved is on disk; raises as `save` does."""
@@ -120,10 +171,10 @@ class Checkpoints:
             items = ocp.args.Composite(**{name: ocp.args.StandardRestore(abstract)})
             return self._manager.restore(step, args=items)[name]
         except Exception as error:
-            raise CheckpointError(f"{self._folder / str(step)}: cannot be read: {first_line(error)}") from None
+            raise DamagedCheckpoint(f"{self._folder / str(step)}: cannot be read: {first_line(error)}") from None
 
     def _check_model(self, step: int) -> None:
-        saved = read_meta(self._folder / str(step))["model"]
+        saved = self.meta(step)["model"]
         saved = dataclasses.asdict(ModelConfig()) | saved  # before a field was there, its default was all there was
         for name, value in dataclasses.asdict(self._config.model).items():
             if name not in HOW_COMPUTED and saved[name] != value:

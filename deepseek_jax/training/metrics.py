@@ -52,23 +52,22 @@ def read_metrics(run_dir: Path) -> list[dict[str, Any]]:
 class Progress:
     """One line that tells where a run is, rewritten in place on a terminal, else printed now and then."""
 
-    def __init__(self, first_step: int, steps: int, tokens_per_step: int):
+    def __init__(self, steps: int):
         self._steps = steps
-        self._tokens_per_step = tokens_per_step
-        self._step = first_step
+        self._tokens = 0
         self._start = self._shown = time.monotonic()
         self._done = 0
         self._live = sys.stdout.isatty()
 
-    def step(self, step: int, **values: float) -> None:
-        """Count a step and show it if it is time to.
+    def step(self, step: int, tokens: int, **values: float) -> None:
+        """Count a step, after which so many tokens were seen, and show it if it is time to.
 
         The first step, which includes compilation, does not count towards the speed.
         """
         now = time.monotonic()
         self._done += 1
         if self._done == 1:
-            self._start = now
+            self._start, self._tokens = now, tokens
         if now - self._shown < (0.2 if self._live else 5) and step < self._steps and self._done > 1:
             return
         self._shown = now
@@ -76,7 +75,8 @@ class Progress:
         text += "".join(f"  {name} {value:.4g}" for name, value in values.items())
         if self._done > 1:
             seconds = (now - self._start) / (self._done - 1)
-            text += f"  {self._tokens_per_step / seconds:,.0f} tokens/s  {duration(seconds * (self._steps - step))} left"
+            rate = (tokens - self._tokens) / (now - self._start)
+            text += f"  {rate:,.0f} tokens/s  {duration(seconds * (self._steps - step))} left"
         self._print(text, keep=step == self._steps)
 
     @contextmanager

@@ -3,9 +3,18 @@
 import os
 from pathlib import Path
 
+from deepseek_jax.config import TrainConfig
 from deepseek_jax.training.metrics import read_metrics
+from deepseek_jax.training.schedules import plan_steps
 
 PLOT_FILE = "loss.png"
+SCHEDULES = {
+    "batch_size": "batch (sequences)",
+    "learning_rate": "learning rate",
+    "bias_update_speed": "gamma",
+    "mtp_loss_weight": "lambda",
+}
+"""Scheduled numbers of a step, and what they are called in a picture."""
 
 
 def plot_run(run_dir: Path) -> Path:
@@ -35,6 +44,27 @@ def plot_run(run_dir: Path) -> Path:
     axes.grid(alpha=0.3)
     path = run_dir / PLOT_FILE
     partial = run_dir / "loss.partial.png"
+    figure.savefig(partial, dpi=120)
+    pyplot.close(figure)
+    os.replace(partial, path)
+    return path
+
+
+def plot_schedule(train: TrainConfig, path: Path) -> Path:
+    """Draw what changes over the tokens of a whole run (report 4.2) into a PNG file and return its path."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    plans = list(plan_steps(train))
+    figure, panels = pyplot.subplots(len(SCHEDULES), sharex=True, figsize=(8, 8), layout="constrained")
+    for axes, (name, label) in zip(panels, SCHEDULES.items()):
+        axes.plot([plan.tokens for plan in plans], [getattr(plan, name) for plan in plans], lw=1.2)
+        axes.set(ylabel=label, ylim=(0, None))
+        axes.grid(alpha=0.3)
+    panels[-1].set_xlabel("training tokens")
+    partial = path.with_suffix(".partial.png")
     figure.savefig(partial, dpi=120)
     pyplot.close(figure)
     os.replace(partial, path)

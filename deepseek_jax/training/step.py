@@ -6,7 +6,6 @@ from typing import Any, NamedTuple, Optional
 
 import jax
 import jax.numpy as jnp
-import optax
 from jax.sharding import PartitionSpec
 
 from deepseek_jax.compilation import compiler_options
@@ -44,6 +43,10 @@ class StepMetrics(NamedTuple):
     parts: LossParts
     grad_norm: Optional[jax.Array] = None
     """Global, before clipping."""
+    skipped: Optional[jax.Array] = None
+    """Whether loss or gradients were no numbers, so that the state stayed as it was."""
+    squares: Any = None
+    """Each gradient's sum of squares, by which one that is no number is found."""
 
 
 def init_variables(config: ModelConfig, seed: int) -> dict[str, Any]:
@@ -83,7 +86,10 @@ def train_step(
     else:
         gradients, metrics = _on_mesh(state, tokens, scalars, config, division)
     with jax.named_scope("optimizer"):
-        metrics = metrics._replace(grad_norm=optax.global_norm(gradients))
+        squares = jax.tree.map(lambda gradient: jnp.sum(jnp.square(gradient)), gradients)
+        norm = jnp.sqrt(sum(jax.tree.leaves(squares)))
+        skipped = ~(jnp.isfinite(metrics.loss) & jnp.isfinite(norm))
+        metrics = metrics._replace(grad_norm=norm, skipped=skipped, squares=squares)
         updates, optimizer = make_optimizer(config.train).update(gradients, state.optimizer, state.params)
         params = jax.tree.map(lambda p, u: p - scalars.learning_rate.astype(p.dtype) * u, state.params, updates)
     speed = scalars.bias_update_speed
@@ -91,7 +97,8 @@ def train_step(
         name: jax.tree.map(lambda bias, c=metrics.parts.counts[name]: updated_bias(bias, c, speed), biases)
         for name, biases in state.router_state.items()
     }
-    state = TrainState(params, router_state, optimizer)
+    advanced = TrainState(params, router_state, optimizer)
+    state = jax.tree.map(lambda new, old: jnp.where(skipped, old, new), advanced, state)
     if division is not None:
         state = jax.lax.with_sharding_constraint(state, division.shardings(state, make_optimizer(config.train)))
     return state, metrics

@@ -24,6 +24,8 @@ class StepPlan:
     learning_rate: float
     bias_update_speed: float
     mtp_loss_weight: float
+    tokens: int
+    """Seen when it is done."""
 
 
 def plan_steps(train: TrainConfig) -> Iterator[StepPlan]:
@@ -41,7 +43,7 @@ def plan_steps(train: TrainConfig) -> Iterator[StepPlan]:
             learning_rate *= number / train.warmup_steps
         gamma = value_at(train.bias_update_speed, tokens, end)
         mtp_weight = value_at(train.mtp_loss_weight, tokens, end)
-        yield StepPlan(number, seen, size, learning_rate, gamma, mtp_weight)
+        yield StepPlan(number, seen, size, learning_rate, gamma, mtp_weight, tokens + size * train.sequence_length)
         seen += size
 
 

@@ -27,6 +27,8 @@ class StepMetrics(NamedTuple):
     parts: LossParts
     grad_norm: torch.Tensor
     """Global, before clipping."""
+    skipped: bool
+    """Whether loss or gradients were no numbers, so that the state stayed as it was."""
 
 
 def init_state(config: Config, model: Optional[DeepseekV3] = None) -> TrainState:
@@ -46,6 +48,8 @@ def train_step(state: TrainState, tokens: torch.Tensor, plan: StepPlan, config: 
     """
     loss, parts = _accumulated(state, tokens, plan.mtp_loss_weight, config)
     grad_norm = clip_by_global_norm(state.model.parameters(), config.train.gradient_clip)
+    if not (torch.isfinite(loss) and torch.isfinite(grad_norm)):
+        return StepMetrics(loss, parts, grad_norm, skipped=True)
     for group in state.optimizer.param_groups:
         group["lr"] = plan.learning_rate
     state.optimizer.step()
@@ -53,7 +57,7 @@ def train_step(state: TrainState, tokens: torch.Tensor, plan: StepPlan, config: 
         for layer, of_layer in zip(getattr(state.model, stack), counts, strict=True):
             bias = layer.mlp.gate.e_score_correction_bias
             bias.copy_(updated_bias(bias, of_layer, plan.bias_update_speed))
-    return StepMetrics(loss, parts, grad_norm)
+    return StepMetrics(loss, parts, grad_norm, skipped=False)
 
 
 def _accumulated(state: TrainState, tokens: torch.Tensor, mtp_weight: float, config: Config) -> tuple[torch.Tensor, LossParts]:

@@ -1,0 +1,210 @@
+"""The steps of a run: what is told, evaluated and saved along the way, and what ends it early."""
+
+import faulthandler
+import math
+import signal
+import time
+from pathlib import Path
+from typing import Any, NamedTuple, Optional
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from deepseek_jax.config import Config
+from deepseek_jax.data.loader import Windows
+from deepseek_jax.data.packing import PreparedData
+from deepseek_jax.errors import UserError
+from deepseek_jax.parallel import processes
+from deepseek_jax.parallel.sharding import Division, place_batch
+from deepseek_jax.training.checkpoint import Checkpoints
+from deepseek_jax.training.evaluation import Evaluation
+from deepseek_jax.training.metrics import MetricsFile, Progress
+from deepseek_jax.training.plot import PLOT_FILE, plot_run
+from deepseek_jax.training.schedules import Position, StepPlan, plan_steps
+from deepseek_jax.training.step import Scalars, StepMetrics, TrainState, make_step
+
+TRACE = "trace"
+"""Folder of a run directory."""
+
+
+class _Wishes(NamedTuple):
+    """What a process wants after a step; all do it after the same one."""
+
+    stop: bool | jax.Array = False
+    save: bool | jax.Array = False
+
+
+class Loop:
+    """The steps of a run and what is written along the way."""
+
+    def __init__(self, config: Config, run_dir: Path, data: PreparedData, checkpoints: Checkpoints, position: Position,
+                 division: Optional[Division]):  # fmt: skip
+        train = config.train
+        self._config, self._run_dir, self._checkpoints, self._position = config, run_dir, checkpoints, position
+        depth = config.model.num_nextn_predict_layers
+        self._windows = Windows(data.train, train.sequence_length + 1 + depth, train.sequence_length, config.data.seed)
+        self._division = division
+        self._evaluation = Evaluation(config, data, division)
+        self._metrics = MetricsFile(run_dir, position.step, is_writer=processes.is_first())
+        self._progress = Progress(train.steps)
+        self._step = make_step(config, division)
+        self._interrupted = False
+        self._saved, self._saved_at = position.step, time.monotonic()
+        self._skipped = 0
+        self._any = jax.jit(lambda flags: jnp.any(flags, axis=0))
+
+    def run(self, state: TrainState) -> TrainState:
+        """Take every remaining step; the state that is given is used up."""
+        train = self._config.train
+        previous = {number: signal.signal(number, self._interrupt) for number in (signal.SIGINT, signal.SIGTERM)}
+        try:
+            told: tuple[StepPlan, StepMetrics] | None = None
+            asked = _Wishes()
+            for plan in plan_steps(train, self._position):
+                self._watch(plan.step)
+                state, metrics = self._step(state, self._batch(plan), _scalars(plan, self._config))
+                # Telling of the step before keeps the device busy while the host reads its metrics.
+                self._tell(told)
+                told = (plan, metrics)
+                self._position = self._position.after(plan, len(self._windows))
+                asked, wishes = self._wishes(asked)
+                end = plan.step == train.steps or bool(wishes.stop)
+                saves = end or plan.step % train.checkpoint_every == 0 or bool(wishes.save)
+                if saves or plan.step % train.eval_every == 0:
+                    self._tell(told)
+                    told = None
+                with self._progress.aside():
+                    if plan.step % train.eval_every == 0 or plan.step == train.steps:
+                        self._evaluate(plan, state)
+                    if saves:
+                        self._checkpoints.save(self._position, state)
+                        self._saved, self._saved_at = plan.step, time.monotonic()
+                        asked = asked._replace(save=False)  # or a wish from before it would save once more
+                if end:
+                    break
+        finally:
+            faulthandler.cancel_dump_traceback_later()
+            for number, handler in previous.items():
+                signal.signal(number, handler)
+            self._checkpoints.wait()
+        if self._saved < train.steps:
+            raise Interrupted(f"interrupted; step {self._saved} is saved: --resume run_dir={self._run_dir} goes on from it")
+        self._plot()
+        print(f"loss plot: {self._run_dir / PLOT_FILE}")
+        return state
+
+    def _watch(self, step: int) -> None:
+        """Begin or end a trace before this step, and tell every thread's stack if the step does not end."""
+        train = self._config.train
+        if train.hang_after:
+            faulthandler.dump_traceback_later(train.hang_after, repeat=True)
+        if train.profile:
+            first, last = map(int, train.profile.split("-"))
+            if step == first:
+                jax.profiler.start_trace(self._run_dir / TRACE)
+            if step == last + 1:
+                jax.profiler.stop_trace()
+                self._progress.note(f"steps {train.profile} are traced in {self._run_dir / TRACE}")
+
+    def _wishes(self, asked: _Wishes) -> tuple[_Wishes, _Wishes]:
+        """What to pass in after the next step, and what all processes do now: wishes of any, as of the step before."""
+        minutes = self._config.train.checkpoint_minutes
+        late = minutes is not None and time.monotonic() - self._saved_at >= 60 * minutes
+        own = _Wishes(self._interrupted, late)
+        if jax.process_count() == 1:
+            return own, own
+        shape = jax.device_count(), len(own)
+        flags = place_batch(self._division, shape, 0, lambda start, end: np.tile(np.array(own), (end - start, 1)))
+        return _Wishes(*self._any(flags)), asked
+
+    def _interrupt(self, signum: int, frame: object) -> None:
+        if self._interrupted:
+            raise KeyboardInterrupt
+        self._interrupted = True
+        self._progress.note("stopping after this step and saving; press Ctrl-C again to stop at once")
+
+    def _batch(self, plan: StepPlan) -> jax.Array | np.ndarray:
+        """[A, B / A, ...]; a process reads the sequences of its own devices."""
+        parts = self._config.train.gradient_accumulation_steps
+        size = plan.batch_size // parts
+
+        def read(start: int, end: int) -> np.ndarray:
+            firsts = (plan.first_sequence + part * size + start for part in range(parts))
+            return np.stack([self._windows.take(first, end - start) for first in firsts])
+
+        return place_batch(self._division, (parts, size, self._windows.window), 1, read)
+
+    def _tell(self, told: tuple[StepPlan, StepMetrics] | None) -> None:
+        """Write and show a step's metrics."""
+        if told is None:
+            return
+        plan, metrics = told
+        metrics = jax.device_get(metrics)
+        if metrics.skipped:
+            self._skip(plan, metrics)
+            return
+        self._skipped = 0
+        first, *further = (float(nats) for nats in metrics.parts.cross_entropy)
+        dropped = {} if metrics.parts.dropped is None else {"dropped": float(metrics.parts.dropped)}
+        load = [float((counts / counts.mean(axis=-1, keepdims=True)).max()) for counts in metrics.parts.counts.values()]
+        self._metrics.write(
+            step=plan.step,
+            tokens=plan.tokens,
+            loss=float(metrics.loss),
+            next_token_loss=first,
+            mtp_losses=further,
+            balance_loss=float(metrics.parts.balance_loss),
+            grad_norm=float(metrics.grad_norm),
+            learning_rate=plan.learning_rate,
+            max_expert_load=max(load, default=1.0),
+            **dropped,
+        )
+        mtp = {"mtp": sum(further) / len(further)} if further else {}
+        norm, rate = metrics.grad_norm, plan.learning_rate
+        worst = {"load": max(load)} if load else {}
+        self._progress.step(plan.step, plan.tokens, loss=first, **mtp, grad=norm, lr=rate, **worst, **dropped)
+
+    def _skip(self, plan: StepPlan, metrics: StepMetrics) -> None:
+        """Tell of a step that changed nothing; raises `UserError` when there were too many in a row."""
+        self._skipped += 1
+        self._metrics.write(step=plan.step, tokens=plan.tokens, skipped=self._skipped)
+        loss, norm, where = metrics.loss, metrics.grad_norm, _not_finite(metrics.squares)
+        told = f"step {plan.step}: no update: loss {loss:.4g}, gradient norm {norm:.4g}; not finite: {where}"
+        if self._skipped < self._config.train.max_skips:
+            self._progress.note(told)
+            return
+        raise UserError(
+            f"{told}; {self._skipped} such steps in a row are train.max_skips: lower train.learning_rate, look at the data, "
+            f"and go on from the last checkpoint"
+        )
+
+    def _evaluate(self, plan: StepPlan, state: TrainState) -> None:
+        bits = self._evaluation.bits_per_byte(state)
+        self._metrics.write(step=plan.step, tokens=plan.tokens, bits_per_byte=bits)
+        self._progress.note(f"step {plan.step}: {bits:.3f} bits per byte on the held-out text")
+        self._plot()
+
+    def _plot(self) -> None:
+        if processes.is_first():
+            plot_run(self._run_dir)
+
+
+class Interrupted(UserError):
+    """Ctrl-C; everything up to the step named is saved."""
+
+    exit_code = 130
+
+
+def _not_finite(squares: Any) -> str:
+    """The gradients that are no numbers, by name. Backward from the loss, they are finite down to where it began."""
+    leaves, _ = jax.tree.flatten_with_path(squares)
+    names = [".".join(key.key for key in path) for path, square in leaves if not math.isfinite(square)]
+    if len(names) == len(leaves):
+        return "every gradient, so it began on the way to the loss"
+    return ", ".join(names) if names else "the loss alone"
+
+
+def _scalars(plan: StepPlan, config: Config) -> Scalars:
+    dtype = np.float64 if config.model.precision == "float64" else np.float32
+    return Scalars(*(dtype(x) for x in (plan.learning_rate, plan.bias_update_speed, plan.mtp_loss_weight)))

@@ -1,0 +1,72 @@
+"""What a resumed run may change: fields that differ from the checkpoint's are named, never taken over in silence."""
+
+import dataclasses
+from collections.abc import Collection, Iterable
+from typing import Any
+
+from deepseek_jax.config import Config, ConfigError, TrainConfig, from_mapping
+from deepseek_jax.training.schedules import Position, StepPlan, plan_step, plan_steps
+
+FREE = (
+    "model.remat", "model.grouped_matmul", "model.attention",
+    "train.gradient_accumulation_steps", "train.loss_chunk_tokens", "train.eval_every", "train.eval_sequences",
+    "train.checkpoint_every", "train.checkpoint_minutes", "train.keep_checkpoints", "train.keep_every", "train.max_skips",
+    "train.hang_after", "train.profile",
+)  # fmt: skip
+"""Fields that may change without a word: where and how a step is computed, what is saved and told. So may the mesh."""
+SCHEDULED = ("learning_rate", "bias_update_speed", "mtp_loss_weight", "batch_size")
+SECTIONS = ("model", "data", "train")
+
+
+def saved_sections(config: Config) -> dict[str, Any]:
+    """What a checkpoint keeps of its config for `changed_fields`, apart from the model, which it keeps anyway."""
+    return {name: dataclasses.asdict(getattr(config, name)) for name in SECTIONS if name != "model"}
+
+
+def changed_fields(saved: dict[str, Any], config: Config) -> dict[str, tuple[Any, Any]]:
+    """Fields `section.name` that are not `FREE` and differ, each with its values then and now.
+
+    Args:
+        saved: sections as mappings; a field that it lacks, of an older version, had its default.
+    """
+    changed: dict[str, tuple[Any, Any]] = {}
+    for section in SECTIONS:
+        now, defaults = (dataclasses.asdict(getattr(each, section)) for each in (config, Config()))
+        then = defaults | saved[section] if section in saved else now
+        fields = (f"{section}.{name}" for name in now if then[name] != now[name])
+        changed |= {name: (then[name.split(".")[1]], now[name.split(".")[1]]) for name in fields if name not in FREE}
+    return changed
+
+
+def check_changes(saved: dict[str, Any], config: Config, allowed: Collection[str], position: Position) -> list[str]:
+    """A line for each change that `allowed` names, and for each scheduled number that moves with them.
+
+    Raises:
+        ConfigError: a field differs that `allowed` does not name.
+    """
+    changed = changed_fields(saved, config)
+    refused = [name for name in changed if name not in allowed]
+    if refused:
+        told = ", ".join(f"{name} was {changed[name][0]} and is {changed[name][1]}" for name in refused)
+        options = " ".join(f"--allow {name}" for name in refused)
+        raise ConfigError(f"{config.run_dir}: {told}; give what was, or go on with what is by {options}")
+    lines = [f"{name}: {then} until now, {now} from now on" for name, (then, now) in changed.items()]
+    return lines + list(_moved(saved, config, position))
+
+
+def _moved(saved: dict[str, Any], config: Config, position: Position) -> Iterable[str]:
+    """Scheduled numbers whose next value is not what it would have been."""
+    if position.step == 0 or "train" not in saved:
+        return
+    earlier = from_mapping({"train": saved["train"]}, where="the checkpoint").train
+    then, now = _next(earlier, position), _next(config.train, position)
+    for name in SCHEDULED:
+        before, after = getattr(then, name), getattr(now, name)
+        if before != after:
+            yield f"{name} of step {now.step}: {after:.4g}, where the schedule as it was had come to {before:.4g}"
+
+
+def _next(train: TrainConfig, position: Position) -> StepPlan:
+    """The next step as `train` plans it; after its last one, with the values that it ended at."""
+    end = plan_step(train, position, train.batch_size, position.tokens)
+    return next(plan_steps(train, position), end)
