@@ -1,12 +1,16 @@
 """What every test stands on: the CPU as eight devices, and float64 where a test asks for it."""
 
 import os
+import tempfile
 
 from parity_tests.compiling import QUICKLY
 
 # Before anything imports jax.
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {QUICKLY} --xla_force_host_platform_device_count=8"
+# Programs that several tests or their processes compile are compiled once, and kept for the next time.
+os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", os.path.join(tempfile.gettempdir(), f"deepseek-jax-tests-{os.getuid()}"))
+os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.5")
 os.environ.setdefault("ALLOW_MULTIPLE_LIBTPU_LOAD", "1")  # it only compiles here, so that several processes may have it
 
 import pytest

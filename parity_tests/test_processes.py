@@ -64,7 +64,8 @@ def test_two_processes_and_then_another_mesh(alone):
     assert "mesh: pipe 2 x data 1 x fsdp 1 x expert 2 = 4 devices in 2 processes" in told
     assert "the bubble is 20.0% of the time" in told and "each device holds: parameters" in told
     assert told.count("2 bits per byte") + told.count("step 2:") == 1, "one process talks"
-    told, complaints, code = train(alone, "two", 1, 4, "--resume", "train.steps=4", "parallel.data=2", "parallel.fsdp=2")
+    told, complaints, code = train(alone, "two", 1, 4, "--resume", "--allow", "train.steps",
+                                  "train.steps=4", "parallel.data=2", "parallel.fsdp=2")  # fmt: skip
     assert code == 0, complaints
     assert "resuming after step 2" in told
     assert_same_metrics(metrics(alone / "two"), metrics(alone / "alone"))
@@ -88,9 +89,27 @@ def test_ctrl_c_saves_on_all_and_two_processes_go_on(tmp_path):
     assert said == [f"error: interrupted; step {step} is saved: --resume run_dir={tmp_path}/run goes on from it"], complaints
     assert running.returncode == 130 and len(metrics(tmp_path / "run")) == int(step)
     running = launch(2, 1, *words, "--resume", f"train.steps={int(step) + 1}")
+    _, complaints = running.communicate(timeout=200)
+    assert running.returncode == 1 and f"train.steps was 100000 and is {int(step) + 1}; give what was" in complaints, (
+        complaints
+    )
+    words += ["--resume", "--allow", "train.steps"]
+    running = launch(2, 1, *words, f"train.steps={int(step) + 1}")
     told, complaints = running.communicate(timeout=200)
     assert running.returncode == 0 and f"resuming after step {step}" in told, complaints
-    assert [line["step"] for line in metrics(tmp_path / "run") if "loss" in line] == list(range(1, int(step) + 2))
+    ended = metrics(tmp_path / "run")
+    assert [line["step"] for line in ended if "loss" in line] == list(range(1, int(step) + 2))
+    # One bit of the last checkpoint turns: the one before serves, and the same step gives the same again.
+    saved = tmp_path / "run" / "checkpoints" / str(int(step) + 1)
+    victim = max((path for path in (saved / "variables").rglob("*") if path.is_file()), key=lambda path: path.stat().st_size)
+    content = bytearray(victim.read_bytes())
+    content[len(content) // 2] ^= 1
+    victim.write_bytes(content)
+    running = launch(2, 1, *words, f"train.steps={int(step) + 1}")
+    _, complaints = running.communicate(timeout=200)
+    assert running.returncode == 0, complaints
+    assert f"{victim.relative_to(saved)} is not as it was written; going on from the one before" in complaints
+    assert metrics(tmp_path / "run") == ended and (tmp_path / "run" / f"damaged-{int(step) + 1}").is_dir()
 
 
 @pytest.mark.slow

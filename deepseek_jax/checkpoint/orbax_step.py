@@ -74,4 +74,5 @@ def uncached() -> ts.Context:
 
 def first_line(error: Exception) -> str:
     """The beginning of what orbax or tensorstore, which write pages, say of an error."""
-    return next((line for line in str(error).splitlines() if line.strip()), type(error).__name__)[:200]
+    line = next((line for line in str(error).splitlines() if line.strip()), type(error).__name__)
+    return line.partition(". See full TensorStore")[0][:200]

@@ -69,6 +69,11 @@ def first_alone(action: Callable[[], object]) -> None:
         multihost_utils.sync_global_devices("first alone")
 
 
+def of_first(flag: bool) -> bool:
+    """What the first process says, in all of them."""
+    return bool(multihost_utils.broadcast_one_to_all(np.array(flag))) if jax.process_count() > 1 else flag
+
+
 @contextmanager
 def together() -> Iterator[None]:
     """End with the others: after all have finished, or as soon as one fails, whose reason is told once."""

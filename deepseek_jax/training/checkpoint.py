@@ -12,6 +12,7 @@ from typing import Any, Optional
 import jax
 import orbax.checkpoint as ocp
 
+from deepseek_jax.checkpoint.digests import damaged_file, write_digests
 from deepseek_jax.checkpoint.orbax_step import META, VARIABLES, first_line, read_meta, stacked_arrays, step_meta
 from deepseek_jax.checkpoint.tensors import CheckpointError
 from deepseek_jax.config import HOW_COMPUTED, Config, ModelConfig
@@ -23,6 +24,9 @@ from deepseek_jax.training.step import TrainState, init_state
 
 CHECKPOINTS = "checkpoints"
 """Folder of a run directory."""
+
+UNFINISHED = ".orbax-checkpoint-tmp"
+"""End of a step's folder's name until it is whole."""
 
 OPTIMIZER = "optimizer"
 """Item of a step: the moments, which no one but training needs."""
@@ -51,7 +55,12 @@ class Checkpoints:
         self._config, self._shardings = config, shardings
         self._folder = (run_dir / CHECKPOINTS).resolve()
         train = config.train
-        options = ocp.CheckpointManagerOptions(max_to_keep=train.keep_checkpoints, keep_period=train.keep_every, create=True)
+        options = ocp.CheckpointManagerOptions(
+            max_to_keep=train.keep_checkpoints,
+            keep_period=train.keep_every,
+            create=True,
+            async_options=ocp.AsyncOptions(post_finalization_callback=self._take_digests),
+        )
         self._manager = ocp.CheckpointManager(self._folder, options=options)
 
     def latest(self) -> int | None:
@@ -92,6 +101,12 @@ class Checkpoints:
         self._manager.reload()
         return place
 
+    def _take_digests(self) -> None:
+        """Of the step that is whole but for its name, in the thread that writes it."""
+        if processes.is_first():
+            for unfinished in self._folder.glob(f"*{UNFINISHED}"):
+                write_digests(unfinished)
+
     def save(self, position: Position, state: TrainState) -> None:
         """Write `state` as of `position`; returns while the files are still being written.
 
@@ -128,7 +143,7 @@ class Checkpoints:
         try:
             action()
         except Exception as error:  # orbax and tensorstore raise many kinds for a disk that is full
-            for unfinished in self._folder.glob("*.orbax-checkpoint-tmp"):
+            for unfinished in self._folder.glob(f"*{UNFINISHED}"):
                 shutil.rmtree(unfinished, ignore_errors=True)
             raise self._failure("no space left on the disk" if "No space left" in str(error) else first_line(error)) from None
 
@@ -164,6 +179,9 @@ class Checkpoints:
         """One item of a checkpoint, given an abstract tree of it and where its arrays go."""
         if shardings is None:
             shardings = jax.tree.map(lambda _: jax.sharding.SingleDeviceSharding(jax.devices()[0]), abstract)
+        damaged = damaged_file(self._folder / str(step), name) if processes.is_first() else None
+        if processes.of_first(damaged is not None):
+            raise DamagedCheckpoint(f"{self._folder / str(step)}: {damaged or 'a file'} is not as it was written")
         abstract = jax.tree.map(
             lambda leaf, sharding: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding), abstract, shardings
         )
