@@ -11,9 +11,12 @@ import numpy as np
 import pytest
 import torch
 
+from deepseek_jax.config import load_config
+from deepseek_jax.model.products import products
 from deepseek_jax.precision import fp8
 from deepseek_jax.precision.fp8_grouped_matmul import fp8_grouped_matmul
 from deepseek_jax.precision.fp8_matmul import IMPLEMENTATIONS, Quantized, fp8_matmul, multiply_blocks, quantize_gradient
+from deepseek_torch.model.products import products as torch_products
 from deepseek_torch.precision.fp8_grouped_matmul import fp8_grouped_matmul as torch_grouped_matmul
 from deepseek_torch.precision.fp8_matmul import fp8_matmul as torch_matmul
 
@@ -159,6 +162,20 @@ def test_types_and_leading_axes():
     assert_close([dw], [weight.grad])
     # float32 sums a hair apart may round to neighbouring bfloat16.
     assert_close([y, dx], [theirs.detach().float(), leaf.grad.float()], 2**-9)
+
+
+def test_in_the_model_gradients_of_weights_come_in_the_type_of_activations():
+    """As those of bfloat16's products, in both siblings; what stores them may then be narrow."""
+    config = load_config("tiny", ["model.precision=fp8"]).model
+    x, w, dy = problem(24, 140, 150)
+    x, dy = jnp.asarray(x, jnp.bfloat16), jnp.asarray(dy, jnp.bfloat16)
+    (dw,) = jax.vjp(lambda w: products(config, x, w), w)[1]([dy])
+    weight = torch.tensor(w.T.copy(), requires_grad=True)
+    (theirs,) = torch_products(config, torch.tensor(np.asarray(x, np.float32)).bfloat16(), weight)
+    theirs.backward(torch.tensor(np.asarray(dy, np.float32)).bfloat16())
+    for each in (dw, weight.grad):
+        np.testing.assert_array_equal(each, jnp.asarray(each).astype(jnp.bfloat16).astype(jnp.float32))
+    assert_close([dw], [weight.grad.T], 2**-9)  # float32 sums a hair apart may round to neighbours
 
 
 def test_under_x64(x64):

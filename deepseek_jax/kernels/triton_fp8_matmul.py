@@ -80,7 +80,7 @@ def _rows_by_weights_kernel(
     store(y, total, these, those)
 
 
-def rows_by_rows(x: Scaled, dy: Scaled, tile_ends: jax.Array) -> jax.Array:
+def rows_by_rows(x: Scaled, dy: Scaled, tile_ends: jax.Array, dtype: jnp.dtype) -> jax.Array:
     """For every group the product xᵀ dy of its rows, both in tiles of 128 rows, the last of a group filled with zeros.
 
     Args:
@@ -89,7 +89,7 @@ def rows_by_rows(x: Scaled, dy: Scaled, tile_ends: jax.Array) -> jax.Array:
         tile_ends: [E] the tile after each group's last.
 
     Returns:
-        float32 [E, K, M]; zero for a group without tiles.
+        [E, K, M]; zero for a group without tiles.
     """
     height, width, groups = x[0].shape[1], dy[0].shape[1], tile_ends.size
     shape = LARGEST.cut(height, width, TILE)
@@ -97,7 +97,7 @@ def rows_by_rows(x: Scaled, dy: Scaled, tile_ends: jax.Array) -> jax.Array:
         partial(_rows_by_rows_kernel, shape),
         f"{_matmul(groups)}_of_rows_fp8",
         (pl.cdiv(width, shape.columns), pl.cdiv(height, shape.rows), groups),
-        jax.ShapeDtypeStruct((groups, height, width), jnp.float32),
+        jax.ShapeDtypeStruct((groups, height, width), dtype),
         PARAMETERS,
         jnp.diff(tile_ends, prepend=0),
         tile_ends,

@@ -6,7 +6,7 @@ there is something left to serve; the backward pass keeps nothing of it, and mak
 
 from collections.abc import Sequence
 from functools import partial
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Optional
 
 import jax
 import jax.numpy as jnp
@@ -15,9 +15,9 @@ from deepseek_jax.config import ModelConfig, ParallelConfig
 from deepseek_jax.model.dispatch import combine, dispatch, sort_slots
 from deepseek_jax.model.layers import grouped_feed_forward
 from deepseek_jax.model.parcels import Parcels, next_journey, order_in, pack
-from deepseek_jax.model.products import keep
+from deepseek_jax.model.products import keep, prepared
 from deepseek_jax.parallel.exchange import AXIS, OVERFLOW, Hop, Journey, hops_of, send
-from deepseek_jax.precision.narrow import narrow
+from deepseek_jax.precision.fp8_weights import Prepared, Quantized, Weight
 
 
 class Setting(NamedTuple):
@@ -30,9 +30,17 @@ class Setting(NamedTuple):
     """Implementation of `send`."""
 
 
+class Known(NamedTuple):
+    """What rounds need and no gradient goes to."""
+
+    parcels: Parcels
+    quantized: Sequence[Optional[Quantized]]
+    """This device's experts in float8, the down projection last."""
+
+
 Inputs = tuple[jax.Array, jax.Array, Sequence[jax.Array]]
 """Tokens [N, hidden_size], the factors of their experts by slot [N * D, W], and this device's experts, the down projection
-last."""
+last; in float8 these only take gradients."""
 
 
 def serve_in_rounds(
@@ -43,43 +51,44 @@ def serve_in_rounds(
     Inside `shard_map` over the axis `expert`, all devices of which serve each other's tokens.
     """
     x = tokens[0]
-    if config.precision != "fp8":  # float8 codes are made from the weights as they are
-        projections = [narrow(projection, x.dtype) for projection in projections]
-    return _hop(Setting(config, hops_of(config, parallel, x.shape[0]), parallel.exchange), tokens, projections)
+    ready = [prepared(config, x, projection) for projection in projections]  # once, and not in every round
+    return _hop(Setting(config, hops_of(config, parallel, x.shape[0]), parallel.exchange), tokens, ready)
 
 
-def _hop(setting: Setting, tokens: Sequence[jax.Array], projections: Sequence[jax.Array]) -> jax.Array:
+def _hop(setting: Setting, tokens: Sequence[jax.Array], projections: Sequence[Weight]) -> jax.Array:
     """What the experts beyond a hop make of tokens (x, indices, weights)."""
     x, indices, weights = tokens
     parcels = pack(setting.hops[0], indices)
     factors = jnp.sum(jnp.where(parcels.holds, weights[:, None, None], 0), axis=3).reshape(parcels.experts.shape)
-    return _serve_all(setting, (x, factors, projections), parcels)
+    quantized = [each.quantized if isinstance(each, Prepared) else None for each in projections]
+    own = [each.weight if isinstance(each, Prepared) else each for each in projections]
+    return _serve_all(setting, (x, factors, own), Known(parcels, quantized))
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _serve_all(setting: Setting, inputs: Inputs, parcels: Parcels) -> jax.Array:
-    return _forward(setting, inputs, parcels)[0]
+def _serve_all(setting: Setting, inputs: Inputs, known: Known) -> jax.Array:
+    return _forward(setting, inputs, known)[0]
 
 
-def _forward(setting: Setting, inputs: Inputs, parcels: Parcels) -> tuple[jax.Array, Any]:
-    journey, waiting = next_journey(setting.hops[0], parcels, parcels.loads)
-    served, pull = jax.vjp(partial(_serve, setting, parcels, journey), inputs)
+def _forward(setting: Setting, inputs: Inputs, known: Known) -> tuple[jax.Array, Any]:
+    journey, waiting = next_journey(setting.hops[0], known.parcels, known.parcels.loads)
+    served, pull = jax.vjp(partial(_serve, setting, known, journey), inputs)
 
     def one_more(served: jax.Array, journey: Journey) -> jax.Array:
-        return served + _serve(setting, parcels, journey, inputs)
+        return served + _serve(setting, known, journey, inputs)
 
-    return _while_some_wait(setting, parcels, waiting, served, one_more), (pull, waiting, inputs, parcels)
+    return _while_some_wait(setting, known.parcels, waiting, served, one_more), (pull, waiting, inputs, known)
 
 
 def _backward(setting: Setting, kept: Any, gradient: jax.Array) -> tuple[Inputs, None]:
-    pull, waiting, inputs, parcels = kept
+    pull, waiting, inputs, known = kept
 
     def one_more(totals: Inputs, journey: Journey) -> Inputs:
-        pull = jax.vjp(partial(_serve, setting, parcels, journey), inputs)[1]
+        pull = jax.vjp(partial(_serve, setting, known, journey), inputs)[1]
         return jax.tree.map(jnp.add, totals, *pull(gradient))
 
     (first,) = pull(gradient)  # from the first round's gradients on, so that no zeros are made to begin with
-    return _while_some_wait(setting, parcels, waiting, first, one_more), None
+    return _while_some_wait(setting, known.parcels, waiting, first, one_more), None
 
 
 _serve_all.defvjp(_forward, _backward)
@@ -103,9 +112,10 @@ def _while_some_wait(setting: Setting, parcels: Parcels, waiting: jax.Array, sta
         return jax.lax.while_loop(lambda state: state[0], one_round, (some_wait(waiting), waiting, start))[2]
 
 
-def _serve(setting: Setting, parcels: Parcels, journey: Journey, inputs: Inputs) -> jax.Array:
+def _serve(setting: Setting, known: Known, journey: Journey, inputs: Inputs) -> jax.Array:
     """What one round adds to each token, [N, hidden_size]."""
-    (config, (hop, *further), exchange), (x, factors, projections) = setting, inputs
+    (config, (hop, *further), exchange), (parcels, quantized), (x, factors, weights) = setting, known, inputs
+    projections = [own if codes is None else Prepared(codes, own) for codes, own in zip(quantized, weights)]
     labels = jnp.concatenate([parcels.experts.astype(factors.dtype), factors], axis=1)
     outward = order_in(hop, parcels, journey)
     # Labels first: where rows go from here is found out while they travel.
@@ -122,7 +132,7 @@ def _serve(setting: Setting, parcels: Parcels, journey: Journey, inputs: Inputs)
     return combine(returned, outward, x.shape[0])
 
 
-def _serve_here(config: ModelConfig, hop: Hop, tokens: Sequence[jax.Array], projections: Sequence[jax.Array]) -> jax.Array:
+def _serve_here(config: ModelConfig, hop: Hop, tokens: Sequence[jax.Array], projections: Sequence[Weight]) -> jax.Array:
     """What this device's experts make of the tokens that arrived."""
     (rows, indices, factors), number = tokens, hop.experts
     experts = indices.reshape(-1)

@@ -5,6 +5,7 @@ the input once. Every result is kept where others are made again.
 """
 
 from collections.abc import Callable
+from typing import Any
 
 import jax
 from jax.ad_checkpoint import checkpoint_name
@@ -16,6 +17,7 @@ from deepseek_jax.model.matmul import matmul
 from deepseek_jax.model.panels import Panels, times
 from deepseek_jax.precision.fp8_grouped_matmul import fp8_grouped_matmul
 from deepseek_jax.precision.fp8_matmul import fp8_matmul
+from deepseek_jax.precision.fp8_weights import Prepared, Weight, prepare
 from deepseek_jax.precision.narrow import narrow
 
 PRODUCT, ATTENDED, WAYPOINT = "product", "attended", "waypoint"
@@ -40,20 +42,30 @@ def products(config: ModelConfig, x: jax.Array, *weights: jax.Array | Panels) ->
     whole = tuple(weight for weight in weights if not isinstance(weight, Panels))
     if len(whole) < len(weights):
         return [times(x, weight) for weight in weights]
-    if config.precision == "fp8":
-        results = list(fp8_matmul(x, whole, _fp8_implementation(config)))
-    else:
-        results = matmul(x, [narrow(weight, x.dtype) for weight in whole])
+    ready: list[Any] = [prepared(config, x, weight) for weight in whole]
+    is_fp8 = config.precision == "fp8"
+    results = fp8_matmul(x, tuple(ready), _fp8_implementation(config)) if is_fp8 else matmul(x, ready)
     return [keep(result) for result in results]
 
 
-def grouped_products(config: ModelConfig, x: jax.Array, group_sizes: jax.Array, *weights: jax.Array) -> list[jax.Array]:
+def grouped_products(config: ModelConfig, x: jax.Array, group_sizes: jax.Array, *weights: Weight) -> list[jax.Array]:
     """Rows x [N, K], sorted by group, times each of the weights [E, K, M]: a list of [N, M] in x's type."""
+    ready: list[Any] = [prepared(config, x, weight) for weight in weights]
     if config.precision == "fp8":
-        results = list(fp8_grouped_matmul(x, weights, group_sizes, _fp8_implementation(config)))
+        results = fp8_grouped_matmul(x, tuple(ready), group_sizes, _fp8_implementation(config))
     else:
-        results = grouped_matmul(x, [narrow(weight, x.dtype) for weight in weights], group_sizes, config.grouped_matmul)
+        results = grouped_matmul(x, ready, group_sizes, config.grouped_matmul)
     return [keep(result) for result in results]
+
+
+def prepared(config: ModelConfig, x: jax.Array, weight: Weight) -> Weight:
+    """A master weight as products with x read it; as it is if it is so already.
+
+    Its gradient comes in x's type: what is summed, over parts of a batch and over devices, is widened first.
+    """
+    if isinstance(weight, Prepared):
+        return weight
+    return prepare(weight, x.dtype, _fp8_implementation(config)) if config.precision == "fp8" else narrow(weight, x.dtype)
 
 
 def _fp8_implementation(config: ModelConfig) -> str:

@@ -85,7 +85,7 @@ def gradient_type(division: Division | None, config: ModelConfig, path: tuple[st
             place = place[name]
         if _cuts(place, layer_axes(division, path)):
             return dtype
-    return _product_type(config, path, dtype)
+    return jnp.dtype("bfloat16") if config.precision == "fp8" and _is_product(path) else _product_type(config, path, dtype)
 
 
 def gather_unstacked(division: Division, config: ModelConfig, params: Any, tokens: int) -> Any:
@@ -146,9 +146,13 @@ def _product_type(config: ModelConfig, path: tuple[str, ...], dtype: jnp.dtype) 
     """
     if path[0] == "lm_head" and config.precision == "fp8":
         return jnp.dtype("bfloat16")
+    return jnp.dtype("bfloat16") if _is_product(path) and config.precision == "bfloat16" else dtype
+
+
+def _is_product(path: tuple[str, ...]) -> bool:
+    """Whether a parameter is the weight of a product in the type of activations."""
     is_gate = not {"gate", "shared_expert_gate"}.isdisjoint(path)
-    is_product = not (path[0] == "embed_tokens" or is_gate or any("norm" in name for name in path))
-    return jnp.dtype("bfloat16") if is_product and config.precision == "bfloat16" else dtype
+    return not (path[0] == "embed_tokens" or is_gate or any("norm" in name for name in path))
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(1, 2))

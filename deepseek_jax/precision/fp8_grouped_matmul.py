@@ -7,61 +7,62 @@ reach past its expert's last row, and what it wrote there the next block writes 
 
 from collections.abc import Callable, Sequence
 from functools import partial, reduce
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import jax
 import jax.numpy as jnp
 
 from deepseek_jax.precision import fp8_kernels
-from deepseek_jax.precision.fp8 import TILE, quantize_blocks, quantize_tiles
-from deepseek_jax.precision.fp8_matmul import IMPLEMENTATIONS, Kept, Quantized, Weights, quantize_gradient, retile
+from deepseek_jax.precision.fp8 import TILE, quantize_tiles
+from deepseek_jax.precision.fp8_matmul import IMPLEMENTATIONS, Kept, quantize_gradient, retile
+from deepseek_jax.precision.fp8_weights import Prepared, Quantized, Weights, as_given, gradients_of, like, prepare_all
 
 Rows = TypeVar("Rows", Quantized, jax.Array)
 Block = Callable[[jax.Array, jax.Array, jax.Array, jax.Array], jax.Array]
 
 
-def fp8_grouped_matmul(x: jax.Array, w: Weights, group_sizes: jax.Array, implementation: str = "dot_general") -> Weights:
+def fp8_grouped_matmul(x: jax.Array, w: Weights, group_sizes: jax.Array, implementation: str = "dot_general") -> Any:
     """Each group of rows times its own weight, all three products in float8 as in `fp8_matmul`.
 
     Args:
         x: [N, K] rows sorted by group.
-        w: [E, K, M] master weights, or a tuple of such that all read x.
+        w: [E, K, M] master weights, or what `prepare` made of them, or a tuple of such that all read x.
         group_sizes: [E] int32, together at most N.
         implementation: a key of `fp8_matmul.IMPLEMENTATIONS`, or `triton` for the kernels for GPUs.
 
     Returns:
         [N, M] in x's type, or a tuple of such; rows past the last group are zero.
     """
-    weights = [each.astype(jnp.float32) for each in jax.tree.leaves(w)]
+    weights = prepare_all(w, implementation)
     if implementation == "triton":
         outputs = fp8_kernels.grouped_matmul(x, weights, group_sizes)
     else:
         outputs = _grouped_matmul(x, weights, group_sizes, implementation)
-    return jax.tree.unflatten(jax.tree.structure(w), outputs)
+    return as_given(w, outputs)
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(3,))
-def _grouped_matmul(x: jax.Array, weights: list[jax.Array], group_sizes: jax.Array, implementation: str) -> list[jax.Array]:
+def _grouped_matmul(x: jax.Array, weights: list[Prepared], group_sizes: jax.Array, implementation: str) -> list[jax.Array]:
     return _forward(x, weights, group_sizes, implementation)[0]
 
 
 def _forward(
-    x: jax.Array, weights: list[jax.Array], group_sizes: jax.Array, implementation: str
+    x: jax.Array, weights: list[Prepared], group_sizes: jax.Array, implementation: str
 ) -> tuple[list[jax.Array], tuple[Kept, jax.Array]]:
     x_tiles = Quantized(*quantize_tiles(x, axis=1))
-    blocks = [Quantized(*quantize_blocks(w)) for w in weights]
+    blocks = [w.quantized for w in weights]
     outputs = [_rows_times_weights([(x_tiles, w)], (1, 0), group_sizes, implementation, x.dtype) for w in blocks]
-    return outputs, ((x_tiles, blocks), group_sizes)
+    return outputs, ((x_tiles, blocks, like(weights)), group_sizes)
 
 
 def _backward(
     implementation: str, kept: tuple[Kept, jax.Array], gradients: list[jax.Array]
-) -> tuple[jax.Array, list[jax.Array], None]:
-    (x, weights), group_sizes = kept
+) -> tuple[jax.Array, list[Prepared], None]:
+    (x, weights, types), group_sizes = kept
     pairs = [(quantize_gradient(dy, axis=1), w) for dy, w in zip(gradients, weights)]
     dx = _rows_times_weights(pairs, (1, 1), group_sizes, implementation, gradients[0].dtype)
     dw = [_weight_gradient(x, dy, group_sizes, implementation) for dy in gradients]
-    return dx, dw, None
+    return dx, gradients_of(dw, types), None
 
 
 _grouped_matmul.defvjp(_forward, _backward)

@@ -8,47 +8,49 @@ import jax
 import jax.numpy as jnp
 
 from deepseek_jax.precision.fp8 import SMALLEST_AMAX, SMALLEST_GRADIENT_AMAX, TILE
+from deepseek_jax.precision.fp8_weights import Prepared, Quantized, gradients_of, like
 
-Scaled = tuple[jax.Array, jax.Array]
-"""Codes and scales."""
-Kept = tuple[Scaled, list[Scaled], jax.Array]
+Kept = tuple[Quantized, list[Quantized], list[jax.Array], jax.Array]
+"""x, the weights, arrays of the types of their gradients, and the groups' sizes."""
 
 
 @jax.custom_vjp
-def grouped_matmul(x: jax.Array, weights: list[jax.Array], group_sizes: jax.Array) -> list[jax.Array]:
-    """Rows x [N, K] sorted by group times each of the float32 weights [E, K, M]: [N, M]; see `fp8_grouped_matmul`."""
+def grouped_matmul(x: jax.Array, weights: list[Prepared], group_sizes: jax.Array) -> list[jax.Array]:
+    """Rows x [N, K] sorted by group times each of the weights [E, K, M]: [N, M]; see `fp8_grouped_matmul`."""
     return _forward(x, weights, group_sizes)[0]
 
 
-def _forward(x: jax.Array, weights: list[jax.Array], group_sizes: jax.Array) -> tuple[list[jax.Array], Kept]:
+def _forward(x: jax.Array, weights: list[Prepared], group_sizes: jax.Array) -> tuple[list[jax.Array], Kept]:
     from deepseek_jax.kernels.triton_fp8_matmul import rows_by_weights
     from deepseek_jax.kernels.triton_quantize import quantize
 
     rows = _of_one(quantize(x[None], SMALLEST_AMAX))
-    blocks = [quantize(weight, SMALLEST_AMAX, in_blocks=True) for weight in weights]
+    blocks = [weight.quantized for weight in weights]
     turned = ((jnp.swapaxes(codes, 1, 2), jnp.swapaxes(scales, 1, 2)) for codes, scales in blocks)
-    return [rows_by_weights([rows], [weight], group_sizes, x.dtype) for weight in turned], (rows, blocks, group_sizes)
+    outputs = [rows_by_weights([rows], [weight], group_sizes, x.dtype) for weight in turned]
+    return outputs, (rows, blocks, like(weights), group_sizes)
 
 
-def _backward(kept: Kept, gradients: list[jax.Array]) -> tuple[jax.Array, list[jax.Array], None]:
+def _backward(kept: Kept, gradients: list[jax.Array]) -> tuple[jax.Array, list[Prepared], None]:
     from deepseek_jax.kernels.tiles import make_tiles
     from deepseek_jax.kernels.triton_fp8_matmul import rows_by_rows, rows_by_weights
     from deepseek_jax.kernels.triton_quantize import quantize, quantize_along_rows
 
-    x, blocks, group_sizes = kept
+    x_tiles, blocks, types, group_sizes = kept
     rows = [_of_one(quantize(dy[None], SMALLEST_GRADIENT_AMAX)) for dy in gradients]
     dx = rows_by_weights(rows, blocks, group_sizes, gradients[0].dtype)
 
-    tiles, groups = make_tiles(group_sizes, x[0].shape[0], TILE), group_sizes.size
+    tiles, groups = make_tiles(group_sizes, x_tiles.codes.shape[0], TILE), group_sizes.size
     tile_ends = jnp.cumsum(-(-group_sizes // TILE))
-    x = quantize_along_rows(x, tiles, groups, SMALLEST_AMAX)
+    x = quantize_along_rows(x_tiles, tiles, groups, SMALLEST_AMAX)
     along_rows = (quantize_along_rows((dy,), tiles, groups, SMALLEST_GRADIENT_AMAX) for dy in gradients)
-    return dx, [rows_by_rows(x, dy, tile_ends) for dy in along_rows], None
+    dw = [rows_by_rows(x, dy, tile_ends, own.dtype) for dy, own in zip(along_rows, types)]
+    return dx, gradients_of(dw, types), None
 
 
 grouped_matmul.defvjp(_forward, _backward)
 
 
-def _of_one(stack: Scaled) -> Scaled:
+def _of_one(stack: tuple[jax.Array, jax.Array]) -> Quantized:
     codes, scales = stack
-    return codes[0], scales[0]
+    return Quantized(codes[0], scales[0])

@@ -13,5 +13,18 @@ def products(config: ModelConfig, x: torch.Tensor, *weights: torch.Tensor) -> li
     input before it rounds them.
     """
     if config.precision == "fp8":
-        return list(fp8_matmul(x, tuple(weight.T for weight in weights)))
+        return list(fp8_matmul(x, tuple(_GradientLike.apply(weight, x).T for weight in weights)))
     return [x @ weight.to(x.dtype).T for weight in weights]
+
+
+class _GradientLike(torch.autograd.Function):
+    """A master weight as it is, whose gradient is rounded to x's type, in which that of a narrowed weight would come."""
+
+    @staticmethod
+    def forward(ctx, weight: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
+        ctx.dtype = x.dtype
+        return weight.view_as(weight)
+
+    @staticmethod
+    def backward(ctx, gradient: torch.Tensor) -> tuple[torch.Tensor, None]:
+        return gradient.to(ctx.dtype).to(gradient.dtype), None
