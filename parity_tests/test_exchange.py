@@ -1,6 +1,8 @@
 """Tokens that travel to the devices of their experts: every way of sending rows, and rounds until nothing waits."""
 
 import dataclasses
+import math
+from collections import Counter
 from itertools import combinations
 
 import jax
@@ -10,6 +12,7 @@ import pytest
 from jax.sharding import PartitionSpec
 
 from deepseek_jax.config import ModelConfig, ParallelConfig, load_config
+from deepseek_jax.model import expert_rounds
 from deepseek_jax.model.dispatch import gathered_sum, scattered_sum, sort_slots, sum_by_slot
 from deepseek_jax.model.expert_rounds import serve_in_rounds
 from deepseek_jax.model.experts import serve
@@ -150,6 +153,52 @@ def test_every_token_is_served(remat, hops, x64, monkeypatch):
             2: {(0, 2): 2 * TOKENS * hidden * 8 // 2, (0, 1): 2 * TOKENS * hidden * 8 // 2},  # to two groups, to two devices
         }[hops]
     )
+
+
+@pytest.mark.parametrize("hops, gradients", [
+    (1, False), pytest.param(1, True, marks=pytest.mark.slow), pytest.param(2, True, marks=pytest.mark.slow),
+])  # fmt: skip
+def test_in_float8_rows_travel_as_codes_and_scales(hops, gradients, monkeypatch):
+    """To the bit what rows that are quantised where they arrive give, gradients too, in every round; at half the bytes."""
+    monkeypatch.setattr(jax.lax, "empty", lambda shape, dtype: jnp.full(shape, 255 if dtype == jnp.uint8 else jnp.nan, dtype))
+    model = dataclasses.replace(MODEL, precision="fp8", hidden_size=160, feed_forward="gelu")
+    parallel = ParallelConfig(data=1, expert=DEVICES, exchange_room=1, exchange_groups=hops)
+    rng = np.random.default_rng(0)
+    x, cotangent = jnp.asarray(rng.standard_normal((2, DEVICES * TOKENS, 160)), jnp.bfloat16)
+    shapes = [(DEVICES * TOKENS, 4), (16, 160, 8), (16, 8, 160)]
+    inputs = x, *(jnp.asarray(rng.standard_normal(shape), jnp.float32) for shape in shapes)
+
+    def on_mesh():
+        def served(indices, x, weights, *projections):
+            return serve_in_rounds(model, parallel, (x, indices, weights), projections)
+
+        def with_gradients(cotangent, indices, *inputs):
+            out, pull = jax.vjp(lambda *inputs: across_devices(served, *[CUT] * 5)(indices, *inputs), *inputs)
+            return (out, *pull(cotangent)) if gradients else out
+
+        return jax.jit(with_gradients).lower(cotangent, ROUTINGS["even"][0], *inputs).compile()
+
+    ahead = on_mesh()
+    monkeypatch.setattr(expert_rounds, "prepared_rows", lambda config, x: x)
+    where_they_arrive = on_mesh()
+    for indices, _ in ROUTINGS.values():
+        results = (program(cotangent, indices, *inputs) for program in (ahead, where_they_arrive))
+        jax.tree.map(np.testing.assert_array_equal, *results)
+    rows = 2 * TOKENS * hops  # to two devices, or to two groups and there to two devices; a part of them is there already
+    stay = {1: rows // 4, 2: rows // 2}[hops]
+    assert sent_forward(ahead.as_text()) == {(160 + 4 * 2, True): rows - stay, (160, False): rows - stay}
+    assert sent_forward(where_they_arrive.as_text()) == {(160, False): 2 * (rows - stay)}
+
+
+def sent_forward(text):
+    """Rows that a device sends in a first round, not counting their labels, by width and whether these are bytes."""
+    mesh = make_mesh(ParallelConfig(data=1, expert=DEVICES), jax.devices()[:DEVICES])
+    sent = Counter()
+    for one in collectives(text, mesh):
+        (array,) = one.arrays[:1]
+        if one.kind == "all-to-all" and not one.overflow and "transpose(" not in one.op_name and array.shape[-1] > 8:
+            sent[array.shape[-1], array.dtype == "u8"] += one.sent // (array.bytes // math.prod(array.shape) * array.shape[-1])
+    return dict(sent)
 
 
 def sent_by_group(text):

@@ -15,7 +15,8 @@ from deepseek_jax.config import load_config
 from deepseek_jax.model.products import products
 from deepseek_jax.precision import fp8
 from deepseek_jax.precision.fp8_grouped_matmul import fp8_grouped_matmul
-from deepseek_jax.precision.fp8_matmul import IMPLEMENTATIONS, Quantized, fp8_matmul, multiply_blocks, quantize_gradient
+from deepseek_jax.precision.fp8_matmul import IMPLEMENTATIONS, fp8_matmul, multiply_blocks, quantize_gradient
+from deepseek_jax.precision.fp8_operands import Quantized
 from deepseek_torch.model.products import products as torch_products
 from deepseek_torch.precision.fp8_grouped_matmul import fp8_grouped_matmul as torch_grouped_matmul
 from deepseek_torch.precision.fp8_matmul import fp8_matmul as torch_matmul

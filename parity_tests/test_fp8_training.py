@@ -18,7 +18,7 @@ from deepseek_jax.generate import load_run
 from deepseek_jax.model.block import Block
 from deepseek_jax.model.rope import rope_angles
 from deepseek_jax.model.transformer import DeepseekV3
-from deepseek_jax.precision import fp8, fp8_weights
+from deepseek_jax.precision import fp8, fp8_operands
 from deepseek_jax.train import train
 from deepseek_jax.training.checkpoint import Checkpoints
 from deepseek_jax.training.optimizer import make_optimizer
@@ -103,7 +103,7 @@ def codes_used(config: ModelConfig, variables: dict, monkeypatch) -> Codes:
         as_bytes = jax.pure_callback(record, as_bytes, as_bytes, scales)
         return jax.lax.bitcast_convert_type(as_bytes, codes.dtype), scales
 
-    monkeypatch.setattr(fp8_weights, "quantize_blocks", recording)
+    monkeypatch.setattr(fp8_operands, "quantize_blocks", recording)
     tokens = batch(fp8_config(), seed=0)[0, :1, :20]
     jax.block_until_ready(jax.jit(DeepseekV3(config).apply, compiler_options=COMPILE_QUICKLY)(variables, tokens))
     return used

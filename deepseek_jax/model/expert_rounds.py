@@ -12,12 +12,12 @@ import jax
 import jax.numpy as jnp
 
 from deepseek_jax.config import ModelConfig, ParallelConfig
-from deepseek_jax.model.dispatch import combine, dispatch, sort_slots
+from deepseek_jax.model.dispatch import Order, combine, dispatch, sort_slots
 from deepseek_jax.model.layers import grouped_feed_forward
 from deepseek_jax.model.parcels import Parcels, next_journey, order_in, pack
-from deepseek_jax.model.products import keep, prepared
-from deepseek_jax.parallel.exchange import AXIS, OVERFLOW, Hop, Journey, hops_of, send
-from deepseek_jax.precision.fp8_weights import Prepared, Quantized, Weight
+from deepseek_jax.model.products import keep, prepared, prepared_rows
+from deepseek_jax.parallel.exchange import AXIS, OVERFLOW, Hop, Journey, hops_of, send, send_back
+from deepseek_jax.precision.fp8_operands import Operand, Prepared, Quantized, from_bytes, join, part, to_bytes
 
 
 class Setting(NamedTuple):
@@ -34,13 +34,15 @@ class Known(NamedTuple):
     """What rounds need and no gradient goes to."""
 
     parcels: Parcels
-    quantized: Sequence[Optional[Quantized]]
+    rows: Optional[Quantized]
+    """The tokens in float8."""
+    weights: Sequence[Optional[Quantized]]
     """This device's experts in float8, the down projection last."""
 
 
 Inputs = tuple[jax.Array, jax.Array, Sequence[jax.Array]]
 """Tokens [N, hidden_size], the factors of their experts by slot [N * D, W], and this device's experts, the down projection
-last; in float8 these only take gradients."""
+last. Under float8 tokens and experts are here to take their gradients alone."""
 
 
 def serve_in_rounds(
@@ -50,19 +52,20 @@ def serve_in_rounds(
 
     Inside `shard_map` over the axis `expert`, all devices of which serve each other's tokens.
     """
-    x = tokens[0]
+    x, indices, weights = tokens
     ready = [prepared(config, x, projection) for projection in projections]  # once, and not in every round
-    return _hop(Setting(config, hops_of(config, parallel, x.shape[0]), parallel.exchange), tokens, ready)
+    setting = Setting(config, hops_of(config, parallel, x.shape[0]), parallel.exchange)
+    return _hop(setting, (prepared_rows(config, x), indices, weights), ready)
 
 
-def _hop(setting: Setting, tokens: Sequence[jax.Array], projections: Sequence[Weight]) -> jax.Array:
+def _hop(setting: Setting, tokens: tuple[Operand, jax.Array, jax.Array], projections: Sequence[Operand]) -> jax.Array:
     """What the experts beyond a hop make of tokens (x, indices, weights)."""
     x, indices, weights = tokens
     parcels = pack(setting.hops[0], indices)
     factors = jnp.sum(jnp.where(parcels.holds, weights[:, None, None], 0), axis=3).reshape(parcels.experts.shape)
-    quantized = [each.quantized if isinstance(each, Prepared) else None for each in projections]
-    own = [each.weight if isinstance(each, Prepared) else each for each in projections]
-    return _serve_all(setting, (x, factors, own), Known(parcels, quantized))
+    rows, place = part(x)
+    quantized, own = zip(*map(part, projections))
+    return _serve_all(setting, (place, factors, own), Known(parcels, rows, quantized))
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(0,))
@@ -114,12 +117,13 @@ def _while_some_wait(setting: Setting, parcels: Parcels, waiting: jax.Array, sta
 
 def _serve(setting: Setting, known: Known, journey: Journey, inputs: Inputs) -> jax.Array:
     """What one round adds to each token, [N, hidden_size]."""
-    (config, (hop, *further), exchange), (parcels, quantized), (x, factors, weights) = setting, known, inputs
-    projections = [own if codes is None else Prepared(codes, own) for codes, own in zip(quantized, weights)]
+    (config, (hop, *further), exchange), (parcels, *_), (x, factors, own) = setting, known, inputs
+    projections = [join(*each) for each in zip(known.weights, own)]
     labels = jnp.concatenate([parcels.experts.astype(factors.dtype), factors], axis=1)
     outward = order_in(hop, parcels, journey)
     # Labels first: where rows go from here is found out while they travel.
-    labels, rows = (keep(send(dispatch(each, outward), journey, hop, hop.room.parcels, exchange)) for each in (labels, x))
+    labels = keep(send(dispatch(labels, outward), journey, hop, hop.room.parcels, exchange))
+    rows = _send_rows(join(known.rows, x), outward, journey, hop, exchange)
 
     arrived = jnp.arange(hop.room.parcels) < jnp.sum(journey.sizes[:, hop.mine()])
     experts, factors = jnp.split(jnp.where(arrived[:, None], labels, 0), 2, axis=1)
@@ -132,11 +136,23 @@ def _serve(setting: Setting, known: Known, journey: Journey, inputs: Inputs) -> 
     return combine(returned, outward, x.shape[0])
 
 
-def _serve_here(config: ModelConfig, hop: Hop, tokens: Sequence[jax.Array], projections: Sequence[Weight]) -> jax.Array:
+def _send_rows(x: Operand, outward: Order, journey: Journey, hop: Hop, exchange: str) -> Operand:
+    """Tokens to where they go in a round; in float8 as codes and scales (report 3.3.3), and only gradients as numbers."""
+    quantized, place = part(x)
+    if quantized is None:
+        return keep(send(dispatch(place, outward), journey, hop, hop.room.parcels, exchange))
+    arrived = keep(send(dispatch(to_bytes(quantized), outward), journey, hop, hop.room.parcels, exchange))
+    place = send_back(dispatch(place, outward), journey, hop, hop.room.parcels, exchange)
+    return Prepared(from_bytes(arrived, place.shape[1]), place)
+
+
+def _serve_here(
+    config: ModelConfig, hop: Hop, tokens: tuple[Operand, jax.Array, jax.Array], projections: Sequence[Operand]
+) -> jax.Array:
     """What this device's experts make of the tokens that arrived."""
     (rows, indices, factors), number = tokens, hop.experts
     experts = indices.reshape(-1)
     order = jax.tree.map(keep, sort_slots(jnp.where(experts < 0, number, experts), number, hop.room.choices))
     group_sizes = jnp.sum(experts[:, None] == jnp.arange(number), axis=0, dtype=jnp.int32)
-    chosen, factors = dispatch(rows, order), dispatch(factors.reshape(-1, 1), order)
-    return combine(grouped_feed_forward(config, chosen, factors, group_sizes, projections), order, rows.shape[0])
+    chosen, factors = jax.tree.map(lambda each: dispatch(each, order), (rows, factors.reshape(-1, 1)))
+    return combine(grouped_feed_forward(config, chosen, factors, group_sizes, projections), order, hop.room.parcels)

@@ -12,7 +12,7 @@ from deepseek_jax.model.panels import PANELS
 from deepseek_jax.model.products import grouped_products, products
 from deepseek_jax.parallel.embedding import look_up
 from deepseek_jax.parallel.sharding import Division
-from deepseek_jax.precision.fp8_weights import Weight
+from deepseek_jax.precision.fp8_operands import Operand
 
 
 def compute_dtype(config: ModelConfig) -> jnp.dtype:
@@ -121,7 +121,7 @@ FEED_FORWARD_FORMS = {
 
 
 def grouped_feed_forward(
-    config: ModelConfig, x: jax.Array, factors: jax.Array, group_sizes: jax.Array, projections: Sequence[Weight]
+    config: ModelConfig, x: Operand, factors: jax.Array, group_sizes: jax.Array, projections: Sequence[Operand]
 ) -> jax.Array:
     """Rows x [N, hidden_size], sorted by group, through their group's feed-forward, times factors [N, 1].
 

@@ -17,7 +17,7 @@ from deepseek_jax.model.matmul import matmul
 from deepseek_jax.model.panels import Panels, times
 from deepseek_jax.precision.fp8_grouped_matmul import fp8_grouped_matmul
 from deepseek_jax.precision.fp8_matmul import fp8_matmul
-from deepseek_jax.precision.fp8_weights import Prepared, Weight, prepare
+from deepseek_jax.precision.fp8_operands import Operand, Prepared, prepare_rows, prepare_weight
 from deepseek_jax.precision.narrow import narrow
 
 PRODUCT, ATTENDED, WAYPOINT = "product", "attended", "waypoint"
@@ -48,7 +48,7 @@ def products(config: ModelConfig, x: jax.Array, *weights: jax.Array | Panels) ->
     return [keep(result) for result in results]
 
 
-def grouped_products(config: ModelConfig, x: jax.Array, group_sizes: jax.Array, *weights: Weight) -> list[jax.Array]:
+def grouped_products(config: ModelConfig, x: Any, group_sizes: jax.Array, *weights: Operand) -> list[jax.Array]:
     """Rows x [N, K], sorted by group, times each of the weights [E, K, M]: a list of [N, M] in x's type."""
     ready: list[Any] = [prepared(config, x, weight) for weight in weights]
     if config.precision == "fp8":
@@ -58,14 +58,21 @@ def grouped_products(config: ModelConfig, x: jax.Array, group_sizes: jax.Array, 
     return [keep(result) for result in results]
 
 
-def prepared(config: ModelConfig, x: jax.Array, weight: Weight) -> Weight:
+def prepared_rows(config: ModelConfig, x: jax.Array) -> Operand:
+    """Rows [N, K] as `grouped_products` read them: in float8 they are quantised once, wherever they travel from here."""
+    return prepare_rows(x, _fp8_implementation(config)) if config.precision == "fp8" else x
+
+
+def prepared(config: ModelConfig, x: Operand, weight: Operand) -> Operand:
     """A master weight as products with x read it; as it is if it is so already.
 
     Its gradient comes in x's type: what is summed, over parts of a batch and over devices, is widened first.
     """
     if isinstance(weight, Prepared):
         return weight
-    return prepare(weight, x.dtype, _fp8_implementation(config)) if config.precision == "fp8" else narrow(weight, x.dtype)
+    return (
+        prepare_weight(weight, x.dtype, _fp8_implementation(config)) if config.precision == "fp8" else narrow(weight, x.dtype)
+    )
 
 
 def _fp8_implementation(config: ModelConfig) -> str:

@@ -128,6 +128,19 @@ def _send_backward(hop: Hop, room: int, implementation: str, kept: tuple, gradie
 send.defvjp(_send_forward, _send_backward)
 
 
+@partial(jax.custom_vjp, nondiff_argnums=(2, 3, 4))
+def send_back(rows: jax.Array, journey: Journey, hop: Hop, room: int, implementation: str) -> jax.Array:
+    """As `send` for rows of which only gradients travel: zeros, which stand for them where they arrive."""
+    return jnp.zeros((room, *rows.shape[1:]), rows.dtype)
+
+
+def _send_back_forward(rows: jax.Array, journey: Journey, hop: Hop, room: int, implementation: str) -> tuple:
+    return send_back(rows, journey, hop, room, implementation), (journey, jnp.zeros((rows.shape[0], 0)))
+
+
+send_back.defvjp(_send_back_forward, _send_backward)
+
+
 def _ragged(rows: jax.Array, journey: Journey, hop: Hop, room: int) -> jax.Array:
     """What there is to send, and no more."""
     mine = hop.mine()

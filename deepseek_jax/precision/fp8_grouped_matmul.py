@@ -13,56 +13,65 @@ import jax
 import jax.numpy as jnp
 
 from deepseek_jax.precision import fp8_kernels
-from deepseek_jax.precision.fp8 import TILE, quantize_tiles
+from deepseek_jax.precision.fp8 import TILE
 from deepseek_jax.precision.fp8_matmul import IMPLEMENTATIONS, Kept, quantize_gradient, retile
-from deepseek_jax.precision.fp8_weights import Prepared, Quantized, Weights, as_given, gradients_of, like, prepare_all
+from deepseek_jax.precision.fp8_operands import (
+    Operand,
+    Operands,
+    Prepared,
+    Quantized,
+    as_given,
+    gradient_of,
+    like,
+    prepare_rows,
+    prepare_weights,
+)
 
 Rows = TypeVar("Rows", Quantized, jax.Array)
 Block = Callable[[jax.Array, jax.Array, jax.Array, jax.Array], jax.Array]
 
 
-def fp8_grouped_matmul(x: jax.Array, w: Weights, group_sizes: jax.Array, implementation: str = "dot_general") -> Any:
+def fp8_grouped_matmul(x: Operand, w: Operands, group_sizes: jax.Array, implementation: str = "dot_general") -> Any:
     """Each group of rows times its own weight, all three products in float8 as in `fp8_matmul`.
 
     Args:
-        x: [N, K] rows sorted by group.
-        w: [E, K, M] master weights, or what `prepare` made of them, or a tuple of such that all read x.
+        x: [N, K] rows sorted by group, or what `prepare_rows` made of them.
+        w: [E, K, M] master weights, or what `prepare_weight` made of them, or a tuple of such that all read x.
         group_sizes: [E] int32, together at most N.
         implementation: a key of `fp8_matmul.IMPLEMENTATIONS`, or `triton` for the kernels for GPUs.
 
     Returns:
         [N, M] in x's type, or a tuple of such; rows past the last group are zero.
     """
-    weights = prepare_all(w, implementation)
+    rows, weights = prepare_rows(x, implementation), prepare_weights(w, implementation)
     if implementation == "triton":
-        outputs = fp8_kernels.grouped_matmul(x, weights, group_sizes)
+        outputs = fp8_kernels.grouped_matmul(rows, weights, group_sizes)
     else:
-        outputs = _grouped_matmul(x, weights, group_sizes, implementation)
+        outputs = _grouped_matmul(rows, weights, group_sizes, implementation)
     return as_given(w, outputs)
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(3,))
-def _grouped_matmul(x: jax.Array, weights: list[Prepared], group_sizes: jax.Array, implementation: str) -> list[jax.Array]:
+def _grouped_matmul(x: Prepared, weights: list[Prepared], group_sizes: jax.Array, implementation: str) -> list[jax.Array]:
     return _forward(x, weights, group_sizes, implementation)[0]
 
 
 def _forward(
-    x: jax.Array, weights: list[Prepared], group_sizes: jax.Array, implementation: str
+    x: Prepared, weights: list[Prepared], group_sizes: jax.Array, implementation: str
 ) -> tuple[list[jax.Array], tuple[Kept, jax.Array]]:
-    x_tiles = Quantized(*quantize_tiles(x, axis=1))
     blocks = [w.quantized for w in weights]
-    outputs = [_rows_times_weights([(x_tiles, w)], (1, 0), group_sizes, implementation, x.dtype) for w in blocks]
-    return outputs, ((x_tiles, blocks, like(weights)), group_sizes)
+    outputs = [_rows_times_weights([(x.quantized, w)], (1, 0), group_sizes, implementation, x.dtype) for w in blocks]
+    return outputs, ((x.quantized, blocks, like(weights)), group_sizes)
 
 
 def _backward(
     implementation: str, kept: tuple[Kept, jax.Array], gradients: list[jax.Array]
-) -> tuple[jax.Array, list[Prepared], None]:
+) -> tuple[Prepared, list[Prepared], None]:
     (x, weights, types), group_sizes = kept
     pairs = [(quantize_gradient(dy, axis=1), w) for dy, w in zip(gradients, weights)]
     dx = _rows_times_weights(pairs, (1, 1), group_sizes, implementation, gradients[0].dtype)
     dw = [_weight_gradient(x, dy, group_sizes, implementation) for dy in gradients]
-    return dx, gradients_of(dw, types), None
+    return gradient_of(dx), [gradient_of(each.astype(own.dtype)) for each, own in zip(dw, types)], None
 
 
 _grouped_matmul.defvjp(_forward, _backward)

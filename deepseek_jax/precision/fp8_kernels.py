@@ -8,30 +8,28 @@ import jax
 import jax.numpy as jnp
 
 from deepseek_jax.precision.fp8 import SMALLEST_AMAX, SMALLEST_GRADIENT_AMAX, TILE
-from deepseek_jax.precision.fp8_weights import Prepared, Quantized, gradients_of, like
+from deepseek_jax.precision.fp8_operands import Prepared, Quantized, gradient_of, like
 
 Kept = tuple[Quantized, list[Quantized], list[jax.Array], jax.Array]
 """x, the weights, arrays of the types of their gradients, and the groups' sizes."""
 
 
 @jax.custom_vjp
-def grouped_matmul(x: jax.Array, weights: list[Prepared], group_sizes: jax.Array) -> list[jax.Array]:
+def grouped_matmul(x: Prepared, weights: list[Prepared], group_sizes: jax.Array) -> list[jax.Array]:
     """Rows x [N, K] sorted by group times each of the weights [E, K, M]: [N, M]; see `fp8_grouped_matmul`."""
     return _forward(x, weights, group_sizes)[0]
 
 
-def _forward(x: jax.Array, weights: list[Prepared], group_sizes: jax.Array) -> tuple[list[jax.Array], Kept]:
+def _forward(x: Prepared, weights: list[Prepared], group_sizes: jax.Array) -> tuple[list[jax.Array], Kept]:
     from deepseek_jax.kernels.triton_fp8_matmul import rows_by_weights
-    from deepseek_jax.kernels.triton_quantize import quantize
 
-    rows = _of_one(quantize(x[None], SMALLEST_AMAX))
     blocks = [weight.quantized for weight in weights]
     turned = ((jnp.swapaxes(codes, 1, 2), jnp.swapaxes(scales, 1, 2)) for codes, scales in blocks)
-    outputs = [rows_by_weights([rows], [weight], group_sizes, x.dtype) for weight in turned]
-    return outputs, (rows, blocks, like(weights), group_sizes)
+    outputs = [rows_by_weights([x.quantized], [weight], group_sizes, x.dtype) for weight in turned]
+    return outputs, (x.quantized, blocks, like(weights), group_sizes)
 
 
-def _backward(kept: Kept, gradients: list[jax.Array]) -> tuple[jax.Array, list[Prepared], None]:
+def _backward(kept: Kept, gradients: list[jax.Array]) -> tuple[Prepared, list[Prepared], None]:
     from deepseek_jax.kernels.tiles import make_tiles
     from deepseek_jax.kernels.triton_fp8_matmul import rows_by_rows, rows_by_weights
     from deepseek_jax.kernels.triton_quantize import quantize, quantize_along_rows
@@ -44,8 +42,8 @@ def _backward(kept: Kept, gradients: list[jax.Array]) -> tuple[jax.Array, list[P
     tile_ends = jnp.cumsum(-(-group_sizes // TILE))
     x = quantize_along_rows(x_tiles, tiles, groups, SMALLEST_AMAX)
     along_rows = (quantize_along_rows((dy,), tiles, groups, SMALLEST_GRADIENT_AMAX) for dy in gradients)
-    dw = [rows_by_rows(x, dy, tile_ends, own.dtype) for dy, own in zip(along_rows, types)]
-    return dx, gradients_of(dw, types), None
+    dw = [gradient_of(rows_by_rows(x, dy, tile_ends, own.dtype)) for dy, own in zip(along_rows, types)]
+    return gradient_of(dx), dw, None
 
 
 grouped_matmul.defvjp(_forward, _backward)

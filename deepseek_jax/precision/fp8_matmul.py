@@ -20,53 +20,62 @@ from deepseek_jax.precision.fp8 import (
     expand_scales,
     quantize_tiles,
 )
-from deepseek_jax.precision.fp8_weights import Prepared, Quantized, Weights, as_given, gradients_of, like, prepare_all
+from deepseek_jax.precision.fp8_operands import (
+    Operands,
+    Prepared,
+    Quantized,
+    as_given,
+    gradient_of,
+    like,
+    prepare_rows,
+    prepare_weights,
+)
 
 Kept = tuple[Quantized, list[Quantized], list[jax.Array]]
 """x, the weights, and arrays of their gradients' types."""
 Multiply = Callable[[Quantized, Quantized, tuple[int, int]], jax.Array]
 
 
-def fp8_matmul(x: jax.Array, w: Weights, implementation: str = "dot_general") -> Any:
+def fp8_matmul(x: jax.Array, w: Operands, implementation: str = "dot_general") -> Any:
     """`x w` with both operands in float8, and so its two gradients; sums in float32.
 
     Args:
         x: [..., K] in any float type.
-        w: [K, M], the master weight itself, quantised here, or what `prepare` made of it. Its gradient is float32 before
-            it takes w's type. Or a tuple of such that all read x, which is then quantised and kept once.
+        w: [K, M], the master weight itself, quantised here, or what `prepare_weight` made of it. Its gradient is float32
+            before it takes w's type. Or a tuple of such that all read x, which is then quantised and kept once.
         implementation: a key of `IMPLEMENTATIONS`, or `triton` for the kernels for GPUs.
 
     Returns:
         [..., M] in x's type, or a tuple of such. The gradient of x has x's type too.
     """
-    weights = prepare_all(w, implementation)
-    rows = x.reshape(-1, x.shape[-1])
+    weights = prepare_weights(w, implementation)
+    rows = prepare_rows(x.reshape(-1, x.shape[-1]), implementation)
     if implementation == "triton":
         of_one = [jax.tree.map(lambda each: each[None], weight) for weight in weights]
-        outputs = fp8_kernels.grouped_matmul(rows, of_one, jnp.array([rows.shape[0]], jnp.int32))
+        outputs = fp8_kernels.grouped_matmul(rows, of_one, jnp.array([rows.place.shape[0]], jnp.int32))
     else:
         outputs = _matmul(rows, weights, implementation)
     return as_given(w, [y.reshape(*x.shape[:-1], y.shape[-1]) for y in outputs])
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(2,))
-def _matmul(x: jax.Array, weights: list[Prepared], implementation: str) -> list[jax.Array]:
+def _matmul(x: Prepared, weights: list[Prepared], implementation: str) -> list[jax.Array]:
     return _forward(x, weights, implementation)[0]
 
 
-def _forward(x: jax.Array, weights: list[Prepared], implementation: str) -> tuple[list[jax.Array], Kept]:
+def _forward(x: Prepared, weights: list[Prepared], implementation: str) -> tuple[list[jax.Array], Kept]:
     multiply = IMPLEMENTATIONS[implementation]
-    kept = Quantized(*quantize_tiles(x, axis=1)), [w.quantized for w in weights], like(weights)
+    kept = x.quantized, [w.quantized for w in weights], like(weights)
     return [multiply(kept[0], w, (1, 0)).astype(x.dtype) for w in kept[1]], kept
 
 
-def _backward(implementation: str, kept: Kept, gradients: list[jax.Array]) -> tuple[jax.Array, list[Prepared]]:
+def _backward(implementation: str, kept: Kept, gradients: list[jax.Array]) -> tuple[Prepared, list[Prepared]]:
     multiply = IMPLEMENTATIONS[implementation]
     x, weights, types = kept
     dx = reduce(jnp.add, (multiply(quantize_gradient(dy, axis=1), w, (1, 1)) for dy, w in zip(gradients, weights)))
     x = retile(x)
     dw = [multiply(x, quantize_gradient(dy, axis=0), (0, 0)) for dy in gradients]
-    return dx.astype(gradients[0].dtype), gradients_of(dw, types)
+    return gradient_of(dx.astype(gradients[0].dtype)), [gradient_of(each.astype(own.dtype)) for each, own in zip(dw, types)]
 
 
 _matmul.defvjp(_forward, _backward)
