@@ -222,6 +222,13 @@ def test_every_form_of_a_sum_over_slots(form, x64):
     np.testing.assert_allclose(form(rows, order, 5), expected, rtol=0, atol=1e-15)
 
 
+def test_groups_of_one_are_one_hop():
+    one, alike = (
+        hops_of(MODEL, ParallelConfig(data=1, expert=DEVICES, exchange_groups=groups), TOKENS) for groups in (1, DEVICES)
+    )
+    assert one == alike
+
+
 def test_devices_of_a_token():
     """Never fewer than a token can reach, and as many where groups and devices divide each other."""
     deepseek_v3 = ModelConfig()

@@ -5,7 +5,8 @@ factors of those experts. Each device has room for `parallel.exchange_room` time
 What finds no room waits for a further round, and rounds go on until nothing waits: none is dropped, whatever the routing.
 
 Of N tokens that go to D devices at most, a device sends under even routing N D rows and as many come back, less the
-1/X that stay. Where the X devices are `parallel.exchange_groups` groups, whose links within are faster than between them
+1/X that stay; in float8 they go as codes and scales (3.3.3), half the bytes, and come back in bfloat16, and so do
+gradients both ways. Where the X devices are `parallel.exchange_groups` groups, whose links within are faster than between them
 (hosts), a token goes in two hops: once to each group that holds any of its experts, to the device with its sender's place
 there, and from it to the group's devices. Between groups then go N times the groups that a token can reach, as few as
 the report's routing limits them to (2.1.2, 3.2.2).
@@ -101,7 +102,7 @@ def hops_of(model: ModelConfig, parallel: ParallelConfig, tokens: int) -> tuple[
         return Hop(size, devices // reached, experts, parcels, choices, min(sent * parcels, rows), Room(room, room_of_choices))
 
     every = tokens * chosen
-    if groups == 1:
+    if groups in (1, devices):  # within a group of one there is nowhere to go
         return (hop(devices, devices, tokens, devices_of_a_token(model, devices), every),)
     between = hop(groups, groups, tokens, devices_of_a_token(model, groups), every)
     return between, hop(devices, devices // groups, between.room.parcels, between.choices, between.room.choices)
