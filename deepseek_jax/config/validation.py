@@ -22,6 +22,7 @@ from deepseek_jax.config.schema import (
     ModelConfig,
     ParallelConfig,
     Phase,
+    PrepareConfig,
     TrainConfig,
 )
 
@@ -36,6 +37,7 @@ def validate(config: Config) -> None:
     _validate_data(config.data)
     _validate_train(config.train, config.model)
     _validate_parallel(config.parallel)
+    _validate_prepare(config.prepare)
 
 
 def _require(condition: bool, name: str, value: Any, remedy: str) -> None:
@@ -102,6 +104,26 @@ def _validate_model(m: ModelConfig) -> None:
 def _validate_data(d: DataConfig) -> None:
     _require(0 < d.held_out_fraction < 1, "data.held_out_fraction", d.held_out_fraction, "must be between 0 and 1")
     _at_least("data", d, 0, "seed")
+    _require(not (d.path and d.input), "data.path", d.path, "give either data.path or data.input, not both")
+    _require(not d.weights or len(d.weights) == len(d.path), "data.weights", d.weights,
+             f"give one for each of the {len(d.path)} sets of data.path")  # fmt: skip
+    for i, weight in enumerate(d.weights):
+        _require(weight >= 0.001 * sum(d.weights), f"data.weights.{i}", weight,
+                 "must be at least a thousandth of their sum; leave the set out instead")  # fmt: skip
+
+
+def _validate_prepare(p: PrepareConfig) -> None:
+    _at_least("prepare", p, 0, "seed")
+    _at_least("prepare", p, 1, "max_repetition", "tokens", "workers")
+    _at_least("prepare", p, 1000, "shard_bytes")
+    _at_least("prepare", p, 261, "vocab_size")
+    _at_least("prepare.mix", p.mix, 0, "general", "code", "math", "multilingual")
+    _require(p.mix.general + p.mix.code + p.mix.math + p.mix.multilingual > 0, "prepare.mix", 0, "give some domain a share")
+    _require(0 < p.held_out_fraction < 1, "prepare.held_out_fraction", p.held_out_fraction, "must be between 0 and 1")
+    for name in ("near_duplicate_threshold", "quality_threshold", "fim_rate"):
+        _require(0 <= getattr(p, name) <= 1, f"prepare.{name}", getattr(p, name), "must be from 0 to 1")
+    _require(p.near_duplicate_threshold >= 0.5, "prepare.near_duplicate_threshold", p.near_duplicate_threshold,
+             "must be at least 0.5: less alike are no copies")  # fmt: skip
 
 
 def _validate_train(t: TrainConfig, m: ModelConfig) -> None:

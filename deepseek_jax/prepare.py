@@ -1,0 +1,369 @@
+"""Turn raw documents into a packed data set: `python -m deepseek_jax.prepare --config data_sample`.
+
+The story: read everything that there is, drop what was there before, judge what is left and tell its domain, train a
+tokenizer or take one, turn documents into tokens, mix the domains, pack. OUT then holds train-*.arrow and
+held_out-*.arrow, tokenizer.json, signatures.npy (for a later --against), report.json, report.png, dropped.jsonl and
+prepared.json, which is written last. `data.path=OUT` trains on it. An interrupted run goes on at the shards that it lacks.
+"""
+
+import argparse
+import dataclasses
+import hashlib
+import json
+import multiprocessing
+import os
+import platform
+import shutil
+import time
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ProcessPoolExecutor, as_completed
+from functools import partial
+from pathlib import Path
+from typing import Any, Optional
+
+import numpy as np
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from tokenizers import Tokenizer
+
+from deepseek_jax.config import PrepareConfig, load_config, presets
+from deepseek_jax.data import stages
+from deepseek_jax.data.dedup import WIDTH, find_originals
+from deepseek_jax.data.documents import DataError
+from deepseek_jax.data.domains import DOMAINS
+from deepseek_jax.data.infilling import OWN, find_marks
+from deepseek_jax.data.mixing import Mixed, mix_documents, shares_of
+from deepseek_jax.data.report import write_report
+from deepseek_jax.data.shards import MANIFEST, PARTS, SIGNATURES, TOKENIZER, open_shard, read_manifest, write_manifest
+from deepseek_jax.data.shuffle import permute
+from deepseek_jax.data.sources import DATASET, PYTHON, plan_reading
+from deepseek_jax.data.stages import Settings
+from deepseek_jax.data.tokenizer import DEEPSEEK_WORDS, end_of_document_id, find_tokenizer, train_tokenizer
+from deepseek_jax.errors import run_command, write_atomically
+
+WORK, FINGERPRINT = "work", "fingerprint.json"
+TOKENIZER_CHARACTERS = 2**27
+"""What a tokenizer is trained on at most."""
+SAMPLES = 20
+"""Dropped documents shown of each rule."""
+
+MapShards = Callable[[str, Callable[[Any], Any], Sequence[Any]], list[Any]]
+"""(title, function, tasks) -> results in the order of the tasks; function and tasks can be pickled."""
+
+
+def main() -> None:
+    """Parse the command line and prepare."""
+    parser = argparse.ArgumentParser(
+        prog="python -m deepseek_jax.prepare",
+        description="Deduplicate, filter, classify, mix, tokenise and pack text.",
+        epilog="example: python -m deepseek_jax.prepare --config data_sample prepare.input=[texts/,more.jsonl.zst] "
+        "prepare.mix.math=0 prepare.out=data/mine; then train with data.path=data/mine",
+    )
+    parser.add_argument("--config", required=True, help=f"a .yaml file or a preset ({', '.join(presets())})")
+    parser.add_argument("--against", action="append", default=[], metavar="DIR", help="a prepared set whose documents count as seen")
+    parser.add_argument("--strict", action="store_true", help="stop at the first bad input instead of counting it")
+    parser.add_argument("overrides", nargs="*", metavar="section.field=value", help="fields of the config to change")
+    args = parser.parse_intermixed_args()
+
+    def start() -> None:
+        config = load_config(args.config, args.overrides).prepare
+        prepare(dataclasses.replace(config, against=[*config.against, *args.against]), args.strict)
+
+    run_command(start)
+
+
+def prepare(config: PrepareConfig, strict: bool = False, map_shards: Optional[MapShards] = None) -> dict[str, Any]:
+    """Prepare `config.out`, and return its report.
+
+    Args:
+        strict: stop at the first bad input.
+        map_shards: runs the stages' functions over shards; None takes processes on this machine.
+
+    Raises:
+        UserError: for anything the user can mend; what is done so far stays for the next time.
+    """
+    out = Path(config.out).expanduser()
+    groups = plan_reading(config.input, config.shard_bytes)
+    fingerprint = _fingerprint(config, groups)
+    if (out / MANIFEST).exists():
+        if read_manifest(out)["fingerprint"] != fingerprint:
+            raise DataError(f"{out}: holds a set prepared from other text or settings; give another prepare.out, or remove it")
+        print(f"{out}: is prepared already")
+        return json.loads((out / "report.json").read_text(encoding="utf-8"))
+    settings = Settings(_work_directory(out, fingerprint), config, strict)
+    run = map_shards or partial(map_in_processes, config.workers)
+    watch = _Watch()
+
+    read = watch("read", lambda: run("reading", partial(stages.read_group, settings), list(enumerate(groups))))
+    parts = [part for told in read for part in told["parts"]]
+    names = [part["name"] for part in parts]
+    if not names:
+        raise DataError(f"{', '.join(config.input)}: no document in it; {_first_fault(read)}")
+    total = sum(part["bytes"] for part in parts)
+    counts = [part["documents"] for part in parts]
+    firsts = np.cumsum([0, *counts])[:-1].tolist()
+
+    watch("sign", lambda: run("signatures", partial(stages.sign_part, settings), names))
+    originals, earlier = watch("deduplicate", lambda: _deduplicate(settings, names, counts))
+    tasks = list(zip(names, firsts))
+    judged = watch("judge", lambda: run("judging", partial(stages.judge_part, settings), tasks))
+    tokenizer = watch("tokenizer", lambda: _make_tokenizer(settings, names))
+    encoded = watch("tokenise", lambda: run("tokenising", partial(stages.encode_part, settings), tasks))
+    lengths, mixed = watch("mix", lambda: _plan(settings, names))
+    shards = {part: [path.stem for path in sorted((settings.work / stages.PLAN).glob(f"{part}-*.npy"))] for part in PARTS}
+    packing = [(name, names) for part in PARTS for name in shards[part]]
+    packed = dict(zip((name for name, _ in packing),
+                      watch("pack", lambda: run("packing", partial(stages.pack_shard, settings), packing))))  # fmt: skip
+
+    report = _report(config, read, originals, earlier, judged, encoded, mixed, packed, total, watch.seconds)
+    samples = [sample for rule in report["dropped"] for sample in _samples(judged, rule)]
+    write_report(out, report, samples, lengths)
+    _finish(settings, out, names, firsts, tokenizer, fingerprint, {p: [packed[n] for n in shards[p]] for p in PARTS}, mixed)
+    _tell(out, report)
+    return report
+
+
+def map_in_processes(workers: Optional[int], title: str, function: Callable[[Any], Any], tasks: Sequence[Any]) -> list[Any]:
+    """`function` of each task, in so many processes, with a bar on the terminal."""
+    console = Console(stderr=True)
+    columns = (TextColumn(f"{title:>12}"), BarColumn(), MofNCompleteColumn(), TextColumn("shards"), TimeRemainingColumn())
+    count = min(workers or os.cpu_count() or 1, len(tasks))
+    with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as progress:
+        bar = progress.add_task(title, total=len(tasks))
+        if count <= 1:
+            results = []
+            for task in tasks:
+                results.append(function(task))
+                progress.advance(bar)
+            return results
+        context = multiprocessing.get_context("spawn")
+        with ProcessPoolExecutor(count, context, initializer=_one_thread) as pool:
+            futures = [pool.submit(function, task) for task in tasks]
+            try:
+                for future in as_completed(futures):
+                    future.result()
+                    progress.advance(bar)
+            except BaseException:
+                pool.shutdown(wait=True, cancel_futures=True)
+                raise
+            return [future.result() for future in futures]
+
+
+def _one_thread() -> None:
+    os.environ["TOKENIZERS_PARALLELISM"] = "false"
+    os.environ["RAYON_NUM_THREADS"] = "1"
+
+
+class _Watch:
+    """How long each step of the story took."""
+
+    def __init__(self) -> None:
+        self.seconds: dict[str, float] = {}
+
+    def __call__(self, name: str, step: Callable[[], Any]) -> Any:
+        begin = time.perf_counter()
+        result = step()
+        self.seconds[name] = round(time.perf_counter() - begin, 3)
+        return result
+
+
+def _fingerprint(config: PrepareConfig, groups: list[list[str]]) -> str:
+    """What the result depends on; files by path, size and time of change."""
+
+    def state(name: str) -> list[Any]:
+        if name.startswith(PYTHON):
+            return [name, platform.python_version()]
+        if name.startswith(DATASET) or name == "deepseek":
+            return [name]
+        stat = Path(name).expanduser().stat()
+        return [name, stat.st_size, stat.st_mtime_ns]
+
+    if config.tokenizer and config.tokenizer != "deepseek" and not Path(config.tokenizer).expanduser().exists():
+        raise DataError(f"{config.tokenizer}: no such file; prepare.tokenizer must be a tokenizer.json, deepseek or null")
+    settings = {key: value for key, value in dataclasses.asdict(config).items() if key not in ("out", "workers")}
+    files = [state(name) for group in groups for name in group] + ([state(config.tokenizer)] if config.tokenizer else [])
+    earlier = [read_manifest(Path(path))["fingerprint"] for path in config.against]
+    return hashlib.sha256(json.dumps([settings, files, earlier]).encode()).hexdigest()
+
+
+def _work_directory(out: Path, fingerprint: str) -> Path:
+    """Where the stages' results lie; those of other text or settings are removed."""
+    work = out / WORK
+    path = work / FINGERPRINT
+    if work.exists() and (not path.exists() or json.loads(path.read_text()) != fingerprint):
+        shutil.rmtree(work)
+    if path.exists():
+        print(f"{out}: going on with what was done before")
+    work.mkdir(parents=True, exist_ok=True)
+    write_atomically(path, json.dumps(fingerprint))
+    return work
+
+
+def _first_fault(read: list[dict[str, Any]]) -> str:
+    faults = [fault for told in read for fault in told["faults"]]
+    return f"the first of what could not be read: {faults[0]}" if faults else "give text"
+
+
+def _deduplicate(settings: Settings, names: list[str], counts: list[int]) -> tuple[np.ndarray, int]:
+    """Of each document the number of its original, or -1; and how many are copies of documents of earlier sets."""
+    earlier = [np.load(Path(path).expanduser() / SIGNATURES, mmap_mode="r") for path in settings.config.against]
+    before = sum(map(len, earlier))
+    path = settings.work / SIGNATURES
+    rows = np.lib.format.open_memmap(path, "w+", np.uint32, (before + sum(counts), WIDTH))
+    start = 0
+    for found in (*earlier, *(np.load(settings.work / stages.SIGNED / f"{name}.npy", mmap_mode="r") for name in names)):
+        rows[start : start + len(found)] = found
+        start += len(found)
+    originals = find_originals(rows, before, settings.config.near_duplicate_threshold)[before:]
+    np.save(settings.work / stages.ORIGINALS, originals)
+    return originals, int(((originals >= 0) & (originals < before)).sum())
+
+
+def _make_tokenizer(settings: Settings, names: list[str]) -> Tokenizer:
+    """The one that the config names, or one trained on documents that stay, spread over all parts."""
+    path, config = settings.work / stages.TOKENIZER, settings.config
+    if path.exists():
+        return Tokenizer.from_file(str(path))
+    if config.tokenizer:
+        tokenizer = find_tokenizer(config.tokenizer)
+    else:
+        marks = len(OWN) if config.fim_rate else 0
+        tokenizer = train_tokenizer(_spread_texts(settings, names), config.vocab_size - marks, DEEPSEEK_WORDS)
+        if marks:
+            tokenizer.add_special_tokens(list(OWN))
+    end_of_document_id(tokenizer)
+    if config.fim_rate:
+        find_marks(tokenizer)
+    write_atomically(path, tokenizer.to_str())
+    return tokenizer
+
+
+def _spread_texts(settings: Settings, names: list[str]) -> Iterator[str]:
+    share = TOKENIZER_CHARACTERS // len(names)
+    for name in names:
+        room = share
+        for _, row in stages.kept_texts(settings, name):
+            yield row["text"][:room]
+            room -= len(row["text"])
+            if room <= 0:
+                break
+
+
+def _plan(settings: Settings, names: list[str]) -> tuple[np.ndarray, dict[str, dict[str, Mixed]]]:
+    """Which documents go into which shard, written as files; their lengths, and what mixing did to each part."""
+    config = settings.config
+    lengths, domains = [], []
+    for name in names:
+        kept, found = stages.kept_rows(settings, name)
+        domains.append(found["domain"][kept])
+        lengths.append(np.diff(open_shard(settings.work / stages.ENCODED / f"{name}.arrow").ends))
+    bases = np.cumsum([0, *map(len, lengths)])[:-1]
+    np.save(settings.work / stages.BASES, bases)
+    of_all, domain = np.concatenate(lengths), np.concatenate(domains)
+    held_out = np.zeros(len(of_all), bool)
+    for number in range(len(DOMAINS)):
+        own = np.flatnonzero(domain == number)
+        count = max(round(len(own) * config.held_out_fraction), 1) if len(own) > 1 else 0
+        held_out[own[permute(np.arange(count), len(own), config.seed, 2)]] = True
+    shares = shares_of(dataclasses.asdict(config.mix))
+    folder = settings.work / stages.PLAN
+    shutil.rmtree(folder, ignore_errors=True)
+    folder.mkdir()
+    mixed = {}
+    for part in PARTS:
+        chosen = np.flatnonzero(held_out == (part == "held_out"))
+        there = {name: share for number, name in enumerate(DOMAINS) if (share := shares[name])
+                 and (part == "train" or (domain[chosen] == number).any())}  # fmt: skip
+        order, mixed[part] = mix_documents(
+            domain[chosen], of_all[chosen], DOMAINS, shares_of(there) if there else {},
+            config.tokens if part == "train" else None, config.max_repetition if part == "train" else 1.0, config.seed,
+        ) if len(chosen) else (chosen, {})  # fmt: skip
+        if not len(order):
+            raise DataError(f"{config.out}: no document is left for the part {part}; give more text or lower "
+                            f"prepare.quality_threshold={config.quality_threshold}")  # fmt: skip
+        numbers = chosen[order]
+        shard = np.cumsum(of_all[numbers]) // (config.shard_bytes // 2)
+        for i, piece in enumerate(np.split(numbers, np.flatnonzero(np.diff(shard)) + 1)):
+            np.save(folder / f"{part}-{i:05d}.npy", piece)
+    return of_all, mixed
+
+
+def _report(config: PrepareConfig, read: list, originals: np.ndarray, earlier: int, judged: list, encoded: list,
+            mixed: dict[str, dict[str, Mixed]], packed: dict[str, dict[str, Any]], total: int,
+            seconds: dict[str, float]) -> dict[str, Any]:  # fmt: skip
+    """All that is known of what was done."""
+    reasons, rules, unique = Counter[str](), Counter[str](), Counter[str]()
+    stayed, tokens = Counter[str](), Counter[str]()
+    for told in read:
+        reasons.update(told["reasons"])
+    for told in judged:
+        rules.update(told["rules"])
+        unique.update(told["unique"])
+    for told in encoded:
+        stayed.update(told["documents"])
+        tokens.update(told["tokens"])
+    everything = max(sum(tokens.values()), 1)
+    train = mixed["train"]
+    return {
+        "documents": {"read": len(originals), "unique": sum(unique.values()), "good": sum(stayed.values()),
+                      "packed": sum(shard["documents"] for shard in packed.values())},
+        "bytes": total,
+        "tokens": {"before mixing": sum(tokens.values()),
+                   **{part: sum(domain.tokens for domain in mixed[part].values()) for part in PARTS}},
+        "duplicates": {"copies": int((originals >= 0).sum()), "of earlier sets": earlier},
+        "dropped": {"copy": int((originals >= 0).sum()), **dict(rules.most_common())},
+        "faults": {"count": sum(reasons.values()), "reasons": dict(reasons.most_common()),
+                   "first": [fault for told in read for fault in told["faults"]][: stages.FAULTS_KEPT]},
+        "domains": {name: {"unique": unique[name], "good": stayed[name], "tokens_before_mixing": tokens[name],
+                           "share_in": tokens[name] / everything, **train[name].as_dict()} for name in DOMAINS},
+        "held_out": {name: domain.as_dict() for name, domain in mixed["held_out"].items()},
+        "capped": config.tokens is not None and sum(d.tokens for d in train.values()) < 0.99 * config.tokens,
+        "seconds": seconds,
+        "megabytes_per_second": {name: round(total / 1e6 / max(taken, 1e-9), 2) for name, taken in seconds.items()},
+    }  # fmt: skip
+
+
+def _samples(judged: list[dict[str, Any]], rule: str) -> list[dict[str, Any]]:
+    found = [sample for told in judged for sample in told["samples"].get(rule, [])]
+    return found[:: -(-len(found) // SAMPLES) or 1] if found else []
+
+
+def _finish(settings: Settings, out: Path, names: list[str], firsts: list[int], tokenizer: Tokenizer, fingerprint: str,
+            shards: dict[str, list[dict[str, Any]]], mixed: dict[str, dict[str, Mixed]]) -> None:  # fmt: skip
+    """Put the files in their place, the manifest last, and remove what the stages left."""
+    write_atomically(out / TOKENIZER, tokenizer.to_str())
+    kept = [np.flatnonzero(stages.kept_rows(settings, name)[0]) for name in names]
+    rows = np.lib.format.open_memmap(out / SIGNATURES, "w+", np.uint32, (sum(map(len, kept)), WIDTH))
+    start = 0
+    for name, own in zip(names, kept):
+        rows[start : start + len(own)] = np.load(settings.work / stages.SIGNED / f"{name}.npy", mmap_mode="r")[own]
+        start += len(own)
+    rows.flush()
+    for part in PARTS:
+        for shard in shards[part]:
+            source = settings.work / stages.PACKED / shard["file"]
+            if source.exists():  # moved already, where an interrupted run goes on here
+                os.replace(source, out / shard["file"])
+    end = end_of_document_id(tokenizer)
+    write_manifest(out, fingerprint, shards, end_of_document=end, vocab_size=tokenizer.get_vocab_size(),
+                   domains={part: {name: told.as_dict() for name, told in of.items()} for part, of in mixed.items()})  # fmt: skip
+    shutil.rmtree(settings.work)
+
+
+def _tell(out: Path, report: dict[str, Any]) -> None:
+    documents, tokens = report["documents"], report["tokens"]
+    print(f"{out}: {documents['read']:,} documents read ({report['bytes'] / 1e6:.1f} MB), {documents['unique']:,} not copies, "
+          f"{documents['good']:,} good enough")  # fmt: skip
+    if report["faults"]["count"]:
+        print(f"bad input: {report['faults']['count']:,}, the first {report['faults']['first'][0]}")
+    for name, domain in report["domains"].items():
+        print(f"  {name:12} {domain['good']:8,} documents {domain['tokens_before_mixing']:13,} tokens; "
+              f"{domain['share']:6.1%} of the mix (asked {domain['asked']:.0%}), read {domain['repetition']:.2f} times")  # fmt: skip
+    print(f"{tokens['train']:,} tokens to train on, {tokens['held_out']:,} held out; report.json and report.png say more")
+    print(f"train on it: python -m deepseek_jax.train --config quickstart data.path={out} model.vocab_size=...".replace(
+        "...", str(read_manifest(out)["vocab_size"])))  # fmt: skip
+
+
+if __name__ == "__main__":
+    main()
