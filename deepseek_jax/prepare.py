@@ -39,7 +39,7 @@ from deepseek_jax.data.shards import MANIFEST, PARTS, SIGNATURES, TOKENIZER, ope
 from deepseek_jax.data.shuffle import permute
 from deepseek_jax.data.sources import DATASET, PYTHON, plan_reading
 from deepseek_jax.data.stages import Settings
-from deepseek_jax.data.tokenizer import DEEPSEEK_WORDS, end_of_document_id, find_tokenizer, train_tokenizer
+from deepseek_jax.data.tokenizer import DEEPSEEK_WORDS, end_of_document_id, find_tokenizer, largest_id, train_tokenizer
 from deepseek_jax.errors import run_command, write_atomically
 
 WORK, FINGERPRINT = "work", "fingerprint.json"
@@ -61,7 +61,9 @@ def main() -> None:
         "prepare.mix.math=0 prepare.out=data/mine; then train with data.path=data/mine",
     )
     parser.add_argument("--config", required=True, help=f"a .yaml file or a preset ({', '.join(presets())})")
-    parser.add_argument("--against", action="append", default=[], metavar="DIR", help="a prepared set whose documents count as seen")
+    parser.add_argument(
+        "--against", action="append", default=[], metavar="DIR", help="a prepared set whose documents count as seen"
+    )
     parser.add_argument("--strict", action="store_true", help="stop at the first bad input instead of counting it")
     parser.add_argument("overrides", nargs="*", metavar="section.field=value", help="fields of the config to change")
     args = parser.parse_intermixed_args()
@@ -110,16 +112,16 @@ def prepare(config: PrepareConfig, strict: bool = False, map_shards: Optional[Ma
     judged = watch("judge", lambda: run("judging", partial(stages.judge_part, settings), tasks))
     tokenizer = watch("tokenizer", lambda: _make_tokenizer(settings, names))
     encoded = watch("tokenise", lambda: run("tokenising", partial(stages.encode_part, settings), tasks))
-    lengths, mixed = watch("mix", lambda: _plan(settings, names))
+    lengths, mixed, held_out = watch("mix", lambda: _plan(settings, names))
     shards = {part: [path.stem for path in sorted((settings.work / stages.PLAN).glob(f"{part}-*.npy"))] for part in PARTS}
     packing = [(name, names) for part in PARTS for name in shards[part]]
     packed = dict(zip((name for name, _ in packing),
                       watch("pack", lambda: run("packing", partial(stages.pack_shard, settings), packing))))  # fmt: skip
 
-    report = _report(config, read, originals, earlier, judged, encoded, mixed, packed, total, watch.seconds)
+    report = _report(config, read, originals, earlier, judged, encoded, mixed, held_out, packed, total, watch.seconds)
     samples = [sample for rule in report["dropped"] for sample in _samples(judged, rule)]
     write_report(out, report, samples, lengths)
-    _finish(settings, out, names, firsts, tokenizer, fingerprint, {p: [packed[n] for n in shards[p]] for p in PARTS}, mixed)
+    _finish(settings, out, names, tokenizer, fingerprint, {part: [packed[name] for name in shards[part]] for part in PARTS})
     _tell(out, report)
     return report
 
@@ -250,8 +252,12 @@ def _spread_texts(settings: Settings, names: list[str]) -> Iterator[str]:
                 break
 
 
-def _plan(settings: Settings, names: list[str]) -> tuple[np.ndarray, dict[str, dict[str, Mixed]]]:
-    """Which documents go into which shard, written as files; their lengths, and what mixing did to each part."""
+def _plan(settings: Settings, names: list[str]) -> tuple[np.ndarray, dict[str, Mixed], dict[str, int]]:
+    """Which documents go into which shard, written as files.
+
+    Returns:
+        The lengths of all documents, what mixing did to each domain, and the tokens held out of each.
+    """
     config = settings.config
     lengths, domains = [], []
     for name in names:
@@ -266,19 +272,17 @@ def _plan(settings: Settings, names: list[str]) -> tuple[np.ndarray, dict[str, d
         own = np.flatnonzero(domain == number)
         count = max(round(len(own) * config.held_out_fraction), 1) if len(own) > 1 else 0
         held_out[own[permute(np.arange(count), len(own), config.seed, 2)]] = True
-    shares = shares_of(dataclasses.asdict(config.mix))
     folder = settings.work / stages.PLAN
     shutil.rmtree(folder, ignore_errors=True)
     folder.mkdir()
-    mixed = {}
     for part in PARTS:
         chosen = np.flatnonzero(held_out == (part == "held_out"))
-        there = {name: share for number, name in enumerate(DOMAINS) if (share := shares[name])
-                 and (part == "train" or (domain[chosen] == number).any())}  # fmt: skip
-        order, mixed[part] = mix_documents(
-            domain[chosen], of_all[chosen], DOMAINS, shares_of(there) if there else {},
-            config.tokens if part == "train" else None, config.max_repetition if part == "train" else 1.0, config.seed,
-        ) if len(chosen) else (chosen, {})  # fmt: skip
+        if part == "train":
+            order, mixed = mix_documents(domain[chosen], of_all[chosen], DOMAINS, shares_of(dataclasses.asdict(config.mix)),
+                                         config.tokens, config.max_repetition, config.seed)  # fmt: skip
+        else:  # as much as there is, to judge by
+            order = permute(np.arange(len(chosen)), len(chosen), config.seed)
+            told = {name: int(of_all[chosen[domain[chosen] == number]].sum()) for number, name in enumerate(DOMAINS)}
         if not len(order):
             raise DataError(f"{config.out}: no document is left for the part {part}; give more text or lower "
                             f"prepare.quality_threshold={config.quality_threshold}")  # fmt: skip
@@ -286,11 +290,11 @@ def _plan(settings: Settings, names: list[str]) -> tuple[np.ndarray, dict[str, d
         shard = np.cumsum(of_all[numbers]) // (config.shard_bytes // 2)
         for i, piece in enumerate(np.split(numbers, np.flatnonzero(np.diff(shard)) + 1)):
             np.save(folder / f"{part}-{i:05d}.npy", piece)
-    return of_all, mixed
+    return of_all, mixed, told
 
 
 def _report(config: PrepareConfig, read: list, originals: np.ndarray, earlier: int, judged: list, encoded: list,
-            mixed: dict[str, dict[str, Mixed]], packed: dict[str, dict[str, Any]], total: int,
+            mixed: dict[str, Mixed], held_out: dict[str, int], packed: dict[str, dict[str, Any]], total: int,
             seconds: dict[str, float]) -> dict[str, Any]:  # fmt: skip
     """All that is known of what was done."""
     reasons, rules, unique = Counter[str](), Counter[str](), Counter[str]()
@@ -304,21 +308,19 @@ def _report(config: PrepareConfig, read: list, originals: np.ndarray, earlier: i
         stayed.update(told["documents"])
         tokens.update(told["tokens"])
     everything = max(sum(tokens.values()), 1)
-    train = mixed["train"]
     return {
         "documents": {"read": len(originals), "unique": sum(unique.values()), "good": sum(stayed.values()),
                       "packed": sum(shard["documents"] for shard in packed.values())},
         "bytes": total,
         "tokens": {"before mixing": sum(tokens.values()),
-                   **{part: sum(domain.tokens for domain in mixed[part].values()) for part in PARTS}},
+                   "train": sum(domain.tokens for domain in mixed.values()), "held_out": sum(held_out.values())},
         "duplicates": {"copies": int((originals >= 0).sum()), "of earlier sets": earlier},
         "dropped": {"copy": int((originals >= 0).sum()), **dict(rules.most_common())},
         "faults": {"count": sum(reasons.values()), "reasons": dict(reasons.most_common()),
                    "first": [fault for told in read for fault in told["faults"]][: stages.FAULTS_KEPT]},
         "domains": {name: {"unique": unique[name], "good": stayed[name], "tokens_before_mixing": tokens[name],
-                           "share_in": tokens[name] / everything, **train[name].as_dict()} for name in DOMAINS},
-        "held_out": {name: domain.as_dict() for name, domain in mixed["held_out"].items()},
-        "capped": config.tokens is not None and sum(d.tokens for d in train.values()) < 0.99 * config.tokens,
+                           "share_in": tokens[name] / everything, **mixed[name].as_dict()} for name in DOMAINS},
+        "held_out": held_out,
         "seconds": seconds,
         "megabytes_per_second": {name: round(total / 1e6 / max(taken, 1e-9), 2) for name, taken in seconds.items()},
     }  # fmt: skip
@@ -329,8 +331,8 @@ def _samples(judged: list[dict[str, Any]], rule: str) -> list[dict[str, Any]]:
     return found[:: -(-len(found) // SAMPLES) or 1] if found else []
 
 
-def _finish(settings: Settings, out: Path, names: list[str], firsts: list[int], tokenizer: Tokenizer, fingerprint: str,
-            shards: dict[str, list[dict[str, Any]]], mixed: dict[str, dict[str, Mixed]]) -> None:  # fmt: skip
+def _finish(settings: Settings, out: Path, names: list[str], tokenizer: Tokenizer, fingerprint: str,
+            shards: dict[str, list[dict[str, Any]]]) -> None:  # fmt: skip
     """Put the files in their place, the manifest last, and remove what the stages left."""
     write_atomically(out / TOKENIZER, tokenizer.to_str())
     kept = [np.flatnonzero(stages.kept_rows(settings, name)[0]) for name in names]
@@ -346,8 +348,8 @@ def _finish(settings: Settings, out: Path, names: list[str], firsts: list[int], 
             if source.exists():  # moved already, where an interrupted run goes on here
                 os.replace(source, out / shard["file"])
     end = end_of_document_id(tokenizer)
-    write_manifest(out, fingerprint, shards, end_of_document=end, vocab_size=tokenizer.get_vocab_size(),
-                   domains={part: {name: told.as_dict() for name, told in of.items()} for part, of in mixed.items()})  # fmt: skip
+    told = {part: [{key: shard[key] for key in ("file", "tokens", "documents")} for shard in shards[part]] for part in PARTS}
+    write_manifest(out, fingerprint, told, end_of_document=end, vocab_size=largest_id(tokenizer) + 1)
     shutil.rmtree(settings.work)
 
 

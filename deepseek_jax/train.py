@@ -138,8 +138,9 @@ def _resumed(
 ) -> tuple[Position, TrainState] | None:
     """Where the run's last checkpoint that can be read left off, or None without any; those after it are set aside."""
     if config.data.tokenizer is None and not is_prepared(config, run_dir):
+        given = f"data.path={config.data.path}" if config.data.path else f"data.input={config.data.input}"
         raise ConfigError(
-            f"data.input={config.data.input}: not the text that {run_dir} was trained on; to go on with other text "
+            f"{given}: not the text that {run_dir} was trained on; to go on with other text "
             f"keep its tokenizer, data.tokenizer={run_dir}/tokenizer.json, or else start a new run_dir"
         )
     if not (run_dir / CHECKPOINTS).is_dir():
@@ -169,7 +170,7 @@ def _describe(config: Config, data: PreparedData, position: Position) -> None:
     print(f"{config.run_dir}: {f'resuming after step {position.step}' if position.step else 'a new run'}")
     mtp = f", and {count.mtp:,} in MTP modules" if count.mtp else ""
     print(f"model: {count.total:,} parameters, {count.active:,} active per token{mtp}; {config.model.precision}")
-    print(f"data: {len(data.train):,} tokens to train on, {len(data.held_out):,} held out")
+    print(f"data: {data.train_tokens:,} tokens to train on, {len(data.held_out):,} held out")
     end = max((plan.tokens for plan in plan_steps(config.train, position)), default=position.tokens)
     print(f"plan: {config.train.steps:,} steps, {end:,} tokens; device: {jax.devices()[0].device_kind}", flush=True)
 

@@ -16,7 +16,7 @@ from typing import Any, Optional
 import torch
 
 from deepseek_jax.config import Config, ConfigError, load_config, presets, to_yaml
-from deepseek_jax.data.loader import Windows, window_length
+from deepseek_jax.data.loader import training_sequences
 from deepseek_jax.data.packing import PreparedData, prepare
 from deepseek_jax.errors import UserError, run_command, write_atomically
 from deepseek_torch.model.transformer import DeepseekV3
@@ -54,14 +54,14 @@ def train(config: Config, model: Optional[DeepseekV3] = None) -> None:
     state = init_state(config, model)
     write_atomically(run_dir / CONFIG_FILE, to_yaml(config))
     parameters = sum(p.numel() for p in state.model.parameters())
-    print(f"{run_dir}: {parameters:,} parameters with MTP; {len(data.train):,} tokens to train on", flush=True)
+    print(f"{run_dir}: {parameters:,} parameters with MTP; {data.train_tokens:,} tokens to train on", flush=True)
     _run(config, run_dir, data, state)
 
 
 def _run(config: Config, run_dir: Path, data: PreparedData, state: TrainState) -> None:
     """Take every step, and tell, evaluate and save along the way."""
     train = config.train
-    windows = Windows(data.train, window_length(config), train.sequence_length, config.data.seed)
+    windows = training_sequences(config, data.sets)
     evaluation = Evaluation(config, data)
     told = time.monotonic()
     for plan in plan_steps(train):

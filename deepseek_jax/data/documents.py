@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     from datasets import Dataset
 
 KINDS = (".txt", ".md", ".rst", ".py", ".jsonl")
-TEXT_SUFFIXES = tuple(kind + packed for kind in KINDS for packed in ("", *COMPRESSED_SUFFIXES)) + (".parquet",)
+TEXT_SUFFIXES = (*(kind + packed for kind in KINDS for packed in ("", *COMPRESSED_SUFFIXES)), ".parquet")
 READ_ROWS = 256
 
 
@@ -77,9 +77,7 @@ def _matches(name: str, suffixes: tuple[str, ...], field: str, with_empty: bool)
     return [
         file
         for match in matches
-        for file in (
-            _in_directory(match, suffixes, with_empty) if match.is_dir() else _if_not_empty(match, with_empty)
-        )
+        for file in (_in_directory(match, suffixes, with_empty) if match.is_dir() else _if_not_empty(match, with_empty))
     ]
 
 

@@ -29,7 +29,7 @@ MATH_WORD = re.compile(
 LETTER = re.compile(r"[^\W\d_]")
 LATIN = re.compile(r"[A-Za-z\u00c0-\u024f\u1e00-\u1eff]")
 CJK = re.compile(rf"[{UNSPACED}]")
-CODE_LINES, MATH_PER_WORD, OTHER_LETTERS = 0.4, 0.035, 0.3
+CODE_LINES, MATH_PER_WORD, OTHER_LETTERS = 0.4, 0.025, 0.3
 """Share of lines that look like code; formulas and mathematical words per word; share of letters that are not Latin."""
 
 

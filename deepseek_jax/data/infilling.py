@@ -26,8 +26,8 @@ def find_marks(tokenizer: Tokenizer) -> Marks:
         DataError: when it has none.
     """
     for names in (OWN, DEEPSEEK):
-        ids = [tokenizer.token_to_id(name) for name in names]
-        if None not in ids:
+        ids = [token for name in names if (token := tokenizer.token_to_id(name)) is not None]
+        if len(ids) == len(names):
             return Marks(*ids)
     raise DataError(f"prepare.fim_rate: the tokenizer has no tokens for it; add {' '.join(OWN)} to it, or set fim_rate=0")
 
@@ -41,7 +41,5 @@ def cut_for_infilling(text: str, rate: float, key: tuple[int, ...]) -> Optional[
     random = np.random.default_rng(key)
     if len(text) < 3 or random.random() >= rate:
         return None
-    first, second = sorted(random.choice(np.arange(1, len(text)), 2, replace=False).tolist()) if len(text) < 2**16 else sorted(
-        random.integers(1, len(text), 2).tolist()
-    )
+    first, second = sorted((random.choice(len(text) - 1, 2, replace=False) + 1).tolist())
     return text[:first], text[first:second], text[second:]

@@ -4,6 +4,9 @@ Nothing is kept between calls, so that a resumed run, another number of processe
 other framework sees the same sequences.
 """
 
+from collections.abc import Sequence
+from typing import Protocol
+
 import numpy as np
 
 from deepseek_jax.config import Config
@@ -16,13 +19,21 @@ def window_length(config: Config) -> int:
     return config.train.sequence_length + 1 + config.model.num_nextn_predict_layers
 
 
+class TokenRow(Protocol):
+    """One row of token ids, such as an array, a memory map, or `shards.Tokens`."""
+
+    def __len__(self) -> int: ...
+
+    def __getitem__(self, part: slice, /) -> np.ndarray: ...
+
+
 class Windows:
     """An endless stream of windows into a flat array of tokens; each epoch holds every window once.
 
     Window k covers tokens[k * stride : k * stride + window]; a last one that would be too short is left out.
 
     Args:
-        tokens: one-dimensional token ids; a memory map stays one.
+        tokens: what lies on disk stays there.
         window: tokens of a sequence with its targets.
         stride: tokens between the beginnings of neighbours.
         seed: order within the epochs, another in each; None keeps the order of the text.
@@ -31,7 +42,7 @@ class Windows:
         DataError: when `tokens` is shorter than one window.
     """
 
-    def __init__(self, tokens: np.ndarray, window: int, stride: int, seed: int | None):
+    def __init__(self, tokens: TokenRow, window: int, stride: int, seed: int | None):
         if len(tokens) < window:
             raise DataError(f"the text has {len(tokens)} tokens and one sequence needs {window}; give more text")
         self.tokens, self.window, self.stride, self.seed = tokens, window, stride, seed
@@ -42,8 +53,60 @@ class Windows:
 
     def take(self, start: int, count: int) -> np.ndarray:
         """Sequences number start .. start + count - 1 of the stream, int32 [count, window]."""
-        epochs, windows = np.divmod(np.arange(start, start + count, dtype=np.int64), len(self))
+        return self.at(np.arange(start, start + count, dtype=np.int64))
+
+    def at(self, numbers: np.ndarray) -> np.ndarray:
+        """The sequences of these numbers, int32 [numbers, window]."""
+        epochs, windows = np.divmod(numbers, len(self))
         if self.seed is not None:
             windows = permute(windows, len(self), self.seed, epochs)
-        positions = windows[:, None] * self.stride + np.arange(self.window)
-        return np.asarray(self.tokens[positions], np.int32)
+        result = np.empty((len(numbers), self.window), np.int32)
+        for row, begin in zip(result, (windows * self.stride).tolist()):
+            row[:] = self.tokens[begin : begin + self.window]
+        return result
+
+
+class Mixture:
+    """An endless stream of sequences from several, each by its weight.
+
+    Every BLOCK sequences hold the weights' shares of each, to the nearest whole, in an order of the seed's.
+
+    Args:
+        parts: the streams.
+        weights: how much of each, in any unit.
+    """
+
+    BLOCK = 1000
+
+    def __init__(self, parts: Sequence[Windows], weights: Sequence[float], seed: int):
+        shares = np.asarray(weights, np.float64) / sum(weights) * self.BLOCK
+        counts = np.floor(shares).astype(np.int64)
+        counts[np.argsort(counts - shares, kind="stable")[: self.BLOCK - counts.sum()]] += 1
+        self._parts, self._counts, self._seed = list(parts), counts, seed
+        self.window = parts[0].window
+
+    def take(self, start: int, count: int) -> np.ndarray:
+        """Sequences number start .. start + count - 1 of the stream, int32 [count, window]."""
+        blocks, places = np.divmod(np.arange(start, start + count, dtype=np.int64), self.BLOCK)
+        places = permute(places, self.BLOCK, self._seed, blocks)
+        ends = np.cumsum(self._counts)
+        owners = np.searchsorted(ends, places, side="right")
+        numbers = blocks * self._counts[owners] + places - (ends - self._counts)[owners]
+        result = np.empty((count, self.window), np.int32)
+        for owner, part in enumerate(self._parts):
+            own = owners == owner
+            result[own] = part.at(numbers[own])
+        return result
+
+
+def training_sequences(config: Config, sets: Sequence[TokenRow]) -> Windows | Mixture:
+    """The stream of sequences that a run trains on, from the tokens of one set or several.
+
+    Raises:
+        DataError: when a set is shorter than one sequence.
+    """
+    length, seed = config.train.sequence_length, config.data.seed
+    streams = [Windows(tokens, window_length(config), length, seed) for tokens in sets]
+    if len(streams) == 1:
+        return streams[0]
+    return Mixture(streams, config.data.weights or [len(tokens) for tokens in sets], seed)

@@ -74,7 +74,7 @@ def mix_documents(
         for name in names
     }  # fmt: skip
     order = np.concatenate([np.zeros(0, np.int64), *picked.values()])
-    return order[permute(np.arange(len(order)), len(order), seed)] if len(order) else order, told
+    return order[permute(np.arange(len(order)), len(order), seed)], told
 
 
 def _pick(own: np.ndarray, lengths: np.ndarray, target: float, seed: int) -> np.ndarray:

@@ -4,7 +4,6 @@ Documents follow each other without padding, each closed by the end-of-document 
 from that stream wherever they fall (report 4.1: packed, without masks between documents).
 """
 
-import dataclasses
 import json
 import os
 import tempfile
@@ -21,7 +20,8 @@ from tokenizers import Tokenizer
 
 from deepseek_jax.config import Config
 from deepseek_jax.data.documents import DataError, Texts, find_files, read_documents, split_documents
-from deepseek_jax.data.loader import window_length
+from deepseek_jax.data.loader import TokenRow, window_length
+from deepseek_jax.data.shards import open_part, read_manifest
 from deepseek_jax.data.tokenizer import (
     end_of_document_id,
     largest_id,
@@ -30,6 +30,7 @@ from deepseek_jax.data.tokenizer import (
     token_byte_lengths,
     train_tokenizer,
 )
+from deepseek_jax.errors import write_atomically
 
 FORMAT = 1
 """Raise it when the same text would give other tokens."""
@@ -41,21 +42,35 @@ TOKENIZER, TRAIN, HELD_OUT, FINGERPRINT = (
 
 @dataclass(frozen=True)
 class PreparedData:
-    """A run's text as tokens; `train` and `held_out` are memory maps of one dimension."""
+    """A run's text as tokens, which stay on disk."""
 
     tokenizer: Tokenizer
-    train: np.ndarray
-    held_out: np.ndarray
+    sets: tuple[TokenRow, ...]
+    """To train on: of each of `data.path`, or the one of `data.input`."""
+    held_out: TokenRow
+    """Of the first of them."""
     end_of_document: int
     token_bytes: np.ndarray
     """Bytes of text that each token stands for, int32 [vocab_size]; special tokens 0."""
+
+    @property
+    def train(self) -> TokenRow:
+        """The tokens to train on, where there is one set."""
+        (tokens,) = self.sets
+        return tokens
+
+    @property
+    def train_tokens(self) -> int:
+        """How many there are to train on."""
+        return sum(map(len, self.sets))
 
 
 def prepare(config: Config, directory: Path) -> PreparedData:
     """The tokens of `config.data.input`, from `directory` if they are there already, else made there.
 
-    `directory` then holds tokenizer.json, data/train.npy, data/held_out.npy and data/fingerprint.json. Files are put
-    in place when all are whole; a failure leaves what was there before.
+    `directory` then holds tokenizer.json, data/train.npy, data/held_out.npy and data/fingerprint.json; of
+    `config.data.path`, whose tokens stay where they are, the first and the last. Files are put in place when all are
+    whole; a failure leaves what was there before.
 
     Raises:
         DataError: one line on the input, the tokenizer or a corpus shorter than one sequence.
@@ -70,10 +85,16 @@ def prepare(config: Config, directory: Path) -> PreparedData:
 def open_prepared(config: Config, directory: Path) -> PreparedData:
     """What `prepare` has left in `directory`; raises as it does."""
     tokenizer = load_tokenizer(directory / TOKENIZER)
-    train, held_out = (_open_tokens(directory / name) for name in (TRAIN, HELD_OUT))
-    _check_lengths(config, len(train), len(held_out))
     token_bytes = token_byte_lengths(tokenizer, config.model.vocab_size)
-    return PreparedData(tokenizer, train, held_out, end_of_document_id(tokenizer), token_bytes)
+    sets: tuple[TokenRow, ...]
+    held_out: TokenRow
+    if config.data.path:
+        sets = tuple(open_part(Path(path), "train") for path in config.data.path)
+        held_out = open_part(Path(config.data.path[0]), "held_out")
+    else:
+        sets, held_out = (_open_tokens(directory / TRAIN),), _open_tokens(directory / HELD_OUT)
+    _check_lengths(config, min(map(len, sets)), len(held_out))
+    return PreparedData(tokenizer, sets, held_out, end_of_document_id(tokenizer), token_bytes)
 
 
 def is_prepared(config: Config, directory: Path) -> bool:
@@ -160,6 +181,8 @@ def _replacing(path: Path) -> Iterator[BinaryIO]:
 
 
 def _make(config: Config, directory: Path, fingerprint: dict[str, Any]) -> None:
+    if config.data.path:
+        return _take(config, directory, fingerprint)
     try:
         (directory / "data").mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(prefix=".making-", dir=directory / "data") as name:
@@ -173,6 +196,19 @@ def _make(config: Config, directory: Path, fingerprint: dict[str, Any]) -> None:
         for folder in (directory / "data", directory):
             with suppress(OSError):  # it holds something
                 folder.rmdir()
+
+
+def _take(config: Config, directory: Path, fingerprint: dict[str, Any]) -> None:
+    """Take over what prepared sets have, once it is known to fit."""
+    first, *others = (load_tokenizer(Path(path).expanduser() / TOKENIZER) for path in config.data.path)
+    for path, other in zip(config.data.path[1:], others):
+        if other.get_vocab() != first.get_vocab():
+            raise DataError(f"{path}: has another tokenizer than {config.data.path[0]}; prepare it with "
+                            f"prepare.tokenizer={config.data.path[0]}")  # fmt: skip
+    token_byte_lengths(first, config.model.vocab_size)
+    (directory / "data").mkdir(parents=True, exist_ok=True)
+    write_atomically(directory / TOKENIZER, first.to_str())
+    write_atomically(directory / FINGERPRINT, json.dumps(fingerprint, indent=1))
 
 
 def _make_in(staging: Path, config: Config, fingerprint: dict[str, Any]) -> None:
@@ -190,7 +226,7 @@ def _make_in(staging: Path, config: Config, fingerprint: dict[str, Any]) -> None
 
 
 def _check_lengths(config: Config, train: int, held_out: int) -> None:
-    needed, where = window_length(config), ", ".join(config.data.input)
+    needed, where = window_length(config), ", ".join(config.data.path or config.data.input)
     if train < needed:
         raise DataError(f"{where}: {train} tokens found to train on and one sequence needs {needed}; give more text "
                         f"or lower train.sequence_length={config.train.sequence_length}")  # fmt: skip
@@ -200,15 +236,19 @@ def _check_lengths(config: Config, train: int, held_out: int) -> None:
 
 
 def _fingerprint(config: Config) -> dict[str, Any]:
-    """What the tokens depend on; files by path, size and time of change."""
+    """What the tokens depend on; files by path, size and time of change, prepared sets by their own fingerprints."""
+    if config.data.path:
+        sets = [read_manifest(Path(path))["fingerprint"] for path in config.data.path]
+        return {"format": FORMAT, "sets": sets, "weights": config.data.weights, "seed": config.data.seed}
     if not config.data.input:
-        raise DataError("data.input is empty; give data.input=FILE (text, .jsonl, .parquet, a directory or a glob)")
+        raise DataError("data.input is empty; give data.input=FILE (text, .jsonl, .parquet, a directory or a glob), or "
+                        "data.path=DIR of what deepseek_jax.prepare made")  # fmt: skip
     tokenizer = config.data.tokenizer
     if tokenizer and not Path(tokenizer).expanduser().exists():
         raise DataError(f"{tokenizer}: no such file; data.tokenizer must be a tokenizer.json or null")
     return {
         "format": FORMAT,
-        "data": dataclasses.asdict(config.data),
+        "data": {name: getattr(config.data, name) for name in ("input", "tokenizer", "held_out_fraction", "seed")},
         "vocab_size": config.model.vocab_size,
         "tokenizer": _state(Path(tokenizer).expanduser().resolve()) if tokenizer else None,
         "files": [_state(path) for path in find_files(config.data.input)],
@@ -224,7 +264,7 @@ def _agrees(directory: Path, fingerprint: dict[str, Any]) -> bool:
     try:
         stored = json.loads((directory / FINGERPRINT).read_text(encoding="utf-8"))
         load_tokenizer(directory / TOKENIZER)
-        for name in (TRAIN, HELD_OUT):
+        for name in () if "sets" in fingerprint else (TRAIN, HELD_OUT):
             _open_tokens(directory / name)
     except (OSError, ValueError):
         return False

@@ -22,13 +22,14 @@ BULLET = ("- ", "* ", "+ ", "•", "●", "·", "–", "—")
 BLOB = re.compile(r"[A-Za-z0-9+/=_%\\-]{100,}|(?:[0-9a-fA-F]{2}[\s:,]+){40,}")
 MOJIBAKE = re.compile("[\ufffd\x80-\x84\x86-\x9f]|[ÃÂâÐÑÅÄ][\u0080-\u00bf€™œ“”…‚„†‡ˆ‰Š‹Œ˜š›žŸ–—]")
 BOILERPLATE = re.compile(
-    r"cookies?\b.*\b(?:use|policy|accept|consent)|(?:use|accept).{0,40}\bcookies|all rights reserved|privacy policy|terms of (?:use|service)"
-    r"|sign (?:up|in)\b|log ?in\b|subscribe|newsletter|click here|read more|share (?:this|on)|follow us|enable javascript"
+    r"cookies?\b.*\b(?:use|policy|accept|consent)|(?:use|accept).{0,40}\bcookies|all rights reserved|privacy policy"
+    r"|terms of (?:use|service)|sign (?:up|in)\b|log ?in\b|subscribe|newsletter|click here|read more|share (?:this|on)|follow us|enable javascript"
     r"|skip to (?:main )?content|add to cart|copyright ©|lorem ipsum|©|back to top|leave a (?:reply|comment)",
     re.IGNORECASE,
 )
 CONSONANTS = re.compile(r"[bcdfghjklmnpqrstvwxz]{6}")
 VOWEL = re.compile(r"[aeiouyıøœæ]")
+ANY_WORD = re.compile(r"[^\W\d_]{4,}")
 LATIN_WORD = re.compile(r"[a-z\u00df-\u024f\u1e00-\u1eff]{4,}")
 
 
@@ -62,6 +63,9 @@ def _prose_rules(text: str, is_math: bool) -> Iterator[tuple[str, float]]:
     words = text.split()
     units = WORD.findall(text.lower())
     lines = [line.strip() for line in text.splitlines() if line.strip()]
+    total = max(len(text), 1)
+    yield "blob", _score(_matched(BLOB, text) / total, 0.1, 0.0)
+    yield "mojibake", _score(len(MOJIBAKE.findall(text)) / total, 0.003, 0.0)
     unspaced = len(re.findall(f"[{UNSPACED}]", text)) > 0.2 * len(text)
     if unspaced:
         yield "too short", _score(len(units), 100, 300)
@@ -75,9 +79,6 @@ def _prose_rules(text: str, is_math: bool) -> Iterator[tuple[str, float]]:
         yield "few words with letters", _score(alphabetic, 0.5 if is_math else 0.7, 0.85)
         yield "symbols", _score((text.count("#") + text.count("...") + text.count("…")) / count, 0.1, 0.02)
         yield "gibberish", _score(_unspeakable(text), 0.12, 0.04)
-    total = max(len(text), 1)
-    yield "blob", _score(_matched(BLOB, text) / total, 0.1, 0.0)
-    yield "mojibake", _score(len(MOJIBAKE.findall(text)) / total, 0.003, 0.0)
     yield "bullets", _score(_share(lines, lambda line: line.startswith(BULLET)), 0.9, 0.6)
     yield "cut lines", _score(_share(lines, lambda line: line.endswith(("...", "…"))), 0.3, 0.05)
     yield "boilerplate", _score(_share(lines, lambda line: bool(BOILERPLATE.search(line[:1000]))), 0.3, 0.1)
@@ -110,10 +111,11 @@ def _share(lines: Sequence[str], holds: Callable[[str], bool]) -> float:
 
 
 def _unspeakable(text: str) -> float:
-    """Share of words in Latin letters that have no vowel, or six consonants in a row."""
+    """Share of the words that are in Latin letters and have no vowel, or six consonants in a row."""
     plain = "".join(c for c in unicodedata.normalize("NFD", text.lower()) if not unicodedata.combining(c))
     words = LATIN_WORD.findall(plain)
-    return sum(not VOWEL.search(word) or bool(CONSONANTS.search(word)) for word in words) / max(len(words), 1)
+    odd = sum(not VOWEL.search(word) or bool(CONSONANTS.search(word)) for word in words)
+    return odd / max(len(ANY_WORD.findall(plain)), 1)
 
 
 def _repeated(lines: Sequence[str]) -> float:

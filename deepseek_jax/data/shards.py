@@ -51,7 +51,9 @@ def write_shard(
     np.cumsum([len(document) for document in documents], out=ends[1:])
     tokens = np.concatenate([np.zeros(0, dtype), *documents]).astype(dtype, copy=False)
     ids = pa.LargeListArray.from_arrays(pa.array(ends), pa.array(tokens))
-    batch = pa.record_batch({"input_ids": ids, "domain": pa.array(domains, pa.string()), "source": pa.array(sources, pa.string())})
+    batch = pa.record_batch(
+        {"input_ids": ids, "domain": pa.array(domains, pa.string()), "source": pa.array(sources, pa.string())}
+    )
     partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
     try:
         with pa.OSFile(str(partial), "wb") as file, pa.ipc.new_stream(file, batch.schema) as stream:
@@ -110,7 +112,9 @@ class Tokens:
         if number not in self._open:
             tokens = open_shard(self._paths[number]).tokens
             if len(tokens) != self._starts[number + 1] - self._starts[number]:
-                raise DataError(f"{self._paths[number]}: holds {len(tokens)} tokens, not what {MANIFEST} says; prepare it again")
+                raise DataError(
+                    f"{self._paths[number]}: holds {len(tokens)} tokens, not what {MANIFEST} says; prepare it again"
+                )
             self._open[number] = tokens
         return self._open[number]
 

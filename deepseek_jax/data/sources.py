@@ -18,8 +18,26 @@ from deepseek_jax.data.tokenizer import find_tokenizer
 DATASET, PYTHON = "dataset:", "python:"
 MAX_DOCUMENT_BYTES = 2**28
 """A longer file or line is no document, and might not fit in memory."""
-TEXT = (".txt", ".md", ".rst", ".tex", ".py", ".c", ".h", ".cc", ".cpp", ".hpp", ".js", ".ts", ".java", ".go", ".rs", ".rb", ".sh")
-SUFFIXES = tuple(kind + packed for kind in (*TEXT, ".jsonl") for packed in ("", *COMPRESSED_SUFFIXES)) + (".parquet", ".idx")
+TEXT = (
+    ".txt",
+    ".md",
+    ".rst",
+    ".tex",
+    ".py",
+    ".c",
+    ".h",
+    ".cc",
+    ".cpp",
+    ".hpp",
+    ".js",
+    ".ts",
+    ".java",
+    ".go",
+    ".rs",
+    ".rb",
+    ".sh",
+)
+SUFFIXES = (*(kind + packed for kind in (*TEXT, ".jsonl") for packed in ("", *COMPRESSED_SUFFIXES)), ".parquet", ".idx")
 """What is read of directories."""
 LEFT_OUT = {
     "site-packages", "dist-packages", "test", "tests", "idlelib", "idle_test", "turtledemo", "lib2to3", "ensurepip",
@@ -213,10 +231,12 @@ def _read_dataset(name: str, text_field: str, domain_field: str) -> Iterator[Doc
 def python_library() -> Iterator[Document]:
     """Real text that every Python has: the chapters of the language reference, and the standard library's modules."""
     try:
-        from pydoc_data.topics import topics
+        from pydoc_data import topics
     except ImportError:  # Left out by some distributions.
-        topics = {}
-    for name, text in topics.items():
+        chapters: dict[str, str] = {}
+    else:
+        chapters = topics.topics
+    for name, text in chapters.items():
         if text.strip():
             yield Document(text, f"{PYTHON}topics/{name}")
     root = Path(sysconfig.get_path("stdlib"))

@@ -230,7 +230,9 @@ def encode(
     marks = find_marks(tokenizer) if fim_rate else None
     ids: list[np.ndarray] = []
     for batch in _batches(item for number, text in texts for item in (*_items(text, marks, fim_rate, (seed, number)), None)):
-        encoded = iter(tokenizer.encode_batch_fast([item for item in batch if isinstance(item, str)], add_special_tokens=False))
+        encoded = iter(
+            tokenizer.encode_batch_fast([item for item in batch if isinstance(item, str)], add_special_tokens=False)
+        )
         for item in batch:
             if item is None:
                 yield np.concatenate([*ids, np.array([end], dtype)])

@@ -12,7 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from deepseek_jax.config import Config
-from deepseek_jax.data.loader import Windows
+from deepseek_jax.data.loader import training_sequences
 from deepseek_jax.data.packing import PreparedData
 from deepseek_jax.errors import UserError
 from deepseek_jax.parallel import processes
@@ -42,8 +42,7 @@ class Loop:
                  division: Optional[Division]):  # fmt: skip
         train = config.train
         self._config, self._run_dir, self._checkpoints, self._position = config, run_dir, checkpoints, position
-        depth = config.model.num_nextn_predict_layers
-        self._windows = Windows(data.train, train.sequence_length + 1 + depth, train.sequence_length, config.data.seed)
+        self._windows = training_sequences(config, data.sets)
         self._division = division
         self._evaluation = Evaluation(config, data, division)
         self._metrics = MetricsFile(run_dir, position.step, is_writer=processes.is_first())
