@@ -360,11 +360,10 @@ def _tell(out: Path, report: dict[str, Any]) -> None:
     if report["faults"]["count"]:
         print(f"bad input: {report['faults']['count']:,}, the first {report['faults']['first'][0]}")
     for name, domain in report["domains"].items():
-        print(f"  {name:12} {domain['good']:8,} documents {domain['tokens_before_mixing']:13,} tokens; "
-              f"{domain['share']:6.1%} of the mix (asked {domain['asked']:.0%}), read {domain['repetition']:.2f} times")  # fmt: skip
-    print(f"{tokens['train']:,} tokens to train on, {tokens['held_out']:,} held out; report.json and report.png say more")
-    print(f"train on it: python -m deepseek_jax.train --config quickstart data.path={out} model.vocab_size=...".replace(
-        "...", str(read_manifest(out)["vocab_size"])))  # fmt: skip
+        mixed = f"{domain['share']:6.1%} of the mix (asked {domain['asked']:.0%}), read {domain['repetition']:.2f} times"
+        print(f"  {name:12} {domain['good']:8,} documents {domain['tokens_before_mixing']:13,} tokens; {mixed}")
+    print(f"{tokens['train']:,} tokens to train on, {tokens['held_out']:,} held out; more in report.json and report.png")
+    print(f"train on it with data.path={out} and model.vocab_size={read_manifest(out)['vocab_size']} or more")
 
 
 if __name__ == "__main__":

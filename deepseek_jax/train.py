@@ -130,7 +130,9 @@ def train(
         if division is not None:
             print(mesh_summary(config, division, fresh, shardings), flush=True)
         processes.first_alone(lambda: write_atomically(run_dir / CONFIG_FILE, to_yaml(asked)))
-        return Loop(config, run_dir, data, checkpoints, position, division).run(state)
+        # Known from the tokenizer, and no setting that a checkpoint keeps.
+        known = dataclasses.replace(config, data=dataclasses.replace(config.data, end_of_document=data.end_of_document))
+        return Loop(known, run_dir, data, checkpoints, position, division).run(state)
 
 
 def _resumed(

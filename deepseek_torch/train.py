@@ -6,6 +6,7 @@ train.keep_checkpoints of them. Optimizer state is not kept, so a run cannot be 
 """
 
 import argparse
+import dataclasses
 import json
 import math
 import shutil
@@ -51,8 +52,10 @@ def train(config: Config, model: Optional[DeepseekV3] = None) -> None:
     if (run_dir / METRICS_FILE).exists():
         raise ConfigError(f"{run_dir} already holds a run: give another run_dir")
     data = prepare(config, run_dir)
+    asked = config
+    config = dataclasses.replace(config, data=dataclasses.replace(config.data, end_of_document=data.end_of_document))
     state = init_state(config, model)
-    write_atomically(run_dir / CONFIG_FILE, to_yaml(config))
+    write_atomically(run_dir / CONFIG_FILE, to_yaml(asked))
     parameters = sum(p.numel() for p in state.model.parameters())
     print(f"{run_dir}: {parameters:,} parameters with MTP; {data.train_tokens:,} tokens to train on", flush=True)
     _run(config, run_dir, data, state)

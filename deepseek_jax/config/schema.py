@@ -127,7 +127,9 @@ class DataConfig:
     seed: int = 0
     """Order of the documents and of the training sequences."""
     mask_documents: bool = False
-    """Whether a token sees only its own document, whose positions start anew; the report packs without (4.1)."""
+    """Whether a token sees and predicts only its own document, whose positions start anew; the report packs without (4.1)."""
+    end_of_document: int = 0
+    """Id of the token that ends a document; a run takes it from its tokenizer."""
 
 
 @dataclass(frozen=True)

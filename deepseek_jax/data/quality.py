@@ -23,8 +23,9 @@ BLOB = re.compile(r"[A-Za-z0-9+/=_%\\-]{100,}|(?:[0-9a-fA-F]{2}[\s:,]+){40,}")
 MOJIBAKE = re.compile("[\ufffd\x80-\x84\x86-\x9f]|[ÃÂâÐÑÅÄ][\u0080-\u00bf€™œ“”…‚„†‡ˆ‰Š‹Œ˜š›žŸ–—]")
 BOILERPLATE = re.compile(
     r"cookies?\b.*\b(?:use|policy|accept|consent)|(?:use|accept).{0,40}\bcookies|all rights reserved|privacy policy"
-    r"|terms of (?:use|service)|sign (?:up|in)\b|log ?in\b|subscribe|newsletter|click here|read more|share (?:this|on)|follow us|enable javascript"
-    r"|skip to (?:main )?content|add to cart|copyright ©|lorem ipsum|©|back to top|leave a (?:reply|comment)",
+    r"|terms of (?:use|service)|sign (?:up|in)\b|log ?in\b|subscribe|newsletter|click here|read more"
+    r"|share (?:this|on)|follow us|enable javascript|skip to (?:main )?content"
+    r"|add to cart|copyright ©|lorem ipsum|©|back to top|leave a (?:reply|comment)",
     re.IGNORECASE,
 )
 CONSONANTS = re.compile(r"[bcdfghjklmnpqrstvwxz]{6}")

@@ -69,7 +69,12 @@ class MultiHeadLatentAttention(nn.Module):
         self.o_proj = Linear(c, heads * c.v_head_dim, c.hidden_size)
 
     def __call__(
-        self, x: jax.Array, rope: tuple[jax.Array, jax.Array], positions: jax.Array, cache: Optional[Latents] = None
+        self,
+        x: jax.Array,
+        rope: tuple[jax.Array, jax.Array],
+        positions: jax.Array,
+        cache: Optional[Latents] = None,
+        segment_ids: Optional[jax.Array] = None,
     ) -> tuple[jax.Array, Latents]:
         """Attend.
 
@@ -78,13 +83,14 @@ class MultiHeadLatentAttention(nn.Module):
             rope: cosine and sine of the positions, from `rope_angles`.
             positions: [B, T]; read only with a cache, whose rows they name.
             cache: latents of all positions, [B, S, ...]; rows beyond a token's own are not read.
+            segment_ids: [B, T], as for `causal_attention`; without a cache.
 
         Returns:
             Output [B, T, hidden_size]; and the latents of these tokens, or the cache with them in it.
         """
         q, latents = self._project(x, rope)
         if cache is None:
-            out = self._expanded(q, latents)
+            out = self._expanded(q, latents, segment_ids)
         else:
             rows = jnp.arange(x.shape[0])[:, None]
             latents = Latents(*(old.at[rows, positions].set(new) for old, new in zip(cache, latents)))
@@ -104,14 +110,14 @@ class MultiHeadLatentAttention(nn.Module):
         latents = Latents(self.kv_a_layernorm(c_kv), apply_rope(k_rope[:, :, None], *rope)[:, :, 0])
         return q, latents
 
-    def _expanded(self, q: jax.Array, latents: Latents) -> jax.Array:
+    def _expanded(self, q: jax.Array, latents: Latents, segment_ids: Optional[jax.Array]) -> jax.Array:
         """Attention with keys and values made for every head: the fewest operations for many queries."""
         c = self.config
         expanded = self.kv_b_proj(latents.c_kv).reshape(*q.shape[:3], -1)
         k_nope, v = jnp.split(expanded, [c.qk_nope_head_dim], axis=-1)
         k_rope = jnp.broadcast_to(latents.k_rope[:, :, None], (*q.shape[:3], c.qk_rope_head_dim))
         k = jnp.concatenate([k_nope, k_rope], axis=-1)
-        return causal_attention(q, k, v, softmax_scale(c), implementation=c.attention)
+        return causal_attention(q, k, v, softmax_scale(c), segment_ids, implementation=c.attention)
 
     def _absorbed(self, q: jax.Array, cache: Latents, positions: jax.Array) -> jax.Array:
         """Attention in the latent space: W_uk goes into the query, W_uv into the output."""

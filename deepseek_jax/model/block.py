@@ -45,10 +45,15 @@ class Block(nn.Module):
         self.mlp: nn.Module = MoE(c, self.division) if self.moe else FeedForward(c, c.intermediate_size)
 
     def __call__(
-        self, x: jax.Array, rope: tuple[jax.Array, jax.Array], positions: jax.Array, cache: Optional[Latents] = None
+        self,
+        x: jax.Array,
+        rope: tuple[jax.Array, jax.Array],
+        positions: jax.Array,
+        cache: Optional[Latents] = None,
+        segment_ids: Optional[jax.Array] = None,
     ) -> tuple[jax.Array, BlockOutput]:
         """[B, T, hidden_size] -> the same; arguments as for `MultiHeadLatentAttention`."""
-        attended, latents = self.self_attn(self.input_layernorm(x), rope, positions, cache)
+        attended, latents = self.self_attn(self.input_layernorm(x), rope, positions, cache, segment_ids)
         x = keep(x + attended, WAYPOINT)
         normed = self.post_attention_layernorm(x)
         if not self.moe:

@@ -30,20 +30,25 @@ class MTPModule(nn.Module):
         self.norm = RMSNorm(c, c.rms_norm_eps)
 
     def __call__(
-        self, previous: jax.Array, rope: tuple[jax.Array, jax.Array], positions: jax.Array, embedded: jax.Array
+        self,
+        previous: jax.Array,
+        rope: tuple[jax.Array, jax.Array],
+        positions: jax.Array,
+        embedded: jax.Array,
+        segment_ids: Optional[jax.Array] = None,
     ) -> tuple[jax.Array, tuple[jax.Array, BlockOutput]]:
         """One depth further.
 
         Args:
             previous: [B, T, hidden_size] state of the depth before (of the main model for k = 1).
-            rope, positions: as for `Block`.
+            rope, positions, segment_ids: as for `Block`.
             embedded: [B, T, hidden_size] embeddings of the tokens k further on.
 
         Returns:
             The state for the next depth; and the normed state for the output head with the block's output.
         """
         joined = jnp.concatenate([self.enorm(embedded), self.hnorm(previous)], axis=-1)
-        hidden, output = self.block(self.eh_proj(joined), rope, positions)
+        hidden, output = self.block(self.eh_proj(joined), rope, positions, segment_ids=segment_ids)
         normed = self.norm(hidden)
         return normed if self.config.mtp_hidden_after_norm else hidden, (normed, output)
 
@@ -64,7 +69,12 @@ class MTPHead(nn.Module):
         self.norm = RMSNorm(c, c.rms_norm_eps)
 
     def __call__(
-        self, state: jax.Array, rope: tuple[jax.Array, jax.Array], positions: jax.Array, embedded: jax.Array
+        self,
+        state: jax.Array,
+        rope: tuple[jax.Array, jax.Array],
+        positions: jax.Array,
+        embedded: jax.Array,
+        segment_ids: Optional[jax.Array] = None,
     ) -> tuple[jax.Array, tuple[jax.Array, BlockOutput]]:
         """The state as it is, for the next head, and the normed state for the output head; called as an `MTPModule`."""
         return state, (self.norm(state + nn.silu(self.proj(self.hnorm(state)))), BlockOutput(None))

@@ -19,6 +19,7 @@ from deepseek_jax.model.mtp import MTP_FORMS
 from deepseek_jax.model.products import policy
 from deepseek_jax.model.rope import rope_angles
 from deepseek_jax.model.router import ROUTER_STATE
+from deepseek_jax.model.segments import segments
 from deepseek_jax.parallel.pipeline import ABSENT, assign_layers, run_pipeline
 from deepseek_jax.parallel.sharding import PIPELINED, Division
 from deepseek_jax.parallel.weights import gather_layer, gradient_type
@@ -37,6 +38,17 @@ class ModelOutput(NamedTuple):
     """Sum over those layers, before its weight."""
     dropped: Optional[jax.Array]
     """Share of the choices that found no room, mean over those layers; None where there is always room."""
+
+
+class Shared(NamedTuple):
+    """What is the same for all layers."""
+
+    rope: tuple[jax.Array, jax.Array]
+    """Cosine and sine of the positions."""
+    positions: jax.Array
+    """[B, T]."""
+    segment_ids: Optional[jax.Array] = None
+    """The document of each token, [B, T], where documents are kept apart."""
 
 
 class DeepseekV3(nn.Module):
@@ -62,57 +74,60 @@ class DeepseekV3(nn.Module):
         if not c.tie_word_embeddings:
             self.lm_head = Linear(c, c.hidden_size, c.vocab_size)
 
-    def __call__(self, tokens: jax.Array) -> ModelOutput:
+    def __call__(self, tokens: jax.Array, end_of_document: Optional[int] = None) -> ModelOutput:
         """Predict at every depth.
 
         Args:
             tokens: [B, T + D] ids, D = num_nextn_predict_layers: depth k reads tokens k to T + k.
+            end_of_document: the token after which another document begins, to keep them apart; static.
         """
         c = self.config
         depth = c.num_nextn_predict_layers
         length = tokens.shape[1] - depth
         embedded = self.embed_tokens(tokens)
-        positions = jnp.broadcast_to(jnp.arange(length), (tokens.shape[0], length))
-        rope = rope_angles(c, positions)
-        hidden, outputs = self._layers(embedded[:, :length], rope, positions)
+        shared = self._shared(tokens[:, :length], end_of_document)
+        hidden, outputs = self._layers(embedded[:, :length], shared)
         normed = self.norm(hidden)
         states = normed[None]
         if depth:
             previous = normed if c.mtp_hidden_after_norm else hidden
             ahead = jnp.stack([embedded[:, k : k + length] for k in range(1, depth + 1)])
-            _, (mtp_states, outputs["mtp_layers"]) = self._run("mtp_layers", previous, rope, positions, ahead)
+            _, (mtp_states, outputs["mtp_layers"]) = self._run("mtp_layers", previous, shared, ahead)
             states = jnp.concatenate([states, mtp_states])
         return ModelOutput(states, self.head(), *_routing(c, outputs))
 
-    def hidden_states(self, tokens: jax.Array) -> jax.Array:
+    def hidden_states(self, tokens: jax.Array, end_of_document: Optional[int] = None) -> jax.Array:
         """Normed states [B, T, hidden_size] of the main model for tokens [B, T]."""
-        positions = jnp.broadcast_to(jnp.arange(tokens.shape[1]), tokens.shape)
-        hidden, _ = self._layers(self.embed_tokens(tokens), rope_angles(self.config, positions), positions)
+        hidden, _ = self._layers(self.embed_tokens(tokens), self._shared(tokens, end_of_document))
         return self.norm(hidden)
+
+    def _shared(self, tokens: jax.Array, end_of_document: Optional[int]) -> Shared:
+        """What all layers need to know of the places of tokens [B, T]."""
+        if end_of_document is None:
+            numbers, positions = None, jnp.broadcast_to(jnp.arange(tokens.shape[1]), tokens.shape)
+        else:
+            numbers, positions = segments(tokens, end_of_document)
+        return Shared(rope_angles(self.config, positions), positions, numbers)
 
     def head(self) -> jax.Array:
         """Weight of the output head in the compute type, [hidden_size, vocab_size]."""
         weight = self.embed_tokens.weight.T if self.config.tie_word_embeddings else self.lm_head.weight
         return weight.astype(compute_dtype(self.config))
 
-    def _layers(
-        self, x: jax.Array, rope: tuple[jax.Array, jax.Array], positions: jax.Array
-    ) -> tuple[jax.Array, dict[str, BlockOutput]]:
+    def _layers(self, x: jax.Array, shared: Shared) -> tuple[jax.Array, dict[str, BlockOutput]]:
         """Run every stack of the main model in turn."""
         outputs = {}
         for name in ("dense_layers", "moe_layers"):
             if hasattr(self, name):
-                x, outputs[name] = self._run(name, x, rope, positions)
+                x, outputs[name] = self._run(name, x, shared)
         if self._is_pipelined():
-            x, outputs[PIPELINED] = self._pipelined(x, rope, positions)
+            x, outputs[PIPELINED] = self._pipelined(x, shared)
         return x, outputs
 
     def _is_pipelined(self) -> bool:
         return self.division is not None and self.division.parallel.pipe > 1
 
-    def _pipelined(
-        self, x: jax.Array, rope: tuple[jax.Array, jax.Array], positions: jax.Array
-    ) -> tuple[jax.Array, BlockOutput]:
+    def _pipelined(self, x: jax.Array, shared: Shared) -> tuple[jax.Array, BlockOutput]:
         """The mixture-of-experts layers in pipeline stages, [B, T, hidden_size] -> the same.
 
         The output has this stage's layers and speaks of all sequences that came through it.
@@ -128,7 +143,7 @@ class DeepseekV3(nn.Module):
             )
             for kind in ("params", ROUTER_STATE)
         )
-        layer = self._layer(PIPELINED, *jax.tree.map(lambda leaf: leaf[:size], (rope, positions)))
+        layer = self._layer(PIPELINED, jax.tree.map(lambda leaf: leaf[:size], shared))
 
         def chunk(number: jax.Array, state: jax.Array, sums: Any) -> tuple[jax.Array, Any, tuple[jax.Array, Any]]:
             own = jax.tree.map(lambda leaf: leaf[number], biases)
@@ -144,25 +159,23 @@ class DeepseekV3(nn.Module):
         counts, means = own_layers((counts, jax.tree.map(lambda mean: mean / rounds, means)))
         return outputs.reshape(x.shape), BlockOutput(None, counts, *means)
 
-    def _run(
-        self, name: str, x: jax.Array, rope: tuple[jax.Array, jax.Array], positions: jax.Array, each: Any = None
-    ) -> tuple[jax.Array, Any]:
+    def _run(self, name: str, x: jax.Array, shared: Shared, each: Any = None) -> tuple[jax.Array, Any]:
         """x through the layers called `name`; `each` has an entry for each of them."""
         if self.is_initializing():
-            return getattr(self, name)(x, rope, positions, each)
+            return getattr(self, name)(x, shared.rope, shared.positions, each)
         params, biases = (self.variables.get(kind, {}).get(name, {}) for kind in ("params", ROUTER_STATE))
-        return self._run_layers(name, (rope, positions), params, x, biases, each)
+        return self._run_layers(name, shared, params, x, biases, each)
 
-    def _run_layers(self, name: str, shared: tuple, params: Any, x: jax.Array, *each: Any) -> tuple[jax.Array, Any]:
+    def _run_layers(self, name: str, shared: Shared, params: Any, x: jax.Array, *each: Any) -> tuple[jax.Array, Any]:
         """x through layers with these parameters, of those called `name`."""
 
         def narrowed(path: tuple, leaf: jax.Array) -> jnp.dtype:
             return gradient_type(self.division, self.config, (name, *(key.key for key in path)), leaf.dtype)
 
         types = jax.tree_util.tree_map_with_path(narrowed, params)
-        return run_layers(self._again(self._layer(name, *shared)), params, types, x, *each)
+        return run_layers(self._again(self._layer(name, shared)), params, types, x, *each)
 
-    def _layer(self, name: str, rope: tuple[jax.Array, jax.Array], positions: jax.Array) -> Callable[..., Any]:
+    def _layer(self, name: str, shared: Shared) -> Callable[..., Any]:
         """One of the layers called `name`."""
         c, division = self.config, self.division
         kind, fields = self._kind(name)
@@ -172,7 +185,9 @@ class DeepseekV3(nn.Module):
             if division is not None:
                 params = gather_layer(division, c, (name,), params, stacked=True)
             with jax.named_scope(name):
-                return module.apply({"params": params, ROUTER_STATE: biases}, x, rope, positions, each)
+                return module.apply(
+                    {"params": params, ROUTER_STATE: biases}, x, shared.rope, shared.positions, each, shared.segment_ids
+                )
 
         return layer
 

@@ -31,13 +31,19 @@ class Evaluation:
         unit = 1 if division is None else division.batch_unit()
         size = -(-min(train.batch_size // train.gradient_accumulation_steps, count) // unit) * unit
         self._batches = [_Batch(windows, start, size, count, division) for start in range(0, count, size)]
-        self._bytes = sum(int(data.token_bytes[windows.take(i, 1)[:, 1:]].sum()) for i in range(count))
+        end = config.data.end_of_document if config.data.mask_documents else -1
+        self._bytes = sum(counted_bytes(windows.take(i, 1), data.token_bytes, end) for i in range(count))
         self._nats = jax.jit(partial(evaluation_nats, config=config, division=division))
 
     def bits_per_byte(self, state: TrainState) -> float:
         """Of the text's own bytes, ends of documents counted in the bits but not in the bytes."""
         nats = sum(float(self._nats(state.params, state.router_state, *batch.arrays())) for batch in self._batches)
         return nats / math.log(2) / self._bytes
+
+
+def counted_bytes(windows: np.ndarray, token_bytes: np.ndarray, end: int) -> int:
+    """Bytes of the targets in sequences [B, T + 1]; not of those that follow `end`, which nothing of theirs predicts."""
+    return int(token_bytes[windows[:, 1:]][windows[:, :-1] != end].sum())
 
 
 @dataclass(frozen=True)
@@ -87,8 +93,11 @@ def _nats(
 ) -> jax.Array:
     model = DeepseekV3(dropless(config.model), division)
     variables = {"params": params, "router_state": router_state}
-    hidden = model.apply(variables, tokens[:, :-1], method="hidden_states")
+    end = config.data.end_of_document if config.data.mask_documents else None
+    hidden = model.apply(variables, tokens[:, :-1], end, method="hidden_states")
     targets = tokens[:, 1:].reshape(-1)
     head = model.apply(variables, method="head")
     by_token = jnp.repeat(weights, tokens.shape[1] - 1).astype(hidden.dtype)
+    if end is not None:
+        by_token *= tokens[:, :-1].reshape(-1) != end
     return cross_entropy(hidden.reshape(-1, hidden.shape[-1]), head, targets, by_token, config.train.loss_chunk_tokens)[0]

@@ -9,9 +9,10 @@ from typing import Any, NamedTuple, Optional
 import jax
 import jax.numpy as jnp
 
-from deepseek_jax.config import Config
+from deepseek_jax.config import MESH_AXES, Config
 from deepseek_jax.model.layers import widen
 from deepseek_jax.model.matmul import columns
+from deepseek_jax.model.segments import segments
 from deepseek_jax.model.transformer import DeepseekV3
 from deepseek_jax.parallel.sharding import Division
 from deepseek_jax.parallel.weights import gather_unstacked
@@ -49,20 +50,41 @@ def training_loss(
     if division is not None:
         params = gather_unstacked(division, model, params, tokens[:, :-1].size)
     variables = {"params": params, "router_state": router_state}
-    output = DeepseekV3(model, division).apply(variables, tokens[:, :-1])
+    end = config.data.end_of_document if config.data.mask_documents else None
+    output = DeepseekV3(model, division).apply(variables, tokens[:, :-1], end)
     length = output.hidden.shape[2]
     targets = jnp.stack([tokens[:, k + 1 : k + 1 + length] for k in range(depth + 1)])
     dtype = widen(output.hidden.dtype)
     depth_weights = jnp.concatenate([jnp.ones((1,), dtype), jnp.full((depth,), mtp_weight.astype(dtype) / max(depth, 1))])
-    weights = jnp.broadcast_to(depth_weights[:, None, None] / targets[0].size, targets.shape)
+    counted = None if end is None else counts_of_targets(tokens, end, length, depth, division).astype(dtype)
+    share = 1 / targets[0].size if counted is None else counted
+    weights = jnp.broadcast_to(depth_weights[:, None, None] * share, targets.shape)
     with jax.named_scope("head"):
         weighted, nats = cross_entropy(
             output.hidden.reshape(-1, output.hidden.shape[-1]), output.head, targets.reshape(-1), weights.reshape(-1),
             config.train.loss_chunk_tokens,
         )  # fmt: skip
     by_depth = nats.reshape(depth + 1, -1).mean(axis=1)
+    if counted is not None:
+        by_depth = jnp.sum(nats.reshape(counted.shape) * counted, axis=(1, 2))
     loss = weighted + config.train.sequence_balance_weight * output.balance_loss
     return loss, LossParts(by_depth, output.balance_loss, output.counts, output.dropped)
+
+
+def counts_of_targets(tokens: jax.Array, end: int, length: int, depth: int, division: Optional[Division]) -> jax.Array:
+    """What each target counts in the mean of its depth: nothing if it is of another document than the token that predicts it.
+
+    On a mesh the mean is over all devices' targets, and what is returned this device's share times their number.
+
+    Returns:
+        [1 + D, B, T].
+    """
+    numbers, _ = segments(tokens, end)
+    same = jnp.stack([numbers[:, :length] == numbers[:, k + 1 : k + 1 + length] for k in range(depth + 1)])
+    count = jnp.sum(same, axis=(1, 2), keepdims=True)
+    if division is not None:
+        count = jax.lax.psum(count, MESH_AXES) / division.mesh.size
+    return same / jnp.maximum(count, 1)
 
 
 def cross_entropy(

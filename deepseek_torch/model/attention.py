@@ -53,6 +53,7 @@ class MultiHeadLatentAttention(nn.Module):
         rope: tuple[torch.Tensor, torch.Tensor],
         positions: torch.Tensor,
         cache: Optional[Latents] = None,
+        segment_ids: Optional[torch.Tensor] = None,
     ) -> tuple[torch.Tensor, Latents]:
         """Attend.
 
@@ -61,6 +62,7 @@ class MultiHeadLatentAttention(nn.Module):
             rope: cosine and sine of the positions, from `rope_angles`.
             positions: [B, T]; read only with a cache, whose rows they name.
             cache: latents of all positions, [B, S, ...]; rows beyond a token's own are not read.
+            segment_ids: [B, T], the document of each token, which sees only its own; without a cache.
 
         Returns:
             Output [B, T, hidden_size]; and the latents of these tokens, or the cache with them in it.
@@ -78,6 +80,8 @@ class MultiHeadLatentAttention(nn.Module):
         k_rope = latents.k_rope[:, :, None].expand(-1, -1, self.config.num_attention_heads, -1)
         k = torch.cat([k_nope, k_rope], dim=-1)
         seen = torch.arange(k.shape[1], device=x.device) <= rows[:, :, None]
+        if segment_ids is not None:
+            seen = seen & (segment_ids[:, :, None] == segment_ids[:, None])
         out = attention(q, k, v, softmax_scale(self.config), seen)
         return self.o_proj(out.flatten(-2)), latents
 

@@ -43,9 +43,10 @@ class Block(nn.Module):
         rope: tuple[torch.Tensor, torch.Tensor],
         positions: torch.Tensor,
         cache: Optional[Latents] = None,
+        segment_ids: Optional[torch.Tensor] = None,
     ) -> tuple[torch.Tensor, BlockOutput]:
         """[B, T, hidden_size] -> the same; arguments as for `MultiHeadLatentAttention`."""
-        attended, latents = self.self_attn(self.input_layernorm(x), rope, positions, cache)
+        attended, latents = self.self_attn(self.input_layernorm(x), rope, positions, cache, segment_ids)
         x = x + attended
         normed = self.post_attention_layernorm(x)
         if not self.moe:

@@ -1,5 +1,7 @@
 """Multi-token prediction: modules that each look one token further ahead (report 2.2), or heads side by side."""
 
+from typing import Optional
+
 import torch
 import torch.nn.functional as F
 from torch import nn
@@ -30,19 +32,20 @@ class MTPModule(Block):
         rope: tuple[torch.Tensor, torch.Tensor],
         positions: torch.Tensor,
         embedded: torch.Tensor,
+        segment_ids: Optional[torch.Tensor] = None,
     ) -> tuple[torch.Tensor, tuple[torch.Tensor, BlockOutput]]:
         """One depth further.
 
         Args:
             previous: [B, T, hidden_size] state of the depth before (of the main model for k = 1).
-            rope, positions: as for `Block`.
+            rope, positions, segment_ids: as for `Block`.
             embedded: [B, T, hidden_size] embeddings of the tokens k further on.
 
         Returns:
             The state for the next depth; and the normed state for the output head with the block's output.
         """
         joined = torch.cat([self.enorm(embedded), self.hnorm(previous)], dim=-1)
-        hidden, output = super().forward(self.eh_proj(joined), rope, positions)
+        hidden, output = super().forward(self.eh_proj(joined), rope, positions, segment_ids=segment_ids)
         normed = self.shared_head["norm"](hidden)
         return normed if self.config.mtp_hidden_after_norm else hidden, (normed, output)
 
@@ -66,6 +69,7 @@ class MTPHead(nn.Module):
         rope: tuple[torch.Tensor, torch.Tensor],
         positions: torch.Tensor,
         embedded: torch.Tensor,
+        segment_ids: Optional[torch.Tensor] = None,
     ) -> tuple[torch.Tensor, tuple[torch.Tensor, BlockOutput]]:
         """The state as it is, for the next head, and the normed state for the output head; called as an `MTPModule`."""
         ahead = state + F.silu(self.proj(self.hnorm(state)))

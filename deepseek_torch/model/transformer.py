@@ -18,6 +18,7 @@ from deepseek_torch.model.block import Block, BlockOutput
 from deepseek_torch.model.layers import Embedding, Linear, RMSNorm, compute_dtype, param_dtype
 from deepseek_torch.model.mtp import MTP_FORMS, MTPHead, MTPModule
 from deepseek_torch.model.rope import rope_angles
+from deepseek_torch.model.segments import segments
 
 
 class ModelOutput(NamedTuple):
@@ -66,22 +67,23 @@ class DeepseekV3(nn.Module):
         """The modules or heads of multi-token prediction, the first for depth 1."""
         return list(self.model["layers"])[self.config.num_hidden_layers :]
 
-    def forward(self, tokens: torch.Tensor) -> ModelOutput:
+    def forward(self, tokens: torch.Tensor, end_of_document: Optional[int] = None) -> ModelOutput:
         """Predict at every depth.
 
         Args:
             tokens: [B, T + D] ids, D = num_nextn_predict_layers: depth k reads tokens k to T + k.
+            end_of_document: the token after which another document begins, to keep them apart.
         """
         c = self.config
         length = tokens.shape[1] - c.num_nextn_predict_layers
-        positions = _positions(tokens[:, :length])
+        numbers, positions = _places(tokens[:, :length], end_of_document)
         rope = rope_angles(c, positions)
         embedded = self.model["embed_tokens"](tokens)
 
         hidden = embedded[:, :length]
         outputs: dict[str, list[BlockOutput]] = {"moe_layers": [], "mtp_layers": []}
         for layer in self.main_layers:
-            hidden, output = layer(hidden, rope, positions)
+            hidden, output = layer(hidden, rope, positions, segment_ids=numbers)
             if layer.moe:
                 outputs["moe_layers"].append(output)
         normed = self.model["norm"](hidden)
@@ -89,19 +91,19 @@ class DeepseekV3(nn.Module):
         states = [normed]
         previous = normed if c.mtp_hidden_after_norm else hidden
         for depth, module in enumerate(self.mtp_layers, start=1):
-            previous, (normed, output) = module(previous, rope, positions, embedded[:, depth : depth + length])
+            previous, (normed, output) = module(previous, rope, positions, embedded[:, depth : depth + length], numbers)
             states.append(normed)
             outputs["mtp_layers"].append(output)
         nothing = hidden.new_zeros((), dtype=param_dtype(c))
         return ModelOutput(torch.stack(states), self.head(), *_routing(outputs, nothing))
 
-    def hidden_states(self, tokens: torch.Tensor) -> torch.Tensor:
+    def hidden_states(self, tokens: torch.Tensor, end_of_document: Optional[int] = None) -> torch.Tensor:
         """Normed states [B, T, hidden_size] of the main model for tokens [B, T]."""
-        positions = _positions(tokens)
+        numbers, positions = _places(tokens, end_of_document)
         rope = rope_angles(self.config, positions)
         hidden = self.model["embed_tokens"](tokens)
         for layer in self.main_layers:
-            hidden, _ = layer(hidden, rope, positions)
+            hidden, _ = layer(hidden, rope, positions, segment_ids=numbers)
         return self.model["norm"](hidden)
 
     def head(self) -> torch.Tensor:
@@ -111,9 +113,11 @@ class DeepseekV3(nn.Module):
         return weight.to(compute_dtype(self.config)).T
 
 
-def _positions(tokens: torch.Tensor) -> torch.Tensor:
-    """0, 1, 2, ... for every sequence: [B, T] -> [B, T]."""
-    return torch.arange(tokens.shape[1], device=tokens.device).expand_as(tokens)
+def _places(tokens: torch.Tensor, end_of_document: Optional[int]) -> tuple[Optional[torch.Tensor], torch.Tensor]:
+    """The document of each token, if they are kept apart, and its position: 0, 1, 2, ... in its sequence or document."""
+    if end_of_document is not None:
+        return segments(tokens, end_of_document)
+    return None, torch.arange(tokens.shape[1], device=tokens.device).expand_as(tokens)
 
 
 def _routing(

@@ -2,6 +2,7 @@
 
 import math
 
+import numpy as np
 import torch
 
 from deepseek_jax.config import Config
@@ -21,7 +22,11 @@ class Evaluation:
         size = min(train.batch_size // train.gradient_accumulation_steps, count)
         self._chunk = train.loss_chunk_tokens
         self._batches = [windows.take(start, min(size, count - start)) for start in range(0, count, size)]
-        self._bytes = sum(int(data.token_bytes[batch[:, 1:]].sum()) for batch in self._batches)
+        self._end = config.data.end_of_document if config.data.mask_documents else None
+        self._bytes = 0
+        for batch in self._batches:  # what follows an end of a document nothing of its own predicts
+            counts = np.ones_like(batch[:, 1:], bool) if self._end is None else batch[:, :-1] != self._end
+            self._bytes += int(data.token_bytes[batch[:, 1:]][counts].sum())
 
     @torch.no_grad()
     def bits_per_byte(self, model: DeepseekV3) -> float:
@@ -30,6 +35,8 @@ class Evaluation:
         model.eval()  # every choice of an expert is served
         for batch in self._batches:
             tokens = torch.from_numpy(batch).long()
-            hidden, targets = model.hidden_states(tokens[:, :-1]), tokens[:, 1:]
-            nats += cross_entropy(hidden.flatten(0, 1), model.head(), targets.flatten(), self._chunk).sum().item()
+            hidden, targets = model.hidden_states(tokens[:, :-1], self._end), tokens[:, 1:]
+            by_token = cross_entropy(hidden.flatten(0, 1), model.head(), targets.flatten(), self._chunk)
+            counts = torch.ones_like(by_token) if self._end is None else (tokens[:, :-1] != self._end).flatten()
+            nats += (by_token * counts).sum().item()
         return nats / math.log(2) / self._bytes

@@ -8,6 +8,7 @@ from torch.utils.checkpoint import checkpoint
 
 from deepseek_jax.config import Config
 from deepseek_torch.model.layers import widen
+from deepseek_torch.model.segments import segments
 from deepseek_torch.model.transformer import DeepseekV3
 
 
@@ -33,13 +34,17 @@ def training_loss(
         tokens: [B, T + 1 + D]; depth k at position i predicts token i + k + 1.
         mtp_weight: lambda.
     """
-    output = model(tokens[:, :-1])
+    end = config.data.end_of_document if config.data.mask_documents else None
+    output = model(tokens[:, :-1], end)
     length = output.hidden.shape[2]
     losses = []
     for depth, hidden in enumerate(output.hidden):
         targets = tokens[:, depth + 1 : depth + 1 + length]
         nats = cross_entropy(hidden.flatten(0, 1), output.head, targets.flatten(), config.train.loss_chunk_tokens)
-        losses.append(nats.mean())
+        if end is not None:  # what is of another document than the token that predicts it does not count
+            numbers, _ = segments(tokens, end)
+            nats = nats[(numbers[:, :length] == numbers[:, depth + 1 : depth + 1 + length]).flatten()]
+        losses.append(nats.sum() / max(len(nats), 1))
     next_token, *further = losses
     loss = next_token + config.train.sequence_balance_weight * output.balance_loss
     if further:
