@@ -268,8 +268,8 @@ def _plan(settings: Settings, names: list[str]) -> tuple[np.ndarray, dict[str, M
     np.save(settings.work / stages.BASES, bases)
     of_all, domain = np.concatenate(lengths), np.concatenate(domains)
     held_out = np.zeros(len(of_all), bool)
-    for number in range(len(DOMAINS)):
-        own = np.flatnonzero(domain == number)
+    for number, name in enumerate(DOMAINS):
+        own = np.flatnonzero(domain == number) if getattr(config.mix, name) else np.zeros(0, np.int64)
         count = max(round(len(own) * config.held_out_fraction), 1) if len(own) > 1 else 0
         held_out[own[permute(np.arange(count), len(own), config.seed, 2)]] = True
     folder = settings.work / stages.PLAN
