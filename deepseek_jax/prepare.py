@@ -14,6 +14,7 @@ import multiprocessing
 import os
 import platform
 import shutil
+import signal
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
@@ -140,19 +141,23 @@ def map_in_processes(workers: Optional[int], title: str, function: Callable[[Any
                 progress.advance(bar)
             return results
         context = multiprocessing.get_context("spawn")
-        with ProcessPoolExecutor(count, context, initializer=_one_thread) as pool:
+        with ProcessPoolExecutor(count, context, initializer=_begin_worker) as pool:
             futures = [pool.submit(function, task) for task in tasks]
             try:
                 for future in as_completed(futures):
                     future.result()
                     progress.advance(bar)
-            except BaseException:
+            except BaseException as error:
+                if isinstance(error, KeyboardInterrupt):
+                    console.print("stopping when the shards in work are done; the same command goes on from there")
                 pool.shutdown(wait=True, cancel_futures=True)
                 raise
             return [future.result() for future in futures]
 
 
-def _one_thread() -> None:
+def _begin_worker() -> None:
+    """Ctrl-C is the first process's to handle, and the cores are the workers' to share."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
     os.environ["TOKENIZERS_PARALLELISM"] = "false"
     os.environ["RAYON_NUM_THREADS"] = "1"
 

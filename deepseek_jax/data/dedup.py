@@ -2,7 +2,7 @@
 
 A document's signature is a hash of its text and a MinHash of its shingles (Broder 1997). Documents that agree in one
 of the bands of their MinHash are compared by all of it. Signatures lie in a file; the bands are found by sorting, some at
-a time, so that a million documents take 528 MB of disk and about 150 MB of memory, whatever their length.
+a time, so that a million documents take 528 MB of disk and 300 MB of memory, whatever their length.
 """
 
 import hashlib
