@@ -85,6 +85,10 @@ class Mixture:
         self._parts, self._counts, self._seed = list(parts), counts, seed
         self.window = parts[0].window
 
+    def __len__(self) -> int:
+        """Windows of all streams; how often each is read depends on its weight."""
+        return sum(map(len, self._parts))
+
     def take(self, start: int, count: int) -> np.ndarray:
         """Sequences number start .. start + count - 1 of the stream, int32 [count, window]."""
         blocks, places = np.divmod(np.arange(start, start + count, dtype=np.int64), self.BLOCK)
