@@ -48,9 +48,10 @@ def main() -> None:
     parser.add_argument("--max-shard-size", default="5GB", metavar="SIZE", help="largest file (default: 5GB)")
     parser.add_argument("--dry-run", action="store_true", help="only say what would be read and written")
     parser.add_argument("--verify", action="store_true", help="read what was written and compare it with SRC")
+    parser.add_argument("--allow-non-finite", action="store_true", help="rescue what is left of a model with NaN or infinity")
     args = parser.parse_args()
     _share_one_heap()
-    options = (args.dtype, args.max_shard_size, args.dry_run, args.verify)
+    options = (args.dtype, args.max_shard_size, args.dry_run, args.verify, args.allow_non_finite)
     run_command(lambda: convert(args.source, args.destination, *options))
 
 
@@ -72,6 +73,7 @@ def convert(
     max_shard_size: str = "5GB",
     dry_run: bool = False,
     verify: bool = False,
+    allow_non_finite: bool = False,
 ) -> None:
     """Convert `source` to `destination`, which appears whole or not at all; see `main` for the arguments.
 
@@ -80,9 +82,12 @@ def convert(
     """
     max_shard_bytes = parse_size(max_shard_size)
     if _is_huggingface(source):
-        _from_huggingface(source, destination, dtype, dry_run, verify)
+        _from_huggingface(HuggingFaceSource(source, allow_non_finite), source, destination, dtype, dry_run, verify)
     else:
-        _to_huggingface(source, destination, dtype, max_shard_bytes, dry_run, verify)
+        step = source if _holds(source, VARIABLES) else _last_step(source)
+        _to_huggingface(
+            OrbaxSource(step, allow_non_finite), source, step, destination, dtype, max_shard_bytes, dry_run, verify
+        )
 
 
 def _is_huggingface(path: Path) -> bool:
@@ -111,8 +116,9 @@ def _holds(directory: Path, name: str) -> bool:
     return (directory / name).exists()
 
 
-def _from_huggingface(path: Path, destination: Path, dtype: str | None, dry_run: bool, verify: bool) -> None:
-    source = HuggingFaceSource(path)
+def _from_huggingface(
+    source: HuggingFaceSource, path: Path, destination: Path, dtype: str | None, dry_run: bool, verify: bool
+) -> None:
     if dtype == "fp8" and source.form != "fp8":
         raise CheckpointError(
             "--dtype fp8: a run directory holds float32 or bfloat16; fp8 is for writing a Hugging Face directory"
@@ -140,7 +146,7 @@ def _from_huggingface(path: Path, destination: Path, dtype: str | None, dry_run:
 
 
 def _verify_step(step: Path, source: Source, dtype: str, advance: Callable[[int], None]) -> None:
-    written = OrbaxSource(step)
+    written = OrbaxSource(step, allow_non_finite=True)  # what there is has been looked at
     _same(written.config == source.config, step, "config")
     for place in layout(source.config):
         if place.is_copy:
@@ -155,10 +161,15 @@ def _verify_step(step: Path, source: Source, dtype: str, advance: Callable[[int]
 
 
 def _to_huggingface(
-    path: Path, destination: Path, dtype: str | None, max_shard_bytes: int, dry_run: bool, verify: bool
+    source: OrbaxSource,
+    path: Path,
+    step: Path,
+    destination: Path,
+    dtype: str | None,
+    max_shard_bytes: int,
+    dry_run: bool,
+    verify: bool,
 ) -> None:
-    step = path if _holds(path, VARIABLES) else _last_step(path)
-    source = OrbaxSource(step)
     require_deepseek_v3(source.config, str(path))
     form = dtype or source.form
     specs = planned(source, form)
@@ -182,7 +193,7 @@ def _to_huggingface(
 
 
 def _verify_huggingface(directory: Path, source: Source, form: str, advance: Callable[[int], None]) -> None:
-    HuggingFaceSource(directory)
+    HuggingFaceSource(directory, allow_non_finite=True)
     written = SafetensorsDirectory(directory)
     for spec, expected in zip(planned(source, form), encoded(source, form), strict=True):
         _same_bits(written.read(spec.name), expected, directory, spec.name)

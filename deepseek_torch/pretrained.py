@@ -112,6 +112,8 @@ def _read(directory: Path) -> dict[str, torch.Tensor]:
 def _dequantized(directory: Path, tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
     """Float tensors only: what is float8, by its dtype, times its scales."""
     weights = {}
+    for name, tensor in tensors.items():
+        _require_finite(directory, name, tensor)
     for name in list(tensors):
         if name.removesuffix(SCALE_SUFFIX) in tensors and name.endswith(SCALE_SUFFIX):
             continue
@@ -121,8 +123,8 @@ def _dequantized(directory: Path, tensors: dict[str, torch.Tensor]) -> dict[str,
             shape = tuple(-(-size // 128) for size in weight.shape)
             if scales is None or scales.dtype != torch.float32 or tuple(scales.shape) != shape:
                 raise CheckpointError(f"{directory}: {name}: float8 without float32 scales of shape {list(shape)}")
-            if not (scales.isfinite() & (scales > 0)).all():
-                raise CheckpointError(f"{directory}: {name}{SCALE_SUFFIX}: scales must be positive and finite")
+            if not (scales > 0).all():
+                raise CheckpointError(f"{directory}: {name}{SCALE_SUFFIX}: scales must be positive")
             weight = dequantize_blocks(weight, scales)
         elif weight.dtype not in (torch.float32, torch.bfloat16):
             raise CheckpointError(f"{directory}: {name}: {weight.dtype} is not supported")
@@ -130,6 +132,13 @@ def _dequantized(directory: Path, tensors: dict[str, torch.Tensor]) -> dict[str,
             raise CheckpointError(f"{directory}: {name}{SCALE_SUFFIX}: scales of a weight that is not float8")
         weights[name] = weight
     return weights
+
+
+def _require_finite(directory: Path, name: str, tensor: torch.Tensor) -> None:
+    """Refuse NaN and infinity, which make nonsense of all that follows."""
+    wide = tensor.float() if tensor.dtype.itemsize == 1 else tensor
+    if broken := int((~wide.isfinite()).sum()):
+        raise CheckpointError(f"{directory}: {name}: {broken:,} of {tensor.numel():,} numbers are NaN or infinite")
 
 
 def _copies(config: ModelConfig) -> Iterator[tuple[str, str]]:

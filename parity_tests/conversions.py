@@ -25,10 +25,10 @@ from parity_tests.checkpoints import random_variables
 TEXT = "Once upon a time there was a checkpoint; it went from one framework to another and lost nothing. " * 40
 
 
-def make_run(path, model, step=7):
+def make_run(path, model, step=7, variables=None):
     """A run as training leaves it: config, tokenizer, and a checkpoint with moments."""
     config = Config(model=model, train=TrainConfig(sequence_length=16), run_dir=str(path))
-    variables = random_variables(model)
+    variables = variables or random_variables(model)
     optimizer = make_optimizer(config.train).init(variables["params"])
     checkpoints = Checkpoints(path, config)
     checkpoints.save(Position(step), TrainState(variables["params"], variables["router_state"], optimizer))

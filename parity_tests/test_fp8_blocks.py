@@ -106,8 +106,8 @@ def test_trained_weights_are_not_explained_by_old_scales():
     assert requantize_blocks(weights, scales) is not None
     weights[150, 190] = np.nextafter(weights[150, 190], np.float32(np.inf))
     assert requantize_blocks(weights, scales) is None
-    weights[150, 190] = np.nan
-    assert requantize_blocks(weights, scales) is None
+    weights[150, 190] = np.nan  # a code has that, too
+    assert np.isnan(requantize_blocks(weights, scales)[150, 190].astype(np.float32))
     weights[150, 190] = 3e38
     assert requantize_blocks(weights, scales) is None
 

@@ -8,6 +8,7 @@ from collections.abc import Container, Iterable, Mapping
 
 import numpy as np
 
+from deepseek_jax.checkpoint.finite import count_not_finite
 from deepseek_jax.checkpoint.fp8_blocks import check_scales, quantize_blocks, requantize_blocks, scale_shape
 from deepseek_jax.checkpoint.layout import TensorPlace, layout
 from deepseek_jax.checkpoint.tensors import DTYPES, CheckpointError, TensorSpec
@@ -46,17 +47,30 @@ def encode(specs: list[TensorSpec], weights: np.ndarray, kept: np.ndarray | None
             was read from codes and scales is written as the very same.
 
     Raises:
-        CheckpointError: one line naming the tensor, if float8 is to hold NaN or infinity.
+        CheckpointError: one line naming the tensor, if float8 is to hold NaN or infinity, or if its numbers are beyond
+            the dtype.
     """
-    if len(specs) == 1:
-        return [weights.astype(specs[0].numpy_dtype, copy=False)]
     name = specs[0].name
+    if len(specs) == 1:
+        return [_cast(weights, specs[0])]
     if kept is not None:
-        check_scales(kept, weights.shape, name)
+        check_scales(kept, weights.shape, name, allow_non_finite=True)  # their source has refused them, if it does
         codes = requantize_blocks(weights, kept)
         if codes is not None:
             return [codes, kept]
     return list(quantize_blocks(weights, name))
+
+
+def _cast(weights: np.ndarray, spec: TensorSpec) -> np.ndarray:
+    """The same numbers in another dtype, rounded but not lost to infinity."""
+    if weights.dtype == spec.numpy_dtype:
+        return weights
+    with np.errstate(over="ignore"):
+        cast = weights.astype(spec.numpy_dtype)
+    lost = count_not_finite(cast) if cast.itemsize < weights.itemsize else 0
+    if lost and lost > count_not_finite(weights):
+        raise CheckpointError(f"{spec.name}: holds numbers beyond {spec.dtype}'s range; write it in a wider --dtype")
+    return cast
 
 
 def compare(where: str, expected: Iterable[TensorSpec], found: Mapping[str, TensorSpec]) -> None:

@@ -32,8 +32,11 @@ def scale_shape(shape: tuple[int, ...]) -> tuple[int, ...]:
     return tuple(-(-size // BLOCK) for size in shape)
 
 
-def check_scales(scales: np.ndarray, shape: tuple[int, ...], where: str) -> None:
+def check_scales(scales: np.ndarray, shape: tuple[int, ...], where: str, allow_non_finite: bool = False) -> None:
     """Check that `scales` can be those of a weight of `shape` and lose no bit of it.
+
+    Args:
+        allow_non_finite: of a broken model that is to be rescued, whose block is then lost.
 
     Raises:
         CheckpointError: one line that begins with `where`, for NaN and infinity among others.
@@ -43,7 +46,8 @@ def check_scales(scales: np.ndarray, shape: tuple[int, ...], where: str) -> None
             f"{where}: scales {scales.dtype} {list(scales.shape)} do not fit a weight of {list(shape)}, "
             f"which takes float32 {list(scale_shape(shape))}"
         )
-    wrong = np.argwhere(~((scales >= SMALLEST_SCALE) & (scales <= LARGEST_SCALE)))
+    right = (scales >= SMALLEST_SCALE) & (scales <= LARGEST_SCALE)
+    wrong = np.argwhere(~(right | ~np.isfinite(scales)) if allow_non_finite else ~right)
     if len(wrong):
         row, column = wrong[0].tolist()
         raise CheckpointError(
@@ -52,7 +56,7 @@ def check_scales(scales: np.ndarray, shape: tuple[int, ...], where: str) -> None
         )
 
 
-def dequantize_blocks(codes: np.ndarray, scales: np.ndarray, where: str) -> np.ndarray:
+def dequantize_blocks(codes: np.ndarray, scales: np.ndarray, where: str, allow_non_finite: bool = False) -> np.ndarray:
     """Weights, float32 [out, in], from float8_e4m3fn codes [out, in] and their scales.
 
     Every weight is the one float32 nearest to code times scale; a code that is NaN stays NaN.
@@ -60,7 +64,7 @@ def dequantize_blocks(codes: np.ndarray, scales: np.ndarray, where: str) -> np.n
     Raises:
         CheckpointError: one line that begins with `where`, from `check_scales`.
     """
-    check_scales(scales, codes.shape, where)
+    check_scales(scales, codes.shape, where, allow_non_finite)
     weights = np.empty(codes.shape, np.float32)
     for rows, row_scales in _block_rows(scales):
         scale = _expand(row_scales, codes.shape[1])
@@ -108,7 +112,9 @@ def requantize_blocks(weights: np.ndarray, scales: np.ndarray) -> np.ndarray | N
         scale = _expand(row_scales, weights.shape[1])
         codes[rows] = _encode(weights[rows].astype(np.float32), scale)
         again = _FLOAT_OF_CODE[codes[rows].view(np.uint8)] * scale
-        if not np.array_equal(again.astype(weights.dtype), weights[rows]):
+        again, row_weights = again.astype(weights.dtype), weights[rows]
+        # NaN, where a person has let it pass, is no reason to lose its neighbours' scales.
+        if not (np.array_equal(again, row_weights) or np.array_equal(again, row_weights, equal_nan=True)):
             return None
     return codes
 

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import numpy as np
 
+from deepseek_jax.checkpoint.finite import require_finite
 from deepseek_jax.checkpoint.forms import FORMS, SCALE_SUFFIX, compare, stored_as
 from deepseek_jax.checkpoint.fp8_blocks import dequantize_blocks
 from deepseek_jax.checkpoint.hf_config import read_config_json
@@ -27,13 +28,17 @@ class HuggingFaceSource:
         notes: lines for people on what is not as its config.json says and yet no fault.
     """
 
-    def __init__(self, path: str | os.PathLike[str]):
+    def __init__(self, path: str | os.PathLike[str], allow_non_finite: bool = False):
         """Read config.json and all headers and compare them.
+
+        Args:
+            allow_non_finite: let NaN and infinity pass, so that what is left of a broken model can be had.
 
         Raises:
             UserError: one line naming file and key or tensors.
         """
         path = Path(path)
+        self._allow_non_finite = allow_non_finite
         self._tensors = SafetensorsDirectory(path)
         self.config, self.notes = _without_absent_mtp(read_config_json(path), self._tensors)
         float8 = {name for name, entry in self._tensors.entries.items() if entry.dtype == "F8_E4M3"}
@@ -69,15 +74,22 @@ class HuggingFaceSource:
 
     def read(self, place: TensorPlace) -> np.ndarray:
         """See `Source.read`; float8 is dequantised to float32."""
-        weights = self._tensors.read(place.name)
+        weights = self._stored(place.name)
         if place.name not in self._float8:
             return weights
         where = f"{self._tensors.entries[place.name].file}: {place.name}"
-        return dequantize_blocks(weights, self._tensors.read(place.name + SCALE_SUFFIX), where)
+        return dequantize_blocks(weights, self._stored(place.name + SCALE_SUFFIX), where, self._allow_non_finite)
+
+    def _stored(self, name: str) -> np.ndarray:
+        """A tensor as it lies in its file, with nothing in it that is not finite."""
+        array = self._tensors.read(name)
+        if not self._allow_non_finite:
+            require_finite(array, f"{self._tensors.entries[name].file}: {name}")
+        return array
 
     def scales(self, place: TensorPlace) -> np.ndarray | None:
         """See `Source.scales`."""
-        return self._tensors.read(place.name + SCALE_SUFFIX) if place.name in self._float8 else None
+        return self._stored(place.name + SCALE_SUFFIX) if place.name in self._float8 else None
 
     def quantized(self) -> set[str] | None:
         """See `Source.quantized`."""

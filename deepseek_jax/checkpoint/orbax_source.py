@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 import tensorstore as ts
 
+from deepseek_jax.checkpoint.finite import require_finite
 from deepseek_jax.checkpoint.forms import SCALE_SUFFIX, compare, dtype_name
 from deepseek_jax.checkpoint.fp8_blocks import check_scales
 from deepseek_jax.checkpoint.layout import TensorPlace, layout
@@ -36,13 +37,17 @@ from deepseek_jax.config import ModelConfig
 class OrbaxSource:
     """See `source.Source`."""
 
-    def __init__(self, step: str | os.PathLike[str]):
+    def __init__(self, step: str | os.PathLike[str], allow_non_finite: bool = False):
         """Open every array of a step's folder and compare it with the config saved beside them.
+
+        Args:
+            allow_non_finite: let NaN and infinity pass, so that what is left of a broken model can be had.
 
         Raises:
             UserError: one line naming the step and what is missing or not as it should be.
         """
         step = Path(step)
+        self._allow_non_finite = allow_non_finite
         fields = read_meta(step)["model"]
         self.config = model_config(fields, str(step / META / "metadata"))
         arrays = stacked_arrays(self.config)
@@ -63,12 +68,19 @@ class OrbaxSource:
             array = self._pieces.read(place.path, store, place.index)
         except Exception as error:  # tensorstore raises ValueError for most, and OSError
             raise CheckpointError(f"{self._where}: {place.name}: cannot be read: {first_line(error)}") from None
+        if not self._allow_non_finite:
+            require_finite(array, f"{self._where}: {place.name}")
         return array.T if place.transposed else array
 
     def scales(self, place: TensorPlace) -> np.ndarray | None:
         """See `Source.scales`."""
         name = place.name + SCALE_SUFFIX
-        return self._scales.read(name) if self._scales and name in self._scales.entries else None
+        if not self._scales or name not in self._scales.entries:
+            return None
+        scales = self._scales.read(name)
+        if not self._allow_non_finite:
+            require_finite(scales, f"{self._scales.entries[name].file}: {name}")
+        return scales
 
     def quantized(self) -> set[str] | None:
         """See `Source.quantized`."""

@@ -22,6 +22,7 @@ DTYPES: dict[str, np.dtype] = {
     for name, kind in {
         "U8": np.uint8,
         "I8": np.int8,
+        "F8_E8M0": ml_dtypes.float8_e8m0fnu,
         "F8_E5M2": ml_dtypes.float8_e5m2,
         "F8_E4M3": ml_dtypes.float8_e4m3fn,
         "I16": np.int16,
