@@ -1,7 +1,7 @@
 """Carry a model between JAX and Hugging Face: `python -m deepseek_jax.convert SRC DST`.
 
 A run directory, or one step of its checkpoints, becomes a Hugging Face directory that `transformers`
-loads as `deepseek_v3`; a Hugging Face directory becomes a run directory that `train --resume` and
+loads; a Hugging Face directory becomes a run directory that `train --resume` and
 `generate` load. Which it is, is seen from what is there. One tensor at a time is in memory.
 """
 
@@ -16,15 +16,16 @@ import numpy as np
 from rich.console import Console
 from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn, TransferSpeedColumn
 
-from deepseek_jax.checkpoint.forms import FORMS
-from deepseek_jax.checkpoint.hf_config import require_deepseek_v3
+from deepseek_jax.checkpoint.forms import FORMS, SCALE_SUFFIX
+from deepseek_jax.checkpoint.hf_config import carried_content, require_known_type
+from deepseek_jax.checkpoint.hf_files import INDEX_FILE, SINGLE_FILE, has_weights
 from deepseek_jax.checkpoint.hf_source import HuggingFaceSource
 from deepseek_jax.checkpoint.hf_writer import encoded, planned, write_huggingface
 from deepseek_jax.checkpoint.layout import layout
 from deepseek_jax.checkpoint.orbax_source import OrbaxSource
 from deepseek_jax.checkpoint.orbax_step import META, VARIABLES, stacked_arrays
 from deepseek_jax.checkpoint.run_writer import COMPANIONS_FOLDER, FIRST_STEP, write_run
-from deepseek_jax.checkpoint.safetensors_reader import INDEX_FILE, SINGLE_FILE, SafetensorsDirectory
+from deepseek_jax.checkpoint.safetensors_reader import SafetensorsDirectory
 from deepseek_jax.checkpoint.safetensors_writer import parse_size, plan_shards
 from deepseek_jax.checkpoint.source import Source, summarize
 from deepseek_jax.checkpoint.staging import staged_directory
@@ -97,7 +98,7 @@ def _is_huggingface(path: Path) -> bool:
         CheckpointError: if it is none of these, or more than one.
     """
     kinds = {
-        "a Hugging Face directory": _holds(path, "config.json") and (_holds(path, SINGLE_FILE) or _holds(path, INDEX_FILE)),
+        "a Hugging Face directory": _holds(path, "config.json") and has_weights(path),
         "a run directory": _holds(path, "config.yaml") and _holds(path, "checkpoints"),
         "a step of a run's checkpoints": _holds(path, VARIABLES) and _holds(path, META),
     }
@@ -121,10 +122,11 @@ def _from_huggingface(
 ) -> None:
     if dtype == "fp8" and source.form != "fp8":
         raise CheckpointError(
-            "--dtype fp8: a run directory holds float32 or bfloat16; fp8 is for writing a Hugging Face directory"
+            "--dtype fp8: a run directory holds float32, bfloat16 or float16; fp8 is for writing a Hugging Face directory"
         )
     # Float32 holds what codes and scales stand for; the scales are kept beside, to write the same codes again.
-    stored = "float32" if "fp8" in (dtype, source.form) and dtype != "bfloat16" else dtype or source.form
+    stored = "float32" if "fp8" in (dtype, source.form) and dtype in (None, "fp8") else dtype or source.form
+    stored = stored if dtype else _holding(source, stored)
     specs = [
         TensorSpec(array.name, "F32" if array.is_bias else FORMS[stored], array.shape)
         for array in stacked_arrays(source.config).values()
@@ -138,11 +140,18 @@ def _from_huggingface(
     nbytes = sum(spec.nbytes for spec in specs)
     with staged_directory(destination) as partial:
         with _progress("writing", nbytes) as advance:
-            write_run(partial, destination, source, stored, path, advance)
+            write_run(partial, destination, source, stored, path, advance, keep_form=dtype is None or source.form == "fp8")
         if verify:
             with _progress("verifying", nbytes) as advance:
                 _verify_step(partial / "checkpoints" / str(FIRST_STEP), source, stored, advance)
     print(f"{destination}: written{' and verified' if verify else ''}")
+
+
+def _holding(source: Source, stored: str) -> str:
+    """The dtype `stored`, or float32 if some weights are in another; routers' biases are float32 in any case."""
+    biases = {place.name for place in layout(source.config) if place.is_bias}
+    others = {dtype for name, dtype in source.dtypes.items() if name not in biases and not name.endswith(SCALE_SUFFIX)}
+    return "float32" if others - {FORMS[stored]} else stored
 
 
 def _verify_step(step: Path, source: Source, dtype: str, advance: Callable[[int], None]) -> None:
@@ -170,7 +179,7 @@ def _to_huggingface(
     dry_run: bool,
     verify: bool,
 ) -> None:
-    require_deepseek_v3(source.config, str(path))
+    require_known_type(source.config, str(path), carried_content(_tokenizer(step), source.config))
     form = dtype or source.form
     specs = planned(source, form)
     shards = len(plan_shards(specs, max_shard_bytes))

@@ -14,20 +14,22 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
-from deepseek_jax.checkpoint.hf_config import CONFIG_JSON, read_config_json, to_config_json
+from deepseek_jax.checkpoint.hf_config import CONFIG_JSON, read_hf_config, to_config_json
+from deepseek_jax.checkpoint.hf_files import INDEX_FILE, SINGLE_FILE, model_tensors, mtp_depth, weight_files
 from deepseek_jax.checkpoint.staging import disk_errors, staged_directory
 from deepseek_jax.checkpoint.tensors import CheckpointError
 from deepseek_jax.checkpoint.tokenizer_files import write_json, write_tokenizer
-from deepseek_jax.checkpoint.untrusted import file_inside, read_object
+from deepseek_jax.checkpoint.torch_reader import load
 from deepseek_jax.config import ModelConfig
 from deepseek_torch.model.transformer import DeepseekV3
 from deepseek_torch.precision.fp8 import dequantize_blocks, quantize_blocks
 
-SINGLE_FILE, INDEX_FILE = "model.safetensors", "model.safetensors.index.json"
 SCALE_SUFFIX = "_scale_inv"
 EMBEDDING, HEAD = "model.embed_tokens.weight", "lm_head.weight"
-FORMS = {"float32": torch.float32, "bfloat16": torch.bfloat16, "fp8": torch.bfloat16}
+FORMS = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16, "fp8": torch.bfloat16}
 """What can be written, and the dtype of all but quantised weights and routers' biases."""
+SCALES = (torch.float32, torch.float8_e8m0fnu)
+"""What they are stored in; the latter holds powers of two."""
 HIGHER_PRECISION = ("embed_tokens", "lm_head", "shared_head", "mlp.gate.", "shared_expert_gate", "eh_proj")
 """Matrices that the fp8 form leaves as they are."""
 SHARD_BYTES = 5 * 10**9
@@ -40,10 +42,11 @@ def load_pretrained(directory: str | os.PathLike[str]) -> DeepseekV3:
         UserError: one line naming the file, and the key or every tensor that is not as it should be.
     """
     directory = Path(directory)
-    config = read_config_json(directory)
-    tensors = _dequantized(directory, _read(directory))
-    if not any(name.startswith(f"model.layers.{config.num_hidden_layers}.") for name in tensors):
-        config = replace(config, num_nextn_predict_layers=0)
+    came, stored = read_hf_config(directory), _read(directory)
+    names, _ = model_tensors(came, stored, str(directory))
+    tensors = _dequantized(directory, {name: stored[under] for name, under in names.items()})
+    depth, _ = mtp_depth(came.model, tensors, str(directory))
+    config = replace(came.model, num_nextn_predict_layers=depth)
     _take_copies(directory, config, tensors)
     with torch.device("meta"):
         model = DeepseekV3(config)
@@ -71,7 +74,7 @@ def save_pretrained(
     """Write a Hugging Face directory, which appears whole or not at all.
 
     Args:
-        dtype: float32, bfloat16 or fp8.
+        dtype: float32, bfloat16, float16 or fp8.
         tokenizer: a directory with a tokenizer.json, to go with it.
 
     Raises:
@@ -88,25 +91,21 @@ def save_pretrained(
 
 def _read(directory: Path) -> dict[str, torch.Tensor]:
     """All tensors of the directory's files."""
-    index = directory / INDEX_FILE
-    files = [SINGLE_FILE]
-    if index.exists():
-        weight_map = read_object(file_inside(directory, INDEX_FILE, str(directory))).get("weight_map")
-        if not isinstance(weight_map, dict):
-            raise CheckpointError(f"{index}: weight_map must map tensors to files")
-        files = list(dict.fromkeys(weight_map.values()))
     tensors: dict[str, torch.Tensor] = {}
-    for name in files:
-        path = file_inside(directory, name, str(directory))
-        try:
-            with safe_open(path, framework="pt") as opened:
-                found = {key: opened.get_tensor(key) for key in opened.keys()}
-        except (SafetensorError, OSError) as error:
-            raise CheckpointError(f"{path}: {error}") from None
+    for path in weight_files(directory)[0]:
+        found = _read_safetensors(path) if path.suffix == ".safetensors" else load(path)
         if twice := found.keys() & tensors.keys():
             raise CheckpointError(f"{path}: given twice: {', '.join(sorted(twice))}")
         tensors |= found
     return tensors
+
+
+def _read_safetensors(path: Path) -> dict[str, torch.Tensor]:
+    try:
+        with safe_open(path, framework="pt") as opened:
+            return {key: opened.get_tensor(key) for key in opened.keys()}
+    except (SafetensorError, OSError) as error:
+        raise CheckpointError(f"{path}: {error}") from None
 
 
 def _dequantized(directory: Path, tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
@@ -121,12 +120,13 @@ def _dequantized(directory: Path, tensors: dict[str, torch.Tensor]) -> dict[str,
         if weight.dtype == torch.float8_e4m3fn:
             scales = tensors.get(name + SCALE_SUFFIX)
             shape = tuple(-(-size // 128) for size in weight.shape)
-            if scales is None or scales.dtype != torch.float32 or tuple(scales.shape) != shape:
-                raise CheckpointError(f"{directory}: {name}: float8 without float32 scales of shape {list(shape)}")
+            if scales is None or scales.dtype not in SCALES or tuple(scales.shape) != shape:
+                raise CheckpointError(f"{directory}: {name}: float8 without scales, float32 or E8M0, of shape {list(shape)}")
+            scales = scales.float()
             if not (scales > 0).all():
                 raise CheckpointError(f"{directory}: {name}{SCALE_SUFFIX}: scales must be positive")
             weight = dequantize_blocks(weight, scales)
-        elif weight.dtype not in (torch.float32, torch.bfloat16):
+        elif weight.dtype not in (torch.float32, torch.bfloat16, torch.float16):
             raise CheckpointError(f"{directory}: {name}: {weight.dtype} is not supported")
         elif name + SCALE_SUFFIX in tensors:
             raise CheckpointError(f"{directory}: {name}{SCALE_SUFFIX}: scales of a weight that is not float8")
@@ -152,6 +152,9 @@ def _copies(config: ModelConfig) -> Iterator[tuple[str, str]]:
 
 def _take_copies(directory: Path, config: ModelConfig, tensors: dict[str, torch.Tensor]) -> None:
     """Remove the copies from `tensors`, where they must be there and equal."""
+    head = tensors.pop(HEAD, None) if config.tie_word_embeddings else None
+    if head is not None and not torch.equal(head, tensors[EMBEDDING]):
+        raise CheckpointError(f"{directory}: {HEAD}: is not equal to {EMBEDDING}, though tie_word_embeddings is true")
     for copy, original in _copies(config):
         if copy not in tensors or original not in tensors:
             raise CheckpointError(f"{directory}: {copy if original in tensors else original}: missing")

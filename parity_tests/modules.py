@@ -23,7 +23,7 @@ import deepseek_jax.model.rope as jax_rope
 import deepseek_jax.model.router as jax_router
 import deepseek_torch.model.layers as torch_layers
 import deepseek_torch.model.rope as torch_rope
-from deepseek_jax.config import ModelConfig
+from deepseek_jax.config import ModelConfig, expert_layers
 from parity_tests.comparison import Difference, differences
 from parity_tests.siblings import Siblings
 from parity_tests.weights import module_tensors, module_variables, to_torch
@@ -126,10 +126,11 @@ def cases(siblings: Siblings, batch: int = 2, length: int = 11) -> Iterator[Case
     c = siblings.config
     maker = Maker(siblings, batch, length)
     yield maker.rope()
-    yield maker.feed_forward()
-    stack = "moe_layers" if c.first_k_dense_replace < c.num_hidden_layers else "dense_layers"
+    if expert_layers(c) < c.num_hidden_layers or c.n_shared_experts:
+        yield maker.feed_forward()
+    stack = "moe_layers" if expert_layers(c) else "dense_layers"
     yield maker.attention(stack)
-    if c.first_k_dense_replace:
+    if expert_layers(c) < c.num_hidden_layers:
         yield maker.block("dense_layers")
     if stack == "moe_layers":
         yield maker.router()
@@ -157,17 +158,17 @@ class Maker:
         positions = positions.reshape(self.batch, self.length)
 
         def in_jax(params, x):
-            return (jax_rope.apply_rope(x, *jax_rope.rope_angles(c, positions)),), ()
+            return (jax_rope.apply_rope(x, *jax_rope.rope_angles(c, positions), c.rope_interleave),), ()
 
         def in_torch(x):
-            return (torch_rope.apply_rope(x, *torch_rope.rope_angles(c, torch.from_numpy(positions))),), ()
+            return (torch_rope.apply_rope(x, *torch_rope.rope_angles(c, torch.from_numpy(positions)), c.rope_interleave),), ()
 
         return Case("rope", (x,), in_jax, in_torch, {}, lambda gradients: {})
 
     def feed_forward(self) -> Case:
         """The dense one or the shared experts."""
         c = self.config
-        dense = c.first_k_dense_replace > 0
+        dense = expert_layers(c) < c.num_hidden_layers
         stack, path = ("dense_layers", ("mlp",)) if dense else ("moe_layers", ("mlp", "shared_experts"))
         width = c.intermediate_size if dense else c.n_shared_experts * c.moe_intermediate_size
         module = jax_layers.FeedForward(c, width)
@@ -284,7 +285,7 @@ class Maker:
     def _torch_layer(self, stack: str) -> torch.nn.Module:
         model = self.siblings.torch
         if stack == "dense_layers":
-            return model.main_layers[self._last(stack)]
+            return [layer for layer in model.main_layers if not layer.moe][self._last(stack)]
         return getattr(model, stack)[self._last(stack)]
 
     def _jax_rope(self) -> tuple:

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import safetensors.numpy
 
-from deepseek_jax.checkpoint.safetensors_reader import INDEX_FILE
+from deepseek_jax.checkpoint.hf_files import INDEX_FILE
 from deepseek_jax.checkpoint.safetensors_writer import write_tensors
 from deepseek_jax.checkpoint.staging import staged_directory
 from deepseek_jax.checkpoint.tensors import DTYPES, CheckpointError, TensorSpec

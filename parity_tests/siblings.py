@@ -20,7 +20,7 @@ class Siblings:
         self.torch = torch_transformer.DeepseekV3(config)
         with torch.no_grad():
             for name, tensor in self.torch.state_dict().items():
-                if "norm" in name:
+                if "norm" in name or name.endswith(".bias"):
                     tensor.add_(torch.randn_like(tensor) * 0.1)
                 elif name.endswith("e_score_correction_bias"):
                     tensor.sub_(torch.randn_like(tensor) * 0.1 + 0.5)

@@ -20,15 +20,15 @@ from parity_tests.conversions import fails, rewritten, with_config
 def test_every_tensor_at_fault_is_named(exported, tmp_path):
     def spoil(arrays):
         del arrays["model.layers.1.mlp.experts.3.up_proj.weight"], arrays["model.norm.weight"]
-        arrays["model.layers.0.rotary.inv_freq"] = np.zeros(4, np.float32)
+        arrays["model.layers.0.rotary.frequencies"] = np.zeros(4, np.float32)
         arrays["lm_head.weight"] = arrays["lm_head.weight"][:-1]
-        arrays["model.layers.2.input_layernorm.weight"] = arrays["model.layers.2.input_layernorm.weight"].astype("f2")
+        arrays["model.layers.2.input_layernorm.weight"] = arrays["model.layers.2.input_layernorm.weight"].astype("i4")
 
     source = rewritten(exported, tmp_path / "source", spoil)
     with fails(
         str(source), "2 missing: model.layers.1.mlp.experts.3.up_proj.weight, model.norm.weight",
-        "1 left over: model.layers.0.rotary.inv_freq", "wrong shape: lm_head.weight [319, 136] for [320, 136]",
-        "wrong dtype: model.layers.2.input_layernorm.weight F16 for F32",
+        "1 left over: model.layers.0.rotary.frequencies", "wrong shape: lm_head.weight [319, 136] for [320, 136]",
+        "wrong dtype: model.layers.2.input_layernorm.weight I32 for F32",
     ):  # fmt: skip
         convert(source, tmp_path / "run")
     assert not (tmp_path / "run").exists()
@@ -67,18 +67,26 @@ def test_copies_must_be_copies(exported, tmp_path):
         convert(rewritten(exported, tmp_path / "source", change_one), tmp_path / "run")
 
 
+QUANTIZATION = {"quant_method": "fp8", "weight_block_size": [128, 128]}
+
+
 @pytest.mark.parametrize(
     ("changes", "words"),
     [
         ({"model_type": "llama"}, ["model_type is llama"]),
-        ({"attention_bias": True}, ["attention_bias is True"]),
+        ({"model_type": "deepseek_v32"}, ["model_type is deepseek_v32"]),
+        ({"index_topk": 2048}, ["index_topk is 2048", "indexer"]),
+        ({"attention_bias": True}, ["missing: model.layers.0.self_attn.kv_a_proj_with_mqa.bias"]),
         ({"scoring_func": "softmax"}, ["scoring_func is softmax"]),
         ({"topk_method": "greedy"}, ["topk_method is greedy"]),
         ({"hidden_act": "gelu"}, ["hidden_act is gelu"]),
-        ({"rope_interleave": False}, ["rope_interleave is False"]),
-        ({"moe_layer_freq": 2}, ["moe_layer_freq is 2"]),
+        ({"model_type": "deepseek_v2"}, ["scoring_func is sigmoid"]),
+        ({"moe_layer_freq": 2}, ["missing: model.layers.1.mlp.gate_proj.weight"]),
+        ({"moe_layer_freq": [0, 1]}, ["model.moe_layer_freq is [0, 1]"]),
         ({"num_key_value_heads": 1}, ["num_key_value_heads is 1"]),
-        ({"rope_parameters": {"rope_type": "linear", "factor": 2.0}}, ["rope_parameters.rope_type is linear"]),
+        ({"rope_parameters": {"rope_type": "longrope"}}, ["rope_parameters.rope_type is longrope"]),
+        ({"rope_parameters": {"rope_type": "linear", "factor": 2.0, "mscale": 1.0}}, ["rope_parameters.mscale is 1.0"]),
+        ({"rope_parameters": {"rope_type": "linear", "factor": 2.0}}, ["rope_scaling is"]),
         ({"rope_parameters": {"rope_type": "yarn", "factor": 2, "attention_factor": 1.5}}, ["attention_factor is 1.5"]),
         ({"rope_parameters": [], "rope_scaling": None}, ["rope_parameters is []"]),
         ({"rope_theta": 5.0}, ["rope_parameters.rope_theta is 10000.0", "rope_theta is 5.0"]),
@@ -89,7 +97,8 @@ def test_copies_must_be_copies(exported, tmp_path):
         ({"quantization_config": {"quant_method": "awq"}}, ["quantization_config.quant_method is awq"]),
         ({"quantization_config": {"quant_method": "fp8", "weight_block_size": [64, 64]}}, ["size is [64, 64]"]),
         ({"hidden_size": 128}, ["wrong shape", "model.norm.weight [136] for [128]"]),
-        ({"num_nextn_predict_layers": 1}, ["left over: model.layers.5."]),
+        ({"quantization_config": QUANTIZATION | {"scale_fmt": "x"}}, ["scale_fmt is x"]),
+        ({"num_hidden_layers": 3}, ["missing: model.layers.3.embed_tokens.weight"]),
     ],
 )  # fmt: skip
 def test_a_config_that_asks_for_other_mathematics(changes, words, exported, tmp_path):

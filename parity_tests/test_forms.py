@@ -12,7 +12,7 @@ from transformers import AutoConfig
 
 import deepseek_jax.model.router as jax_router
 import deepseek_torch.model.router as torch_router
-from deepseek_jax.checkpoint.hf_config import require_deepseek_v3
+from deepseek_jax.checkpoint.hf_config import require_known_type
 from deepseek_jax.checkpoint.pretrained import load_pretrained as load_jax
 from deepseek_jax.checkpoint.pretrained import save_pretrained as save_jax
 from deepseek_jax.checkpoint.tensors import CheckpointError
@@ -162,8 +162,8 @@ def test_greedy_tokens_are_equal():
 def test_what_hugging_face_has_not_is_refused_by_name():
     named = "feed_forward=gelu, model.mtp_form=parallel, model.scoring_func=softmax, model.shared_expert_gate=true"
     with pytest.raises(CheckpointError, match=f"^here: Hugging Face's deepseek_v3 has no model.{named}; keep it as a run, or"):
-        require_deepseek_v3(GUIDE, "here")
-    require_deepseek_v3(dataclasses.replace(load_config("tiny").model, capacity_factor=1.0), "here")  # training alone
+        require_known_type(GUIDE, "here")
+    require_known_type(dataclasses.replace(load_config("tiny").model, capacity_factor=1.0), "here")  # training alone
 
 
 def test_saved_under_a_name_of_our_own(tmp_path):

@@ -13,7 +13,8 @@ from deepseek_jax.checkpoint.fp8_blocks import (
     requantize_blocks,
     scale_shape,
 )
-from deepseek_jax.checkpoint.safetensors_reader import SINGLE_FILE, SafetensorsDirectory, read_header
+from deepseek_jax.checkpoint.hf_files import SINGLE_FILE
+from deepseek_jax.checkpoint.safetensors_reader import SafetensorsDirectory, read_header
 from parity_tests.safetensors_files import BF16, F8, fails, same, write
 
 RAGGED = [(256, 384), (130, 257), (127, 1), (1, 129), (300, 128), (0, 5), (5, 0)]

@@ -97,12 +97,12 @@ def test_what_does_not_fit_is_named(sibling, tmp_path):
         return str(caught.value)
 
     assert "model_type is llama" in load(model_type="llama")
-    assert "model.layers.5." in load(num_nextn_predict_layers=1)
+    assert "model.layers.3.embed_tokens.weight" in load(num_hidden_layers=3)
     fault = load(first_k_dense_replace=2)
     assert "model.layers.1.mlp.gate_proj.weight" in fault and "model.layers.1.mlp.experts.7.up_proj.weight" in fault
     fault = load(kv_lora_rank=24)
     assert "model.layers.0.self_attn.kv_b_proj.weight [66, 16] for [66, 24]" in fault.replace("weight: ", "weight ")
-    with pytest.raises(UserError, match="choose one of float32, bfloat16, fp8"):
+    with pytest.raises(UserError, match="choose one of float32, bfloat16, float16, fp8"):
         sibling.save_pretrained(tmp_path / "out", *_model(sibling), dtype="int4")
     with pytest.raises(UserError, match="is there already"):
         sibling.save_pretrained(source, *_model(sibling))

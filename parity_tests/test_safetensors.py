@@ -11,7 +11,8 @@ import safetensors.numpy
 import safetensors.torch
 import torch
 
-from deepseek_jax.checkpoint.safetensors_reader import INDEX_FILE, SINGLE_FILE, SafetensorsDirectory
+from deepseek_jax.checkpoint.hf_files import INDEX_FILE, SINGLE_FILE
+from deepseek_jax.checkpoint.safetensors_reader import SafetensorsDirectory
 from deepseek_jax.checkpoint.tensors import DTYPES
 from parity_tests.safetensors_files import BF16, fails, of_every_dtype, same, specs_of, write
 

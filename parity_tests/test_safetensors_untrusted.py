@@ -12,7 +12,8 @@ import safetensors.numpy
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
-from deepseek_jax.checkpoint.safetensors_reader import INDEX_FILE, SINGLE_FILE, SafetensorsDirectory
+from deepseek_jax.checkpoint.hf_files import INDEX_FILE, SINGLE_FILE
+from deepseek_jax.checkpoint.safetensors_reader import SafetensorsDirectory
 from deepseek_jax.checkpoint.tensors import DTYPES, CheckpointError, TensorSpec
 from parity_tests.safetensors_files import fails, file_of, sharded, tensor, write
 

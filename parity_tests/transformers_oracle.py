@@ -6,7 +6,7 @@ the modules find `torch.float32` under the global name `torch`, which for a whil
 """
 
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from unittest import mock
 
 import torch
@@ -14,6 +14,7 @@ from torch import nn
 from transformers import DeepseekV3Config, DeepseekV3ForCausalLM, modeling_rope_utils
 from transformers.cache_utils import MtpCache
 from transformers.modeling_layers import MtpModel
+from transformers.models.deepseek_v2 import modeling_deepseek_v2
 from transformers.models.deepseek_v3 import modeling_deepseek_v3
 
 from deepseek_jax.config import HOW_COMPUTED, ModelConfig
@@ -32,7 +33,10 @@ class _WideTorch:
 def float64_islands() -> Iterator[None]:
     """Make models built and run inside compute nothing in float32 that they were asked for in float64."""
     wide = _WideTorch()
-    with mock.patch.object(modeling_deepseek_v3, "torch", wide), mock.patch.object(modeling_rope_utils, "torch", wide):
+    with ExitStack() as stack:
+        for module in (modeling_deepseek_v3, modeling_deepseek_v2, modeling_rope_utils):
+            stack.enter_context(mock.patch.object(module, "torch", wide))
+        stack.enter_context(mock.patch.object(torch.Tensor, "float", torch.Tensor.double))  # V2's rotation asks for it so
         yield
 
 

@@ -1,10 +1,11 @@
-"""The forms in which a checkpoint's tensors are written: float32, bfloat16, and DeepSeek's FP8.
+"""The forms in which a checkpoint's tensors are written: float32, bfloat16, float16, and DeepSeek's FP8.
 
 One table (`layout`) says which tensors there are; a form says in which dtype each goes to disk. That
 takes no numbers, so what would be written for 671B parameters can be listed on paper.
 """
 
 from collections.abc import Container, Iterable, Mapping
+from types import MappingProxyType
 
 import numpy as np
 
@@ -14,28 +15,37 @@ from deepseek_jax.checkpoint.layout import TensorPlace, layout
 from deepseek_jax.checkpoint.tensors import DTYPES, CheckpointError, TensorSpec
 from deepseek_jax.config import ModelConfig
 
-FORMS = {"float32": "F32", "bfloat16": "BF16", "fp8": "BF16"}
+FORMS = {"float32": "F32", "bfloat16": "BF16", "float16": "F16", "fp8": "BF16"}
 """Each form and the dtype of what has none of its own: all but routers' biases and what is quantised."""
+
+NO_OTHERS: Mapping[str, str] = MappingProxyType({})
 
 SCALE_SUFFIX = "_scale_inv"
 """`X.weight` in float8 has its scales in `X.weight_scale_inv`."""
 
 
-def tensor_specs(config: ModelConfig, form: str, quantized: Container[str] | None = None) -> list[TensorSpec]:
+def tensor_specs(
+    config: ModelConfig, form: str, quantized: Container[str] | None = None, dtypes: Mapping[str, str] = NO_OTHERS
+) -> list[TensorSpec]:
     """Every tensor of the checkpoint of `config` in `form`, in the order of writing.
 
     Args:
         quantized: names of those that the fp8 form quantises; by default, those that DeepSeek's does.
+        dtypes: of tensors that are stored in another dtype than the form has them in.
     """
-    return [spec for place in layout(config) for spec in stored_as(place, form, quantized)]
+    return [spec for place in layout(config) for spec in stored_as(place, form, quantized, dtypes)]
 
 
-def stored_as(place: TensorPlace, form: str, quantized: Container[str] | None = None) -> list[TensorSpec]:
+def stored_as(
+    place: TensorPlace, form: str, quantized: Container[str] | None = None, dtypes: Mapping[str, str] = NO_OTHERS
+) -> list[TensorSpec]:
     """The tensors that hold `place` in `form`: one, or codes and scales; arguments as in `tensor_specs`."""
     if form == "fp8" and (place.quantized if quantized is None else place.name in quantized):
-        scales = TensorSpec(place.name + SCALE_SUFFIX, "F32", scale_shape(place.shape))
+        name = place.name + SCALE_SUFFIX
+        scales = TensorSpec(name, dtypes.get(name, "F32"), scale_shape(place.shape))
         return [TensorSpec(place.name, "F8_E4M3", place.shape), scales]
-    return [TensorSpec(place.name, "F32" if place.is_bias else FORMS[form], place.shape)]
+    usual = "F32" if place.is_bias else FORMS[form]
+    return [TensorSpec(place.name, dtypes.get(place.name, usual), place.shape)]
 
 
 def encode(specs: list[TensorSpec], weights: np.ndarray, kept: np.ndarray | None) -> list[np.ndarray]:
@@ -57,8 +67,9 @@ def encode(specs: list[TensorSpec], weights: np.ndarray, kept: np.ndarray | None
         check_scales(kept, weights.shape, name, allow_non_finite=True)  # their source has refused them, if it does
         codes = requantize_blocks(weights, kept)
         if codes is not None:
-            return [codes, kept]
-    return list(quantize_blocks(weights, name))
+            return [codes, _cast(kept, specs[1])]
+    codes, scales = quantize_blocks(weights, name, powers_of_two=specs[1].dtype == "F8_E8M0")
+    return [codes, _cast(scales, specs[1])]
 
 
 def _cast(weights: np.ndarray, spec: TensorSpec) -> np.ndarray:

@@ -72,11 +72,12 @@ def dequantize_blocks(codes: np.ndarray, scales: np.ndarray, where: str, allow_n
     return weights
 
 
-def quantize_blocks(weights: np.ndarray, where: str) -> tuple[np.ndarray, np.ndarray]:
+def quantize_blocks(weights: np.ndarray, where: str, powers_of_two: bool = False) -> tuple[np.ndarray, np.ndarray]:
     """Codes, float8_e4m3fn [out, in], and scales, float32, from the live largest magnitude of each block.
 
     Args:
         weights: [out, in], any floating dtype; used as float32.
+        powers_of_two: round scales up to such, which E8M0 holds.
 
     Raises:
         CheckpointError: one line that begins with `where`, if there is NaN or infinity in `weights`.
@@ -93,6 +94,9 @@ def quantize_blocks(weights: np.ndarray, where: str) -> tuple[np.ndarray, np.nda
             place = [rows.start // BLOCK, int(np.argmin(np.isfinite(amax)))]
             raise CheckpointError(f"{where}: NaN or infinity in block {place}, which float8 codes cannot hold")
         row_scales[:] = np.maximum(amax, SMALLEST_AMAX) / E4M3_MAX
+        if powers_of_two:
+            mantissa, exponent = np.frexp(row_scales)
+            row_scales[:] = np.ldexp(np.float32(1), exponent - (mantissa == 0.5))
         codes[rows] = _encode(block_row, _expand(row_scales, weights.shape[1]))
     return codes, scales
 

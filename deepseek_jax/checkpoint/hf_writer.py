@@ -1,17 +1,19 @@
 """Write a Hugging Face directory that `transformers` loads as `deepseek_v3`."""
 
-from collections.abc import Callable, Iterator
+import shutil
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 
 import numpy as np
 
-from deepseek_jax.checkpoint.forms import encode, stored_as, tensor_specs
-from deepseek_jax.checkpoint.hf_config import CONFIG_JSON, to_config_json
+from deepseek_jax.checkpoint.forms import NO_OTHERS, encode, stored_as, tensor_specs
+from deepseek_jax.checkpoint.hf_config import CONFIG_JSON, carried_content, to_config_json
 from deepseek_jax.checkpoint.layout import layout
 from deepseek_jax.checkpoint.safetensors_writer import write_tensors
 from deepseek_jax.checkpoint.source import Source
 from deepseek_jax.checkpoint.tensors import TensorSpec
 from deepseek_jax.checkpoint.tokenizer_files import write_json, write_tokenizer
+from deepseek_jax.checkpoint.untrusted import read_object
 
 SHARD_BYTES = 5 * 10**9
 """Largest file, unless told otherwise."""
@@ -19,15 +21,20 @@ SHARD_BYTES = 5 * 10**9
 
 def planned(source: Source, form: str) -> list[TensorSpec]:
     """The tensors that `write_huggingface` writes, in order."""
-    return tensor_specs(source.config, form, source.quantized())
+    return tensor_specs(source.config, form, source.quantized(), _dtypes(source, form))
 
 
 def encoded(source: Source, form: str) -> Iterator[np.ndarray]:
     """Their numbers, each read when it is asked for."""
-    quantized = source.quantized()
+    quantized, dtypes = source.quantized(), _dtypes(source, form)
     for place in layout(source.config):
-        specs = stored_as(place, form, quantized)
+        specs = stored_as(place, form, quantized, dtypes)
         yield from encode(specs, source.read(place), source.scales(place) if len(specs) > 1 else None)
+
+
+def _dtypes(source: Source, form: str) -> Mapping[str, str]:
+    """Those that differ from the form, where it is the one that they came in."""
+    return source.dtypes if form == source.form else NO_OTHERS
 
 
 def write_huggingface(
@@ -43,7 +50,8 @@ def write_huggingface(
     Args:
         directory: empty; see `staged_directory`.
         form: one of `forms.FORMS`.
-        tokenizer: a directory that holds tokenizer.json and what else belongs to it, or none.
+        tokenizer: a directory that holds tokenizer.json and what else belongs to it, such as the config.json that came
+            with the weights; or none.
         progress: called with the number of bytes written since the call before.
 
     Raises:
@@ -51,4 +59,9 @@ def write_huggingface(
     """
     write_tensors(directory, planned(source, form), encoded(source, form), max_shard_bytes, progress)
     token_ids = write_tokenizer(directory, tokenizer, source.config.max_position_embeddings)
-    write_json(directory / CONFIG_JSON, to_config_json(source.config, form, token_ids))
+    carried = carried_content(tokenizer, source.config)
+    content = to_config_json(source.config, form, token_ids, carried, keeps_scales=source.quantized() is not None)
+    if tokenizer is not None and carried is not None and content == read_object(tokenizer / CONFIG_JSON):
+        shutil.copyfile(tokenizer / CONFIG_JSON, directory / CONFIG_JSON)  # to the byte
+    else:
+        write_json(directory / CONFIG_JSON, content)

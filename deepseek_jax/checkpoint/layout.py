@@ -8,7 +8,7 @@ dict has the checkpoint's names and layout, so this table serves it too. Free of
 from collections.abc import Iterator
 from dataclasses import dataclass
 
-from deepseek_jax.config import ModelConfig
+from deepseek_jax.config import ModelConfig, stretches
 
 
 @dataclass(frozen=True)
@@ -44,10 +44,9 @@ def _tensors(config: ModelConfig) -> Iterator[TensorPlace]:
     embedding = ("params", "embed_tokens", "weight")
     head = embedding if c.tie_word_embeddings else ("params", "lm_head", "weight")
     yield TensorPlace("model.embed_tokens.weight", table, embedding, (), False)
-    for layer in range(c.num_hidden_layers):
-        moe = layer >= c.first_k_dense_replace
-        stack, index = ("moe_layers", layer - c.first_k_dense_replace) if moe else ("dense_layers", layer)
-        yield from _block(c, f"model.layers.{layer}", (stack,), index, moe)
+    places = [(stack, index) for stack, first, end in stretches(c) for index in range(first, end)]
+    for layer, (stack, index) in enumerate(places):
+        yield from _block(c, f"model.layers.{layer}", (stack,), index, moe=stack == "moe_layers")
     yield TensorPlace("model.norm.weight", (c.hidden_size,), ("params", "norm", "weight"), (), False)
     if not c.tie_word_embeddings:
         yield TensorPlace("lm_head.weight", table, head, (), True)
@@ -89,6 +88,10 @@ def _block(c: ModelConfig, prefix: str, stack: tuple[str, ...], layer: int, moe:
         path, shape = ("params", *stack, *name.split("."), "weight"), (out_features, in_features)
         return TensorPlace(f"{prefix}.{name}.weight", shape, path, (layer,), True, quantized)
 
+    def bias(name: str, width: int) -> Iterator[TensorPlace]:
+        if c.attention_bias:
+            yield TensorPlace(f"{prefix}.{name}.bias", (width,), ("params", *stack, *name.split("."), "bias"), (layer,), False)
+
     entering = {"swiglu": ("gate_proj", "up_proj"), "gelu": ("up_proj",)}[c.feed_forward]
 
     def feed_forward(name: str, width: int) -> Iterator[TensorPlace]:
@@ -103,21 +106,25 @@ def _block(c: ModelConfig, prefix: str, stack: tuple[str, ...], layer: int, moe:
         yield linear("self_attn.q_proj", q_width, c.hidden_size)
     else:
         yield linear("self_attn.q_a_proj", c.q_lora_rank, c.hidden_size)
+        yield from bias("self_attn.q_a_proj", c.q_lora_rank)
         yield norm("self_attn.q_a_layernorm", c.q_lora_rank)
         yield linear("self_attn.q_b_proj", q_width, c.q_lora_rank)
     yield linear("self_attn.kv_a_proj_with_mqa", c.kv_lora_rank + c.qk_rope_head_dim, c.hidden_size)
+    yield from bias("self_attn.kv_a_proj_with_mqa", c.kv_lora_rank + c.qk_rope_head_dim)
     yield norm("self_attn.kv_a_layernorm", c.kv_lora_rank)
     yield linear("self_attn.kv_b_proj", heads * (c.qk_nope_head_dim + c.v_head_dim), c.kv_lora_rank)
     yield linear("self_attn.o_proj", c.hidden_size, heads * c.v_head_dim)
+    yield from bias("self_attn.o_proj", c.hidden_size)
     yield norm("post_attention_layernorm", c.hidden_size)
     if not moe:
         yield from feed_forward("mlp", c.intermediate_size)
         return
     width = c.moe_intermediate_size
     yield linear("mlp.gate", c.n_routed_experts, c.hidden_size, quantized=False)
-    bias = ("router_state", *stack, "mlp", "gate", "e_score_correction_bias")
-    name = f"{prefix}.mlp.gate.e_score_correction_bias"
-    yield TensorPlace(name, (c.n_routed_experts,), bias, (layer,), False, is_bias=True)
+    if c.topk_method == "noaux_tc":
+        path = ("router_state", *stack, "mlp", "gate", "e_score_correction_bias")
+        name = f"{prefix}.mlp.gate.e_score_correction_bias"
+        yield TensorPlace(name, (c.n_routed_experts,), path, (layer,), False, is_bias=True)
     for expert in range(c.n_routed_experts):
         for proj in (*entering, "down_proj"):
             shape = (c.hidden_size, width) if proj == "down_proj" else (width, c.hidden_size)

@@ -14,7 +14,7 @@ import numpy as np
 import tensorstore as ts
 
 from deepseek_jax.checkpoint.finite import require_finite
-from deepseek_jax.checkpoint.forms import SCALE_SUFFIX, compare, dtype_name
+from deepseek_jax.checkpoint.forms import FORMS, SCALE_SUFFIX, compare, dtype_name
 from deepseek_jax.checkpoint.fp8_blocks import check_scales
 from deepseek_jax.checkpoint.layout import TensorPlace, layout
 from deepseek_jax.checkpoint.orbax_step import (
@@ -23,6 +23,7 @@ from deepseek_jax.checkpoint.orbax_step import (
     VARIABLES,
     StackedArray,
     first_line,
+    read_came_as,
     read_meta,
     stacked_arrays,
     uncached,
@@ -48,13 +49,15 @@ class OrbaxSource:
         """
         step = Path(step)
         self._allow_non_finite = allow_non_finite
-        fields = read_meta(step)["model"]
-        self.config = model_config(fields, str(step / META / "metadata"))
+        meta = read_meta(step)
+        came_as, self.dtypes = read_came_as(meta, step)
+        self.config = model_config(meta["model"], str(step / META / "metadata"))
         arrays = stacked_arrays(self.config)
         self._stores = _open_arrays(step / VARIABLES, arrays)
         dtypes = Counter(dtype_name(store.dtype.numpy_dtype) for store in self._stores.values())
         self._scales = _kept_scales(step, self.config)
-        self.form = "fp8" if self._scales else "bfloat16" if "BF16" in dtypes else "float32"
+        stored = next((form for form, dtype in FORMS.items() if dtype in dtypes and form != "float32"), "float32")
+        self.form = came_as or ("fp8" if self._scales else stored)
         nbytes = sum(store.size * store.dtype.numpy_dtype.itemsize for store in self._stores.values())
         came = ", from FP8 with its scales kept" if self._scales else ""
         self.summary = summarize(f"{step}: orbax{came}", dtypes, nbytes)
@@ -135,10 +138,10 @@ def _open_arrays(folder: Path, arrays: dict[tuple[str, ...], StackedArray]) -> d
     stores = {path: _open(folder, array.name) for path, array in arrays.items() if array.name in saved}
     dtypes = {path: dtype_name(store.dtype.numpy_dtype) for path, store in stores.items()}
     weights = [dtype for path, dtype in dtypes.items() if not arrays[path].is_bias]
-    dtype = next((dtype for dtype in ("BF16", "F64") if dtype in weights[:1]), "F32")
+    dtype = next((dtype for dtype in ("BF16", "F16", "F64") if dtype in weights[:1]), "F32")
     expected = []
     for array in arrays.values():
-        widened = array.is_bias and dtype == "BF16"
+        widened = array.is_bias and dtype in ("BF16", "F16")
         expected.append(TensorSpec(array.name, "F32" if widened else dtype, array.shape))
     found = {name: TensorSpec(name, "", ()) for name in saved}
     for path, store in stores.items():

@@ -6,6 +6,7 @@ from typing import Any
 
 import tensorstore as ts
 
+from deepseek_jax.checkpoint.forms import FORMS
 from deepseek_jax.checkpoint.layout import layout
 from deepseek_jax.checkpoint.tensors import CheckpointError
 from deepseek_jax.checkpoint.untrusted import file_inside, read_object, shown
@@ -13,11 +14,31 @@ from deepseek_jax.config import ModelConfig
 
 VARIABLES, META, SCALES = "variables", "meta", "fp8_scales"
 """Items of a step: what the model is; its config; scales that the weights came with, as a safetensors directory."""
+CAME_AS = "came_as"
+"""In `meta`: how weights that were converted were stored."""
 
 
-def step_meta(config: ModelConfig, step: int) -> dict[str, Any]:
-    """What the item `meta` of a step holds."""
-    return {"model": dataclasses.asdict(config), "step": step}
+def step_meta(config: ModelConfig, step: int, came_as: dict[str, Any] | None = None) -> dict[str, Any]:
+    """What the item `meta` of a step holds.
+
+    Args:
+        came_as: the `form` that converted weights were in, and the `dtypes` that differed from it; see `source.Source`.
+    """
+    return {"model": dataclasses.asdict(config), "step": step} | ({CAME_AS: came_as} if came_as else {})
+
+
+def read_came_as(meta: dict[str, Any], step: Path) -> tuple[str | None, dict[str, str]]:
+    """What `step_meta` was told of the form, and of dtypes that differ from it.
+
+    Raises:
+        CheckpointError: if it is nothing that this file writes.
+    """
+    came_as = meta.get(CAME_AS, {"form": None, "dtypes": {}})
+    form, dtypes = (came_as.get(name) for name in ("form", "dtypes")) if isinstance(came_as, dict) else (None, None)
+    known = {"F8_E8M0", *FORMS.values()}
+    if not isinstance(dtypes, dict) or not set(dtypes.values()) <= known or not (form is None or form in FORMS):
+        raise CheckpointError(f"{step / META / 'metadata'}: {CAME_AS} is {shown(came_as)}; it is damaged")
+    return form, dtypes
 
 
 def read_meta(step: Path) -> dict[str, Any]:

@@ -42,13 +42,20 @@ BYTES_IN_FLIGHT = 32 * 2**20
 """Of begun writes, beside the last."""
 
 
-def write_step(step: Path, source: Source, dtype: str, progress: Callable[[int], None] = lambda nbytes: None) -> None:
+def write_step(
+    step: Path,
+    source: Source,
+    dtype: str,
+    progress: Callable[[int], None] = lambda nbytes: None,
+    keep_form: bool = True,
+) -> None:
     """Write a step's folder that training goes on from: the weights of `source`, with no optimizer state.
 
     Args:
         step: to be made; its name is the step's number. Write it within a `staged_directory`.
-        dtype: float32 or bfloat16; routers' biases are float32 in any case.
+        dtype: float32, bfloat16 or float16; routers' biases are float32 in any case.
         progress: called with the number of bytes written since the call before.
+        keep_form: note how the weights were stored, so that by themselves they go out the same.
 
     Raises:
         CheckpointError: one line, if it cannot be read or written.
@@ -56,7 +63,7 @@ def write_step(step: Path, source: Source, dtype: str, progress: Callable[[int],
     arrays = stacked_arrays(source.config)
     _check_room(step, arrays, dtype)
     with disk_errors(step):
-        _save_template(step, arrays, source.config)
+        _save_template(step, arrays, source if keep_form else None, source.config)
     stores = {}
     for path, array in arrays.items():
         chunk = (1,) * len(array.leading) + array.trailing
@@ -109,7 +116,10 @@ def _write_scales(folder: Path, source: Source) -> None:
     write_tensors(folder, specs, (scales for scales in kept if scales is not None))
 
 
-def _save_template(step: Path, arrays: dict[tuple[str, ...], StackedArray], config: ModelConfig) -> None:
+def _save_template(
+    step: Path, arrays: dict[tuple[str, ...], StackedArray], source: Source | None, config: ModelConfig
+) -> None:
+    came_as = None if source is None else {"form": source.form, "dtypes": source.dtypes}
     tree: dict[str, Any] = {"params": {}, "router_state": {}}
     for path in arrays:
         node = tree
@@ -119,7 +129,7 @@ def _save_template(step: Path, arrays: dict[tuple[str, ...], StackedArray], conf
     handlers = {VARIABLES: ocp.StandardCheckpointHandler(use_ocdbt=False), META: ocp.JsonCheckpointHandler()}
     items = {
         VARIABLES: ocp.args.StandardSave(tree),
-        META: ocp.args.JsonSave(step_meta(config, int(step.name))),
+        META: ocp.args.JsonSave(step_meta(config, int(step.name), came_as)),
     }
     log = logging.getLogger("absl")
     level = log.level

@@ -53,7 +53,7 @@ def save_pretrained(
 
     Args:
         variables: as the model's `init` gives them and `load_pretrained` does.
-        dtype: float32, bfloat16 or fp8.
+        dtype: float32, bfloat16, float16 or fp8.
         tokenizer: a directory with a tokenizer.json, to go with it.
 
     Raises:
@@ -73,6 +73,7 @@ class _Variables:
 
     def __init__(self, config: ModelConfig, variables: Mapping[str, Any], form: str):
         self.config, self.form = config, form
+        self.dtypes: dict[str, str] = {}
         self._arrays = {}
         for path, array in stacked_arrays(config).items():
             node: Any = variables

@@ -23,20 +23,21 @@ def write_run(
     dtype: str,
     companions: Path,
     progress: Callable[[int], None] = lambda nbytes: None,
+    keep_form: bool = True,
 ) -> None:
     """Write config.yaml, the tokenizer and step 0 of the weights of `source`.
 
     Args:
         directory: empty; see `staged_directory`.
         final: where it will be; the config names it.
-        dtype: float32 or bfloat16, of the weights on disk; training reads both as float32.
+        dtype: float32, bfloat16 or float16, of the weights on disk; training reads all as float32.
         companions: the Hugging Face directory that the tokenizer's files are in.
-        progress: see `write_step`.
+        progress, keep_form: see `write_step`.
 
     Raises:
         UserError: one line, if anything cannot be read or written.
     """
-    write_step(directory / "checkpoints" / str(FIRST_STEP), source, dtype, progress)
+    write_step(directory / "checkpoints" / str(FIRST_STEP), source, dtype, progress, keep_form)
     keep_companions(companions, directory / COMPANIONS_FOLDER)
     has_tokenizer = (directory / COMPANIONS_FOLDER / TOKENIZER_JSON).is_file()
     config = Config(

@@ -13,11 +13,9 @@ from typing import Any
 
 import numpy as np
 
+from deepseek_jax.checkpoint.hf_files import INDEX_FILE, weight_files
 from deepseek_jax.checkpoint.tensors import DTYPES, MAX_DIMENSIONS, CheckpointError, TensorSpec
-from deepseek_jax.checkpoint.untrusted import MAX_JSON_BYTES, file_inside, is_count, parse_object, read_object, shown
-
-SINGLE_FILE = "model.safetensors"
-INDEX_FILE = "model.safetensors.index.json"
+from deepseek_jax.checkpoint.untrusted import MAX_JSON_BYTES, is_count, parse_object, shown
 
 
 @dataclass(frozen=True, slots=True)
@@ -29,7 +27,7 @@ class StoredTensor(TensorSpec):
 
 
 class SafetensorsDirectory:
-    """A Hugging Face directory's tensors: one `model.safetensors`, or an index and its shards.
+    """A Hugging Face directory's tensors: one `model.safetensors`, or shards, with their index or all of them.
 
     Attributes:
         path: the directory.
@@ -43,17 +41,8 @@ class SafetensorsDirectory:
             CheckpointError: one line naming the file, and the tensor where there is one.
         """
         self.path = Path(path)
-        if not self.path.is_dir():
-            raise CheckpointError(f"{self.path}: not a directory; give one that holds {SINGLE_FILE} or {INDEX_FILE}")
-        single, index = (os.path.lexists(self.path / name) for name in (SINGLE_FILE, INDEX_FILE))
-        if single and index:
-            raise CheckpointError(f"{self.path}: holds both {SINGLE_FILE} and {INDEX_FILE}; remove the stale one")
-        if not single and not index:
-            raise CheckpointError(f"{self.path}: holds neither {SINGLE_FILE} nor {INDEX_FILE}")
-        if single:
-            self.entries = read_header(file_inside(self.path, SINGLE_FILE, str(self.path)))
-        else:
-            self.entries = _read_shards(self.path)
+        files, weight_map = weight_files(self.path)
+        self.entries = _read_shards(self.path, files, weight_map)
 
     @property
     def names(self) -> list[str]:
@@ -165,26 +154,19 @@ def _addressable(tensor: TensorSpec) -> bool:
     return TensorSpec("", tensor.dtype, tuple(size or 1 for size in tensor.shape)).nbytes < 2**63
 
 
-def _read_shards(directory: Path) -> dict[str, StoredTensor]:
-    """All tensors of an index's shards, checked to be where the index has them."""
-    index = file_inside(directory, INDEX_FILE, str(directory))
-    weight_map = read_object(index).get("weight_map")
-    if not isinstance(weight_map, dict) or not weight_map:
-        raise CheckpointError(f"{index}: weight_map must map tensors to files")
-    for name, file in weight_map.items():
-        if not isinstance(file, str):
-            raise CheckpointError(f"{index}: {shown(name)}: {shown(file)} is not the name of a file")
+def _read_shards(directory: Path, files: list[Path], weight_map: dict[str, str] | None) -> dict[str, StoredTensor]:
+    """All tensors of the files, checked to be where an index has them, if there is one."""
     entries: dict[str, StoredTensor] = {}
-    for file in dict.fromkeys(weight_map.values()):
-        for name, entry in read_header(file_inside(directory, file, str(index))).items():
+    for file in files:
+        for name, entry in read_header(file).items():
             if name in entries:
                 raise CheckpointError(f"{entry.file}: {name}: given twice, in {entries[name].file.name} too")
-            if name not in weight_map:
+            if weight_map is not None and name not in weight_map:
                 raise CheckpointError(f"{entry.file}: {name}: is not in {INDEX_FILE}")
             entries[name] = entry
-    for name, file in weight_map.items():
+    for name, where in (weight_map or {}).items():
         if name not in entries:
-            raise CheckpointError(f"{directory / file}: {shown(name)}: missing, though {INDEX_FILE} says it is there")
-        if entries[name].file.name != file:
-            raise CheckpointError(f"{entries[name].file}: {name}: {INDEX_FILE} says it is in {file}")
+            raise CheckpointError(f"{directory / where}: {shown(name)}: missing, though {INDEX_FILE} says it is there")
+        if entries[name].file.name != where:
+            raise CheckpointError(f"{entries[name].file}: {name}: {INDEX_FILE} says it is in {where}")
     return entries

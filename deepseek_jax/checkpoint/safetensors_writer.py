@@ -16,7 +16,7 @@ from pathlib import Path
 
 import numpy as np
 
-from deepseek_jax.checkpoint.safetensors_reader import INDEX_FILE, SINGLE_FILE
+from deepseek_jax.checkpoint.hf_files import INDEX_FILE, SINGLE_FILE
 from deepseek_jax.checkpoint.staging import disk_errors
 from deepseek_jax.checkpoint.tensors import DTYPES, MAX_DIMENSIONS, CheckpointError, TensorSpec
 from deepseek_jax.checkpoint.untrusted import MAX_JSON_BYTES, is_count, shown

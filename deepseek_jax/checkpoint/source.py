@@ -14,6 +14,8 @@ class Source(Protocol):
     config: ModelConfig
     form: str
     """The form (see `forms.FORMS`) that loses nothing of it."""
+    dtypes: dict[str, str]
+    """Tensors that are stored in another dtype than the form has them in, and that dtype; they go out in it again."""
     summary: str
     """Kind, number of tensors, bytes and dtypes, as one line for people."""
 

@@ -109,6 +109,18 @@ def file_inside(directory: Path, name: Any, where: str) -> Path:
     return path
 
 
+def require(path: Path, key: str, value: Any, expected: Any) -> None:
+    """Check that a key of the file `path` has the one value that is supported."""
+    if value != expected or isinstance(value, bool) != isinstance(expected, bool):
+        raise CheckpointError(f"{path}: {key} is {shown(value)}; only {shown(expected)} is supported")
+
+
+def agree(path: Path, key: str, value: Any, other: str, fields: dict[str, Any]) -> None:
+    """Take `value` for the field `other`, which must not say anything else."""
+    if fields.setdefault(other, value) != value:
+        raise CheckpointError(f"{path}: {key} is {shown(value)}, and {other} is {shown(fields[other])}")
+
+
 def model_config(fields: dict[str, Any], where: str) -> ModelConfig:
     """The model that `fields` describe, all values checked.
 

@@ -5,6 +5,7 @@ A config is a YAML file (a path, or the name of a preset in `configs/`) plus ove
 holds and what would be right.
 """
 
+from deepseek_jax.config.layers import expert_layers, has_experts, stretches
 from deepseek_jax.config.reading import find_config, from_mapping, load_config, presets, to_yaml
 from deepseek_jax.config.schema import (
     ATTENTIONS,
@@ -16,7 +17,9 @@ from deepseek_jax.config.schema import (
     MTP_FORMS,
     PRECISIONS,
     REMAT_CHOICES,
+    ROPE_TYPES,
     SCORING_FUNCS,
+    TOPK_METHODS,
     Config,
     ConfigError,
     DataConfig,
@@ -40,7 +43,9 @@ __all__ = [
     "MTP_FORMS",
     "PRECISIONS",
     "REMAT_CHOICES",
+    "ROPE_TYPES",
     "SCORING_FUNCS",
+    "TOPK_METHODS",
     "Config",
     "ConfigError",
     "DataConfig",
@@ -51,10 +56,13 @@ __all__ = [
     "PrepareConfig",
     "RopeScaling",
     "TrainConfig",
+    "expert_layers",
     "find_config",
     "from_mapping",
+    "has_experts",
     "load_config",
     "presets",
+    "stretches",
     "to_yaml",
     "validate",
 ]

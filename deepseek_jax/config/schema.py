@@ -18,6 +18,8 @@ HOW_COMPUTED = ("precision", "remat", "grouped_matmul", "attention", "capacity_f
 MOMENT_DTYPES = ("float32", "bfloat16")
 EXCHANGES = ("auto", "rounds", "ragged")
 SCORING_FUNCS = ("sigmoid", "softmax")
+TOPK_METHODS = ("noaux_tc", "greedy", "group_limited_greedy")
+ROPE_TYPES = ("yarn", "linear", "dynamic")
 FEED_FORWARDS = ("swiglu", "gelu")
 MTP_FORMS = ("sequential", "parallel")
 MESH_AXES = ("pipe", "data", "fsdp", "expert")
@@ -31,8 +33,11 @@ class ConfigError(UserError):
 
 @dataclass(frozen=True)
 class RopeScaling:
-    """YaRN (report 4.3): how rotary frequencies stretch beyond the length first trained on."""
+    """How rotary frequencies stretch beyond the length first trained on: by YaRN (report 4.3), unless said otherwise."""
 
+    rope_type: str = "yarn"
+    """`yarn`; `linear`, all frequencies divided by `factor`; or `dynamic`, which changes nothing up to
+    max_position_embeddings, the longest text there is here. Those two have no field but `factor`."""
     factor: float = 40.0
     original_max_position_embeddings: int = 4096
     beta_fast: float = 32.0
@@ -50,6 +55,8 @@ class ModelConfig:
     num_hidden_layers: int = 61
     first_k_dense_replace: int = 3
     """How many of the first layers have a dense feed-forward instead of experts."""
+    moe_layer_freq: int = 1
+    """Of the layers after those, the ones whose number (from 0) it divides have experts, the others are dense too."""
     intermediate_size: int = 18432
     """Width of the dense feed-forward."""
     feed_forward: str = "swiglu"
@@ -63,6 +70,8 @@ class ModelConfig:
     qk_nope_head_dim: int = 128
     qk_rope_head_dim: int = 64
     v_head_dim: int = 128
+    attention_bias: bool = False
+    """Whether what makes latents and what makes the output add a bias: q_a_proj, kv_a_proj_with_mqa and o_proj."""
 
     n_routed_experts: int = 256
     n_shared_experts: int = 1
@@ -76,6 +85,10 @@ class ModelConfig:
     capacity_factor: Optional[float] = None
     """In training, the most tokens of a sequence that an expert serves, in multiples of its even share; null is no limit.
     Counted by sequence, so that it depends neither on the mesh nor on the batch. Evaluation and generation drop nothing."""
+    topk_method: str = "noaux_tc"
+    """How experts are chosen: `noaux_tc`, by scores with a bias that balances, among groups by the sum of their two best
+    (report 2.1.2); `group_limited_greedy`, by scores alone, among groups by their best (DeepSeek-V2); or `greedy`, by
+    scores alone and of all experts. Those two have no bias."""
     n_group: int = 8
     topk_group: int = 4
     norm_topk_prob: bool = True
@@ -91,6 +104,8 @@ class ModelConfig:
 
     rms_norm_eps: float = 1e-6
     rope_theta: float = 10000.0
+    rope_interleave: bool = True
+    """Whether RoPE turns neighbours, (x[2i], x[2i+1]), or each of the first half with one of the second."""
     rope_scaling: Optional[RopeScaling] = None
     max_position_embeddings: int = 4096
     initializer_range: float = 0.006

@@ -15,7 +15,9 @@ from deepseek_jax.config.schema import (
     PHASE_SHAPES,
     PRECISIONS,
     REMAT_CHOICES,
+    ROPE_TYPES,
     SCORING_FUNCS,
+    TOPK_METHODS,
     Config,
     ConfigError,
     DataConfig,
@@ -67,7 +69,7 @@ def _validate_model(m: ModelConfig) -> None:
     _at_least(
         "model", m, 1, "vocab_size", "hidden_size", "num_hidden_layers", "intermediate_size", "num_attention_heads",
         "q_lora_rank", "kv_lora_rank", "qk_nope_head_dim", "v_head_dim", "n_routed_experts",
-        "num_experts_per_tok", "moe_intermediate_size", "n_group", "topk_group", "max_position_embeddings",
+        "num_experts_per_tok", "moe_intermediate_size", "n_group", "topk_group", "max_position_embeddings", "moe_layer_freq",
     )  # fmt: skip
     _at_least("model", m, 2, "qk_rope_head_dim")
     _at_least("model", m, 0, "num_nextn_predict_layers", "first_k_dense_replace", "n_shared_experts")
@@ -76,21 +78,14 @@ def _validate_model(m: ModelConfig) -> None:
              "must be even, for RoPE turns pairs")  # fmt: skip
     _require(m.first_k_dense_replace <= m.num_hidden_layers, "model.first_k_dense_replace", m.first_k_dense_replace,
              f"must be at most num_hidden_layers={m.num_hidden_layers}")  # fmt: skip
-    experts, groups = m.n_routed_experts, m.n_group
-    divisors = [n for n in range(1, experts + 1) if experts % n == 0]
-    _require(experts % groups == 0, "model.n_group", groups,
-             f"must divide n_routed_experts={experts}; nearest {min(divisors, key=lambda n: abs(n - groups))}")  # fmt: skip
-    _require(m.topk_group <= groups, "model.topk_group", m.topk_group, f"must be at most n_group={groups}")
-    _require(m.topk_group == groups or experts // groups >= 2, "model.n_group", groups,
-             f"a group is scored by its two best experts: at most {experts // 2} groups of {experts} experts")  # fmt: skip
-    reachable = experts // groups * m.topk_group
-    _require(m.num_experts_per_tok <= reachable, "model.num_experts_per_tok", m.num_experts_per_tok,
-             f"must be at most {reachable}, the experts in topk_group={m.topk_group} of {groups} groups")  # fmt: skip
+    _choice("model.topk_method", m.topk_method, TOPK_METHODS)
+    _validate_groups(m)
     _require(not m.shared_expert_gate or m.n_shared_experts > 1, "model.shared_expert_gate", "true",
              f"weighs several shared experts, and n_shared_experts is {m.n_shared_experts}; give 2 or more")  # fmt: skip
     if m.capacity_factor is not None:
         _above_zero("model", m, "capacity_factor")
     if m.rope_scaling is not None:
+        _choice("model.rope_scaling.rope_type", m.rope_scaling.rope_type, ROPE_TYPES)
         _at_least("model.rope_scaling", m.rope_scaling, 1, "factor", "original_max_position_embeddings")
         _above_zero("model.rope_scaling", m.rope_scaling, "beta_fast", "beta_slow")
         _at_least("model.rope_scaling", m.rope_scaling, 0, "mscale", "mscale_all_dim")
@@ -101,6 +96,25 @@ def _validate_model(m: ModelConfig) -> None:
     _choice("model.remat", m.remat, REMAT_CHOICES)
     _choice("model.grouped_matmul", m.grouped_matmul, GROUPED_MATMULS)
     _choice("model.attention", m.attention, ATTENTIONS)
+
+
+def _validate_groups(m: ModelConfig) -> None:
+    """Of the experts among which tokens choose."""
+    experts, groups = m.n_routed_experts, m.n_group
+    if m.topk_method == "greedy":
+        _require(m.num_experts_per_tok <= experts, "model.num_experts_per_tok", m.num_experts_per_tok,
+                 f"must be at most n_routed_experts={experts}")  # fmt: skip
+        return
+    divisors = [n for n in range(1, experts + 1) if experts % n == 0]
+    _require(experts % groups == 0, "model.n_group", groups,
+             f"must divide n_routed_experts={experts}; nearest {min(divisors, key=lambda n: abs(n - groups))}")  # fmt: skip
+    _require(m.topk_group <= groups, "model.topk_group", m.topk_group, f"must be at most n_group={groups}")
+    scored_by = 2 if m.topk_method == "noaux_tc" else 1
+    _require(m.topk_group == groups or experts // groups >= scored_by, "model.n_group", groups,
+             f"a group is scored by its two best experts: at most {experts // 2} groups of {experts} experts")  # fmt: skip
+    reachable = experts // groups * m.topk_group
+    _require(m.num_experts_per_tok <= reachable, "model.num_experts_per_tok", m.num_experts_per_tok,
+             f"must be at most {reachable}, the experts in topk_group={m.topk_group} of {groups} groups")  # fmt: skip
 
 
 def _validate_data(d: DataConfig) -> None:

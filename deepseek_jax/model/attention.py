@@ -60,13 +60,13 @@ class MultiHeadLatentAttention(nn.Module):
         if c.q_lora_rank is None:
             self.q_proj = Linear(c, c.hidden_size, q_width)
         else:
-            self.q_a_proj = Linear(c, c.hidden_size, c.q_lora_rank)
+            self.q_a_proj = Linear(c, c.hidden_size, c.q_lora_rank, c.attention_bias)
             self.q_a_layernorm = RMSNorm(c, LATENT_NORM_EPS)
             self.q_b_proj = Linear(c, c.q_lora_rank, q_width)
-        self.kv_a_proj_with_mqa = Linear(c, c.hidden_size, c.kv_lora_rank + c.qk_rope_head_dim)
+        self.kv_a_proj_with_mqa = Linear(c, c.hidden_size, c.kv_lora_rank + c.qk_rope_head_dim, c.attention_bias)
         self.kv_a_layernorm = RMSNorm(c, LATENT_NORM_EPS)
         self.kv_b_proj = Linear(c, c.kv_lora_rank, heads * (c.qk_nope_head_dim + c.v_head_dim))
-        self.o_proj = Linear(c, heads * c.v_head_dim, c.hidden_size)
+        self.o_proj = Linear(c, heads * c.v_head_dim, c.hidden_size, c.attention_bias)
 
     def __call__(
         self,
@@ -102,12 +102,13 @@ class MultiHeadLatentAttention(nn.Module):
         c = self.config
         first = self.q_proj if c.q_lora_rank is None else self.q_a_proj
         q, kv = products(c, x, first.weight, self.kv_a_proj_with_mqa.weight)
-        kv = keep(kv, WAYPOINT)
+        q, kv = first.biased(q), keep(self.kv_a_proj_with_mqa.biased(kv), WAYPOINT)
         if c.q_lora_rank is not None:
             q = self.q_b_proj(self.q_a_layernorm(keep(q, WAYPOINT)))
-        q = turn_ends(q.reshape(*x.shape[:2], c.num_attention_heads, -1), *rope)
+        q = turn_ends(q.reshape(*x.shape[:2], c.num_attention_heads, -1), *rope, c.rope_interleave)
         c_kv, k_rope = jnp.split(kv, [c.kv_lora_rank], axis=-1)
-        latents = Latents(self.kv_a_layernorm(c_kv), apply_rope(k_rope[:, :, None], *rope)[:, :, 0])
+        k_rope = apply_rope(k_rope[:, :, None], *rope, c.rope_interleave)[:, :, 0]
+        latents = Latents(self.kv_a_layernorm(c_kv), k_rope)
         return q, latents
 
     def _expanded(self, q: jax.Array, latents: Latents, segment_ids: Optional[jax.Array]) -> jax.Array:

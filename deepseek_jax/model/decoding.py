@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 from flax.traverse_util import flatten_dict, unflatten_dict
 
-from deepseek_jax.config import ModelConfig
+from deepseek_jax.config import ModelConfig, has_experts, stretches
 from deepseek_jax.model.attention import ABSORBED, Latents, absorbed_weights
 from deepseek_jax.model.block import Block
 from deepseek_jax.model.layers import RMSNorm, compute_dtype, widen
@@ -46,9 +46,9 @@ def prepare(config: ModelConfig, variables: dict[str, Any], sequences: int) -> W
     params = variables["params"]
     cuts = jax.default_backend() == "cpu" and config.precision != "fp8"
     layers = []
-    for stack, count in _stacks(config):
+    for stack, first, end in stretches(config):
         trees = {kind: tree[stack] for kind, tree in variables.items() if stack in tree}
-        for i in range(count):
+        for i in range(first, end):
             layer = jax.tree.map(lambda x, i=i: x[i], trees)
             weight = layer["params"]["self_attn"]["kv_b_proj"]["weight"]
             layer[ABSORBED] = {"self_attn": {"weights": absorbed_weights(config, weight)}}
@@ -69,7 +69,8 @@ def cut_layer(config: ModelConfig, layer: dict[str, Any], sequences: int) -> dic
     even = c.moe_intermediate_size % COLUMNS == 0 == c.hidden_size % COLUMNS
     experts = even and c.n_routed_experts / c.num_experts_per_tok <= sequences <= FEW
     for path, weight in flatten_dict(layer["params"]).items():
-        if (path[-2] == "experts" and experts) or (path[-2] in LINEAR and weight.shape[1] % COLUMNS == 0):
+        is_linear = path[-2] in LINEAR and path[-1] == "weight" and weight.shape[1] % COLUMNS == 0
+        if is_linear or (path[-2] == "experts" and experts):
             del params[path]
             panels[path] = cut(weight.reshape(-1, c.hidden_size) if path[-2:] == EXPERTS_DOWN else weight)
     return layer | {"params": unflatten_dict(params), PANELS: unflatten_dict(panels)}
@@ -84,11 +85,6 @@ def whole_layer(config: ModelConfig, layer: dict[str, Any]) -> dict[str, Any]:
         else:
             params[path] = whole(panels, config.n_routed_experts if path[-2] == "experts" else None)
     return {kind: tree for kind, tree in layer.items() if kind != PANELS} | {"params": unflatten_dict(params)}
-
-
-def _stacks(config: ModelConfig) -> list[tuple[str, int]]:
-    dense = config.first_k_dense_replace
-    return [("dense_layers", dense), ("moe_layers", config.num_hidden_layers - dense)]
 
 
 def prefill(
@@ -135,7 +131,7 @@ def _run(
     x = weights.embedding[tokens].astype(compute_dtype(config))
     latents = []
     for index, (layer, cached) in enumerate(zip(weights.layers, cache)):
-        block = Block(dropless(config), moe=index >= config.first_k_dense_replace)
+        block = Block(dropless(config), moe=has_experts(config, index))
         x, output = block.apply(layer, x, rope, positions, cached)
         latents.append(output.latents)
     return x, latents

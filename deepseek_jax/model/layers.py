@@ -31,20 +31,27 @@ def widen(dtype: jnp.dtype) -> jnp.dtype:
 
 
 class Linear(nn.Module):
-    """`x W` without a bias; `weight` is [in_features, features], or in decoding the same in `Panels`."""
+    """`x W`, plus `bias` if it has one; `weight` is [in_features, features], or in decoding the same in `Panels`."""
 
     config: ModelConfig
     in_features: int
     features: int
+    has_bias: bool = False
 
     def setup(self):
         init, shape = nn.initializers.normal(self.config.initializer_range), (self.in_features, self.features)
         cut = self.get_variable(PANELS, "weight")
         self.weight = self.param("weight", init, shape, param_dtype(self.config)) if cut is None else cut
+        if self.has_bias:
+            self.bias = self.param("bias", nn.initializers.zeros, (self.features,), param_dtype(self.config))
 
     def __call__(self, x: jax.Array) -> jax.Array:
         """[..., in_features] -> [..., features]."""
-        return products(self.config, x, self.weight)[0]
+        return self.biased(products(self.config, x, self.weight)[0])
+
+    def biased(self, y: jax.Array) -> jax.Array:
+        """`y`, a product with the weight, plus the bias."""
+        return y + self.bias.astype(y.dtype) if self.has_bias else y
 
 
 class RMSNorm(nn.Module):

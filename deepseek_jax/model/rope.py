@@ -1,6 +1,7 @@
-"""Rotary position embedding in interleaved pairs, and YaRN's stretch of it (report 2.1.1, 4.3)."""
+"""Rotary position embedding, and what stretches it: YaRN above all (report 2.1.1, 4.3)."""
 
 import math
+from functools import partial
 
 import jax
 import jax.numpy as jnp
@@ -25,8 +26,8 @@ def rope_angles(config: ModelConfig, positions: jax.Array) -> tuple[jax.Array, j
     return jnp.cos(angles) * magnitude, jnp.sin(angles) * magnitude
 
 
-def apply_rope(x: jax.Array, cos: jax.Array, sin: jax.Array) -> jax.Array:
-    """Turn each pair (x[2i], x[2i+1]) of the last axis by its angle.
+def apply_rope(x: jax.Array, cos: jax.Array, sin: jax.Array, interleave: bool = True) -> jax.Array:
+    """Turn each pair of the last axis by its angle: (x[2i], x[2i+1]), or if not `interleave` (x[i], x[R/2 + i]).
 
     Args:
         x: [..., T, H, R] queries or keys; H heads share a position's angle.
@@ -34,52 +35,54 @@ def apply_rope(x: jax.Array, cos: jax.Array, sin: jax.Array) -> jax.Array:
     """
     cos, sin = cos[..., None, :], sin[..., None, :]
     wide = x.astype(cos.dtype)
-    even, odd = wide[..., 0::2], wide[..., 1::2]
-    turned = jnp.stack([even * cos - odd * sin, odd * cos + even * sin], axis=-1)
-    return turned.reshape(x.shape).astype(x.dtype)
+    one, other = (wide[..., 0::2], wide[..., 1::2]) if interleave else jnp.split(wide, 2, axis=-1)
+    turned = one * cos - other * sin, other * cos + one * sin
+    joined = jnp.stack(turned, axis=-1).reshape(x.shape) if interleave else jnp.concatenate(turned, axis=-1)
+    return joined.astype(x.dtype)
 
 
-@jax.custom_vjp
-def turn_ends(x: jax.Array, cos: jax.Array, sin: jax.Array) -> jax.Array:
+@partial(jax.custom_vjp, nondiff_argnums=(3,))
+def turn_ends(x: jax.Array, cos: jax.Array, sin: jax.Array, interleave: bool = True) -> jax.Array:
     """`apply_rope` to the last R of the last axis, what is before them as it is.
 
     Args:
         x: [..., T, H, D] queries.
         cos, sin: [..., T, R / 2] from `rope_angles`; no gradient flows to them.
     """
-    return jax.lax.platform_dependent(x, cos, sin, tpu=turned_by_product, default=turned_by_parts)
+    forms = (partial(form, interleave=interleave) for form in (turned_by_product, turned_by_parts))
+    return jax.lax.platform_dependent(x, cos, sin, **dict(zip(("tpu", "default"), forms)))
 
 
-def turned_by_parts(x: jax.Array, cos: jax.Array, sin: jax.Array) -> jax.Array:
+def turned_by_parts(x: jax.Array, cos: jax.Array, sin: jax.Array, interleave: bool = True) -> jax.Array:
     """`turn_ends` as it is defined."""
     start, end = jnp.split(x, [x.shape[-1] - 2 * cos.shape[-1]], axis=-1)
-    return jnp.concatenate([start, apply_rope(end, cos, sin)], axis=-1)
+    return jnp.concatenate([start, apply_rope(end, cos, sin, interleave)], axis=-1)
 
 
-def turned_by_product(x: jax.Array, cos: jax.Array, sin: jax.Array) -> jax.Array:
+def turned_by_product(x: jax.Array, cos: jax.Array, sin: jax.Array, interleave: bool = True) -> jax.Array:
     """`turn_ends` for TPUs, on which taking pairs apart and together moves all of x several times.
 
     A product with a matrix of signs brings each of a pair to the other's place; no number changes by it.
     """
     pairs, start = cos.shape[-1], x.shape[-1] - 2 * cos.shape[-1]
-    even = np.arange(start, x.shape[-1], 2)
+    places = np.arange(start, x.shape[-1])
+    one, another = (places[0::2], places[1::2]) if interleave else np.split(places, 2)
     signs = np.zeros((x.shape[-1], x.shape[-1]))
-    signs[even + 1, even], signs[even, even + 1] = -1, 1
+    signs[another, one], signs[one, another] = -1, 1
     other = jnp.matmul(x, jnp.asarray(signs, x.dtype), precision=jax.lax.Precision.HIGHEST)
 
     def factors(of_pairs: jax.Array, before: float) -> jax.Array:
         """[..., T, 1, D]."""
         unturned = jnp.full((*of_pairs.shape[:-1], start), before, of_pairs.dtype)
-        return jnp.concatenate([unturned, jnp.repeat(of_pairs, 2, axis=-1, total_repeat_length=2 * pairs)], axis=-1)[
-            ..., None, :
-        ]
+        both = [jnp.repeat(of_pairs, 2, axis=-1, total_repeat_length=2 * pairs)] if interleave else [of_pairs, of_pairs]
+        return jnp.concatenate([unturned, *both], axis=-1)[..., None, :]
 
     return (x * factors(cos, 1) + other * factors(sin, 0)).astype(x.dtype)
 
 
 turn_ends.defvjp(
-    lambda x, cos, sin: (turn_ends(x, cos, sin), (cos, sin)),
-    lambda angles, gradient: (turn_ends(gradient, angles[0], -angles[1]), None, None),  # turned back
+    lambda x, cos, sin, interleave: (turn_ends(x, cos, sin, interleave), (cos, sin)),
+    lambda interleave, angles, gradient: (turn_ends(gradient, angles[0], -angles[1], interleave), None, None),  # turned back
 )
 
 
@@ -92,8 +95,10 @@ def inverse_frequencies(config: ModelConfig) -> np.ndarray:
     dim = config.qk_rope_head_dim
     frequencies = config.rope_theta ** (-np.arange(0, dim, 2, dtype=np.float64) / dim)
     scaling = config.rope_scaling
-    if scaling is None:
+    if scaling is None or scaling.rope_type == "dynamic":
         return frequencies
+    if scaling.rope_type == "linear":
+        return frequencies / scaling.factor
     low = max(math.floor(_pair_of_turns(config, scaling, scaling.beta_fast)), 0)
     high = min(math.ceil(_pair_of_turns(config, scaling, scaling.beta_slow)), dim - 1)
     width = high - low or 0.001
@@ -110,7 +115,7 @@ def _pair_of_turns(config: ModelConfig, scaling: RopeScaling, turns: float) -> f
 def rope_magnitude(config: ModelConfig) -> float:
     """YaRN's factor on cosine and sine: the ratio of mscale to mscale_all_dim, 1 for DeepSeek-V3."""
     scaling = config.rope_scaling
-    if scaling is None:
+    if scaling is None or scaling.rope_type != "yarn":
         return 1.0
     if scaling.mscale and scaling.mscale_all_dim:
         return _mscale(scaling.factor, scaling.mscale) / _mscale(scaling.factor, scaling.mscale_all_dim)
@@ -121,7 +126,7 @@ def softmax_scale(config: ModelConfig) -> float:
     """Factor on the attention scores: (nope + rope)^-1/2, sharpened under YaRN."""
     scale = (config.qk_nope_head_dim + config.qk_rope_head_dim) ** -0.5
     scaling = config.rope_scaling
-    if scaling is None:
+    if scaling is None or scaling.rope_type != "yarn":
         return scale
     return scale * _mscale(scaling.factor, scaling.mscale_all_dim) ** 2
 

@@ -32,7 +32,7 @@ class Routing(NamedTuple):
 
 
 class Router(nn.Module):
-    """Scores, a bias that acts on the selection alone, selection limited to groups, and room if that is limited."""
+    """Scores, selection by them (with a bias and among groups, as `topk_method` says), and room if that is limited."""
 
     config: ModelConfig
 
@@ -43,10 +43,13 @@ class Router(nn.Module):
         dtype = param_dtype(c)
         init = nn.initializers.normal(c.initializer_range)
         weight = self.param("weight", init, (x.shape[-1], c.n_routed_experts), dtype)
-        bias = self.variable(ROUTER_STATE, "e_score_correction_bias", jnp.zeros, (c.n_routed_experts,), dtype).value
         logits = jnp.matmul(x.astype(dtype), weight, precision=jax.lax.Precision.HIGHEST)
         scores = SCORING_FUNCS[c.scoring_func](logits)
-        indices = keep(select_experts(c, jax.lax.stop_gradient(scores + bias)))
+        preferred = scores
+        if c.topk_method == "noaux_tc":
+            bias = self.variable(ROUTER_STATE, "e_score_correction_bias", jnp.zeros, (c.n_routed_experts,), dtype)
+            preferred = scores + bias.value
+        indices = keep(select_experts(c, jax.lax.stop_gradient(preferred)))
         weights = jnp.take_along_axis(scores, indices, axis=-1)
         dropped = None
         if c.capacity_factor is not None:
@@ -63,20 +66,32 @@ SCORING_FUNCS = {"sigmoid": jax.nn.sigmoid, "softmax": jax.nn.softmax}
 """By `ModelConfig.scoring_func`: a router's logits [..., E] to scores."""
 
 
-def select_experts(config: ModelConfig, biased_scores: jax.Array) -> jax.Array:
-    """Best num_experts_per_tok experts within the best topk_group groups: [..., E] -> [..., K] int32.
+def two_best(grouped: jax.Array) -> jax.Array:
+    """A group's score as the sum of its two best experts': [..., G, E / G] -> [..., G]."""
+    return jnp.sum(jax.lax.top_k(grouped, 2)[0], axis=-1)
 
-    A group's score is the sum of its two best; what lies outside the kept groups counts as minus
-    infinity, since biased scores may be negative.
+
+def best(grouped: jax.Array) -> jax.Array:
+    """A group's score as its best expert's."""
+    return jnp.max(grouped, axis=-1)
+
+
+GROUP_SCORES = {"noaux_tc": two_best, "group_limited_greedy": best}
+"""By `ModelConfig.topk_method`, for those that choose groups first."""
+
+
+def select_experts(config: ModelConfig, scores: jax.Array) -> jax.Array:
+    """Best num_experts_per_tok experts, within the best topk_group groups where these count: [..., E] -> [..., K] int32.
+
+    What lies outside the kept groups counts as minus infinity, since biased scores may be negative.
     """
     c = config
-    if c.topk_group < c.n_group:
-        grouped = biased_scores.reshape(*biased_scores.shape[:-1], c.n_group, -1)
-        group_scores = jnp.sum(jax.lax.top_k(grouped, 2)[0], axis=-1)
-        kept = jax.lax.top_k(group_scores, c.topk_group)[1]
+    if c.topk_method in GROUP_SCORES and c.topk_group < c.n_group:
+        grouped = scores.reshape(*scores.shape[:-1], c.n_group, -1)
+        kept = jax.lax.top_k(GROUP_SCORES[c.topk_method](grouped), c.topk_group)[1]
         mask = jnp.any(kept[..., None] == jnp.arange(c.n_group), axis=-2)
-        biased_scores = jnp.where(mask[..., None], grouped, -jnp.inf).reshape(biased_scores.shape)
-    return jax.lax.top_k(biased_scores, c.num_experts_per_tok)[1]
+        scores = jnp.where(mask[..., None], grouped, -jnp.inf).reshape(scores.shape)
+    return jax.lax.top_k(scores, c.num_experts_per_tok)[1]
 
 
 def find_room(config: ModelConfig, indices: jax.Array, factor: float) -> jax.Array:

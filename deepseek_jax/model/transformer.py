@@ -11,7 +11,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from deepseek_jax.config import ModelConfig
+from deepseek_jax.config import ModelConfig, expert_layers, stretches
 from deepseek_jax.model.block import Block, BlockOutput
 from deepseek_jax.model.layer_loop import begin_sums, end_sums, run_chunk, run_layers
 from deepseek_jax.model.layers import Embedding, Linear, RMSNorm, compute_dtype, param_dtype
@@ -65,8 +65,9 @@ class DeepseekV3(nn.Module):
     def setup(self):
         c = self.config
         self.embed_tokens = Embedding(c, self.division)
-        moe = 0 if self._is_pipelined() else c.num_hidden_layers - c.first_k_dense_replace
-        counts = {"dense_layers": c.first_k_dense_replace, "moe_layers": moe, "mtp_layers": c.num_nextn_predict_layers}
+        moe = expert_layers(c)
+        counts = {"dense_layers": c.num_hidden_layers - moe, "moe_layers": 0 if self._is_pipelined() else moe}
+        counts["mtp_layers"] = c.num_nextn_predict_layers
         for name, count in counts.items():
             if count:
                 setattr(self, name, self._initial(name, count))
@@ -115,13 +116,21 @@ class DeepseekV3(nn.Module):
         return weight.astype(compute_dtype(self.config))
 
     def _layers(self, x: jax.Array, shared: Shared) -> tuple[jax.Array, dict[str, BlockOutput]]:
-        """Run every stack of the main model in turn."""
-        outputs = {}
-        for name in ("dense_layers", "moe_layers"):
-            if hasattr(self, name):
-                x, outputs[name] = self._run(name, x, shared)
-        if self._is_pipelined():
-            x, outputs[PIPELINED] = self._pipelined(x, shared)
+        """Run the main model's layers in turn, a stack's at once where no other kind comes between."""
+        found: dict[str, list[BlockOutput]] = {}
+        runs = stretches(self.config)
+        if self.is_initializing():  # every stack makes its variables whole
+            runs = [(name, 0, end) for name, end in {name: end for name, _, end in runs}.items()]
+        for name, first, end in runs:
+            if name == PIPELINED and self._is_pipelined():
+                x, output = self._pipelined(x, shared)
+            else:
+                x, output = self._run(name, x, shared, part=(first, end))
+            found.setdefault(name, []).append(output)
+        outputs = {
+            name: of[0] if len(of) == 1 else jax.tree.map(lambda *parts: jnp.concatenate(parts), *of)
+            for name, of in found.items()
+        }
         return x, outputs
 
     def _is_pipelined(self) -> bool:
@@ -135,11 +144,11 @@ class DeepseekV3(nn.Module):
         assert self.division is not None
         c, parallel = self.config, self.division.parallel
         rounds, size = x.shape[0] // parallel.microbatch_size, parallel.microbatch_size
-        layers = assign_layers(c.num_hidden_layers - c.first_k_dense_replace, parallel)
+        layers = assign_layers(expert_layers(c), parallel)
         present = (jnp.asarray(layers) != ABSENT)[jax.lax.axis_index("pipe")]
         params, biases = (
             jax.tree.map(
-                lambda leaf: leaf.reshape(*layers.shape[1:], *leaf.shape[1:]), self.variables.get(kind, {})[PIPELINED]
+                lambda leaf: leaf.reshape(*layers.shape[1:], *leaf.shape[1:]), self.variables.get(kind, {}).get(PIPELINED, {})
             )
             for kind in ("params", ROUTER_STATE)
         )
@@ -159,11 +168,15 @@ class DeepseekV3(nn.Module):
         counts, means = own_layers((counts, jax.tree.map(lambda mean: mean / rounds, means)))
         return outputs.reshape(x.shape), BlockOutput(None, counts, *means)
 
-    def _run(self, name: str, x: jax.Array, shared: Shared, each: Any = None) -> tuple[jax.Array, Any]:
-        """x through the layers called `name`; `each` has an entry for each of them."""
+    def _run(
+        self, name: str, x: jax.Array, shared: Shared, each: Any = None, part: Optional[tuple[int, int]] = None
+    ) -> tuple[jax.Array, Any]:
+        """x through the layers called `name`; `each` has an entry for each of them, and `part` is first and end if not all."""
         if self.is_initializing():
             return getattr(self, name)(x, shared.rope, shared.positions, each)
         params, biases = (self.variables.get(kind, {}).get(name, {}) for kind in ("params", ROUTER_STATE))
+        if part is not None and part != (0, len(jax.tree.leaves(params)[0])):
+            params, biases = jax.tree.map(lambda leaf: leaf[slice(*part)], (params, biases))
         return self._run_layers(name, shared, params, x, biases, each)
 
     def _run_layers(self, name: str, shared: Shared, params: Any, x: jax.Array, *each: Any) -> tuple[jax.Array, Any]:
@@ -227,4 +240,4 @@ def _routing(
 def _expert_layers(config: ModelConfig) -> int:
     """Layers with experts, in the main model and in MTP modules."""
     in_mtp = config.num_nextn_predict_layers if config.mtp_form == "sequential" else 0
-    return config.num_hidden_layers - config.first_k_dense_replace + in_mtp
+    return expert_layers(config) + in_mtp

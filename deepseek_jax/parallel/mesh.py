@@ -9,7 +9,7 @@ import jax
 from jax.experimental import mesh_utils
 from jax.sharding import AxisType, Mesh
 
-from deepseek_jax.config import MESH_AXES, Config, ConfigError, ParallelConfig
+from deepseek_jax.config import MESH_AXES, Config, ConfigError, ParallelConfig, expert_layers
 
 ALONE = ParallelConfig(data=1)
 """One device."""
@@ -26,7 +26,12 @@ def resolve(config: Config, devices: int) -> ParallelConfig:
     model, train = config.model, config.train
     _divides("parallel.expert", parallel.expert, "model.n_routed_experts", model.n_routed_experts)
     _divides("parallel.exchange_groups", parallel.exchange_groups, "parallel.expert", parallel.expert)
-    layers, stages = model.num_hidden_layers - model.first_k_dense_replace, parallel.pipe * parallel.pipe_interleave
+    if parallel.pipe > 1 and model.moe_layer_freq > 1:
+        raise ConfigError(
+            f"parallel.pipe={parallel.pipe}: stages are of mixture-of-experts layers alone, and with "
+            f"model.moe_layer_freq={model.moe_layer_freq} dense ones stand between; divide by fsdp, data and expert"
+        )
+    layers, stages = expert_layers(model), parallel.pipe * parallel.pipe_interleave
     if parallel.pipe > 1 and stages > layers:
         raise ConfigError(
             f"parallel.pipe={parallel.pipe} with pipe_interleave={parallel.pipe_interleave}: {stages} parts for "
@@ -82,7 +87,7 @@ def _filled(config: Config, devices: int) -> ParallelConfig:
 def _nearest_shape(config: Config, devices: int) -> tuple[int, ...]:
     """The mesh of that many devices whose sizes are the fewest doublings away from those asked for."""
     model = config.model
-    layers = model.num_hidden_layers - model.first_k_dense_replace
+    layers = expert_layers(model)
 
     def shapes(devices: int, axes: int) -> list[tuple[int, ...]]:
         if axes == 1:

@@ -6,7 +6,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from deepseek_jax.config import Config, ModelConfig
+from deepseek_jax.config import Config, ModelConfig, expert_layers
 from deepseek_jax.parallel.exchange import hops_of
 from deepseek_jax.parallel.pipeline import assign_layers, bubble
 from deepseek_jax.parallel.sharding import PIPELINED, Division, Place, bytes_per_device
@@ -57,7 +57,7 @@ def _exchange(config: Config, division: Division) -> str:
 
 def _pipeline(config: Config, division: Division) -> str:
     parallel, train = division.parallel, config.train
-    layers = config.model.num_hidden_layers - config.model.first_k_dense_replace
+    layers = expert_layers(config.model)
     own = (assign_layers(layers, parallel) >= 0).sum(axis=(1, 2))
     sequences = train.batch_size // train.gradient_accumulation_steps // division.mesh.size
     rounds = sequences // parallel.microbatch_size

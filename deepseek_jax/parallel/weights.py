@@ -14,7 +14,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from deepseek_jax.config import ModelConfig
+from deepseek_jax.config import ModelConfig, expert_layers
 from deepseek_jax.parallel.pipeline import ABSENT, assign_layers
 from deepseek_jax.parallel.sharding import PIPELINED, Division, Place
 from deepseek_jax.precision.narrow import narrow
@@ -34,7 +34,7 @@ def collect(division: Division, config: ModelConfig, params: Any, router_state: 
         return _deal(division, config, place, leaf, absent=0 if {"o_proj", "down_proj"} & set(path) else 1)
 
     params = division.map(one, params)
-    if division.parallel.pipe > 1:
+    if division.parallel.pipe > 1 and PIPELINED in router_state:
         whole = Place(())
         dealt = jax.tree.map(lambda leaf: _deal(division, config, whole, leaf, absent=1), router_state[PIPELINED])
         router_state = router_state | {PIPELINED: dealt}
@@ -152,7 +152,7 @@ def _product_type(config: ModelConfig, path: tuple[str, ...], dtype: jnp.dtype) 
 def _is_product(path: tuple[str, ...]) -> bool:
     """Whether a parameter is the weight of a product in the type of activations."""
     is_gate = not {"gate", "shared_expert_gate"}.isdisjoint(path)
-    return not (path[0] == "embed_tokens" or is_gate or any("norm" in name for name in path))
+    return not (path[0] == "embed_tokens" or path[-1] == "bias" or is_gate or any("norm" in name for name in path))
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(1, 2))
@@ -206,5 +206,4 @@ def _undeal(division: Division, config: ModelConfig, place: Place, leaf: jax.Arr
 
 def _layers(division: Division, config: ModelConfig) -> np.ndarray:
     """Layers by stage, [pipe, own layers]."""
-    layers = config.num_hidden_layers - config.first_k_dense_replace
-    return assign_layers(layers, division.parallel).reshape(division.parallel.pipe, -1)
+    return assign_layers(expert_layers(config), division.parallel).reshape(division.parallel.pipe, -1)

@@ -3,7 +3,7 @@
 import dataclasses
 from typing import Any
 
-from deepseek_jax.config import Config, ConfigError
+from deepseek_jax.config import Config, ConfigError, expert_layers
 from deepseek_jax.parallel.pipeline import assign_layers
 from deepseek_jax.planning.buffers import Fullest, fullest_moment
 from deepseek_jax.planning.program import Array, Instruction, Program
@@ -13,8 +13,7 @@ from deepseek_jax.planning.step import CompiledText, StepFigures, lines_of
 
 def stacked(config: Config) -> int:
     """Mixture-of-experts layers that a device holds in a stack."""
-    model = config.model
-    return assign_layers(model.num_hidden_layers - model.first_k_dense_replace, config.parallel).shape[-1]
+    return assign_layers(expert_layers(config.model), config.parallel).shape[-1]
 
 
 def fewer_layers(config: Config, layers: int) -> tuple[Config, Config]:
@@ -24,6 +23,8 @@ def fewer_layers(config: Config, layers: int) -> tuple[Config, Config]:
         ConfigError: they have no two such stacks, stages would be uneven, or it is the whole model.
     """
     model, parallel = config.model, config.parallel
+    if model.moe_layer_freq > 1:
+        raise ConfigError(f"--layers {layers}: not with model.moe_layer_freq={model.moe_layer_freq}, whose layers differ")
     step = parallel.pipe * parallel.pipe_interleave
     few = range(model.first_k_dense_replace + 2 * step, model.num_hidden_layers, step)
     if layers not in few:

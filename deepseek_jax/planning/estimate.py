@@ -5,7 +5,7 @@ import re
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
-from deepseek_jax.config import Config, ConfigError
+from deepseek_jax.config import Config, ConfigError, expert_layers
 from deepseek_jax.implementations import choose
 from deepseek_jax.parallel.mesh import make_mesh, resolve
 from deepseek_jax.parallel.pipeline import bubble
@@ -138,5 +138,4 @@ def _bubble(config: Config) -> float | None:
     if parallel.pipe == 1:
         return None
     own = train.batch_size // train.gradient_accumulation_steps // parallel_size(config)
-    layers = config.model.num_hidden_layers - config.model.first_k_dense_replace
-    return bubble(layers, parallel, own // parallel.microbatch_size)
+    return bubble(expert_layers(config.model), parallel, own // parallel.microbatch_size)

@@ -165,7 +165,7 @@ def flops_by_part(model: ModelConfig, sequence_length: int) -> dict[str, Flops]:
 
     for path, size in _weights(model):
         part = part_of(path)
-        if not part.endswith(("embedding", "norms", "head")):
+        if path[-1] != "bias" and not part.endswith(("embedding", "norms", "head")):
             is_last = "down_proj" in path and not part.startswith(MTP)
             add(part, 2 * _active(model, path, size), is_made_again=not is_last)
     in_mtp = model.num_nextn_predict_layers if model.mtp_form == "sequential" else 0

@@ -15,7 +15,7 @@ import jax
 import numpy as np
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
-from deepseek_jax.config import MESH_AXES, Config, ConfigError, ModelConfig, ParallelConfig
+from deepseek_jax.config import MESH_AXES, Config, ConfigError, ModelConfig, ParallelConfig, expert_layers
 from deepseek_jax.parallel.exchange import devices_of_a_token, hops_of
 from deepseek_jax.parallel.mesh import make_mesh, resolve
 from deepseek_jax.parallel.pipeline import bubble
@@ -183,7 +183,7 @@ def _rough(config: Config, topology: Topology, devices: list, state: Any) -> Can
     products = flops * sequences * train.sequence_length / (ROUGH_SHARE * machine.bf16_flops)
     times = train.gradient_accumulation_steps
     if parallel.pipe > 1:
-        moe, rounds = model.num_hidden_layers - model.first_k_dense_replace, at_once // parallel.microbatch_size
+        moe, rounds = expert_layers(model), at_once // parallel.microbatch_size
         products /= 1 - bubble(moe, parallel, rounds)
         times *= rounds * parallel.pipe
 

@@ -15,7 +15,7 @@ import orbax.checkpoint as ocp
 from deepseek_jax.checkpoint.digests import damaged_file, write_digests
 from deepseek_jax.checkpoint.orbax_step import META, VARIABLES, first_line, read_meta, stacked_arrays, step_meta
 from deepseek_jax.checkpoint.tensors import CheckpointError
-from deepseek_jax.config import HOW_COMPUTED, Config, ModelConfig
+from deepseek_jax.config import HOW_COMPUTED, Config, ModelConfig, RopeScaling
 from deepseek_jax.parallel import processes
 from deepseek_jax.training.optimizer import make_optimizer
 from deepseek_jax.training.resume import saved_sections
@@ -194,6 +194,8 @@ class Checkpoints:
     def _check_model(self, step: int) -> None:
         saved = self.meta(step)["model"]
         saved = dataclasses.asdict(ModelConfig()) | saved  # before a field was there, its default was all there was
+        if isinstance(saved["rope_scaling"], dict):
+            saved["rope_scaling"] = dataclasses.asdict(RopeScaling()) | saved["rope_scaling"]
         for name, value in dataclasses.asdict(self._config.model).items():
             if name not in HOW_COMPUTED and saved[name] != value:
                 raise CheckpointError(

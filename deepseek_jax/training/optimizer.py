@@ -38,9 +38,9 @@ def _moments_kept_in(train: TrainConfig, adam: optax.GradientTransformation) -> 
 
 
 def decays(params: Any) -> Any:
-    """Tree of booleans: weight decay acts on everything but the norms."""
+    """Tree of booleans: weight decay acts on everything but norms and biases."""
 
     def is_matrix(path: tuple, leaf: jax.Array) -> bool:
-        return not any(key.key.endswith("norm") for key in path)
+        return path[-1].key != "bias" and not any(key.key.endswith("norm") for key in path)
 
     return jax.tree_util.tree_map_with_path(is_matrix, params)

@@ -39,13 +39,13 @@ class MultiHeadLatentAttention(nn.Module):
         if c.q_lora_rank is None:
             self.q_proj = Linear(c, c.hidden_size, q_width)
         else:
-            self.q_a_proj = Linear(c, c.hidden_size, c.q_lora_rank)
+            self.q_a_proj = Linear(c, c.hidden_size, c.q_lora_rank, c.attention_bias)
             self.q_a_layernorm = RMSNorm(c, c.q_lora_rank, LATENT_NORM_EPS)
             self.q_b_proj = Linear(c, c.q_lora_rank, q_width)
-        self.kv_a_proj_with_mqa = Linear(c, c.hidden_size, c.kv_lora_rank + c.qk_rope_head_dim)
+        self.kv_a_proj_with_mqa = Linear(c, c.hidden_size, c.kv_lora_rank + c.qk_rope_head_dim, c.attention_bias)
         self.kv_a_layernorm = RMSNorm(c, c.kv_lora_rank, LATENT_NORM_EPS)
         self.kv_b_proj = Linear(c, c.kv_lora_rank, heads * (c.qk_nope_head_dim + c.v_head_dim))
-        self.o_proj = Linear(c, heads * c.v_head_dim, c.hidden_size)
+        self.o_proj = Linear(c, heads * c.v_head_dim, c.hidden_size, c.attention_bias)
 
     def forward(
         self,
@@ -90,13 +90,15 @@ class MultiHeadLatentAttention(nn.Module):
         c = self.config
         first = self.q_proj if c.q_lora_rank is None else self.q_a_proj
         q, kv = products(c, x, first.weight, self.kv_a_proj_with_mqa.weight)
+        q, kv = first.biased(q), self.kv_a_proj_with_mqa.biased(kv)
         if c.q_lora_rank is not None:
             q = self.q_b_proj(self.q_a_layernorm(q))
         q = q.unflatten(-1, (c.num_attention_heads, -1))
         q_nope, q_rope = q.split([c.qk_nope_head_dim, c.qk_rope_head_dim], dim=-1)
         c_kv, k_rope = kv.split([c.kv_lora_rank, c.qk_rope_head_dim], dim=-1)
-        latents = Latents(self.kv_a_layernorm(c_kv), apply_rope(k_rope[:, :, None], *rope)[:, :, 0])
-        return q_nope, apply_rope(q_rope, *rope), latents
+        k_rope = apply_rope(k_rope[:, :, None], *rope, c.rope_interleave)[:, :, 0]
+        latents = Latents(self.kv_a_layernorm(c_kv), k_rope)
+        return q_nope, apply_rope(q_rope, *rope, c.rope_interleave), latents
 
     def _keys_and_values(self, latents: Latents) -> tuple[torch.Tensor, torch.Tensor]:
         """Keys without position and values of every head, [B, S, H, nope] and [B, S, H, v]."""

@@ -34,16 +34,21 @@ def normal_parameter(config: ModelConfig, *shape: int) -> nn.Parameter:
 
 
 class Linear(nn.Module):
-    """`W x` without a bias; `weight` is [features, in_features]."""
+    """`W x`, plus `bias` if it has one; `weight` is [features, in_features]."""
 
-    def __init__(self, config: ModelConfig, in_features: int, features: int):
+    def __init__(self, config: ModelConfig, in_features: int, features: int, has_bias: bool = False):
         super().__init__()
         self.config = config
         self.weight = normal_parameter(config, features, in_features)
+        self.bias = nn.Parameter(torch.zeros(features, dtype=param_dtype(config))) if has_bias else None
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """[..., in_features] -> [..., features]."""
-        return products(self.config, x, self.weight)[0]
+        return self.biased(products(self.config, x, self.weight)[0])
+
+    def biased(self, y: torch.Tensor) -> torch.Tensor:
+        """`y`, a product with the weight, plus the bias."""
+        return y if self.bias is None else y + self.bias.to(y.dtype)
 
 
 class RMSNorm(nn.Module):

@@ -1,4 +1,4 @@
-"""Rotary position embedding in interleaved pairs, and YaRN's stretch of it (report 2.1.1, 4.3)."""
+"""Rotary position embedding, and what stretches it: YaRN above all (report 2.1.1, 4.3)."""
 
 import math
 
@@ -23,16 +23,19 @@ def rope_angles(config: ModelConfig, positions: torch.Tensor) -> tuple[torch.Ten
     return angles.cos() * rope_magnitude(config), angles.sin() * rope_magnitude(config)
 
 
-def apply_rope(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
-    """Turn each pair (x[2i], x[2i+1]) of the last axis by its angle: a multiplication of complex numbers.
+def apply_rope(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, interleave: bool = True) -> torch.Tensor:
+    """Turn each pair of the last axis, (x[2i], x[2i+1]), by its angle: a multiplication of complex numbers.
+
+    If not `interleave`, pairs are (x[i], x[R/2 + i]).
 
     Args:
         x: [..., T, H, R] queries or keys; H heads share a position's angle.
         cos, sin: [..., T, R / 2] from `rope_angles`.
     """
-    pairs = torch.view_as_complex(x.to(cos.dtype).unflatten(-1, (-1, 2)).contiguous())
-    turned = pairs * torch.complex(cos, sin).unsqueeze(-2)
-    return torch.view_as_real(turned).flatten(-2).to(x.dtype)
+    pairs = x.to(cos.dtype).unflatten(-1, (-1, 2) if interleave else (2, -1))
+    pairs = pairs if interleave else pairs.transpose(-1, -2)
+    turned = torch.view_as_real(torch.view_as_complex(pairs.contiguous()) * torch.complex(cos, sin).unsqueeze(-2))
+    return (turned if interleave else turned.transpose(-1, -2)).flatten(-2).to(x.dtype)
 
 
 def inverse_frequencies(config: ModelConfig) -> list[float]:
@@ -44,8 +47,10 @@ def inverse_frequencies(config: ModelConfig) -> list[float]:
     """
     dim, scaling = config.qk_rope_head_dim, config.rope_scaling
     frequencies = [config.rope_theta ** (-2 * pair / dim) for pair in range(dim // 2)]
-    if scaling is None:
+    if scaling is None or scaling.rope_type == "dynamic":
         return frequencies
+    if scaling.rope_type == "linear":
+        return [frequency / scaling.factor for frequency in frequencies]
 
     def pair_that_turns(times: float) -> float:
         # Pair i makes length * theta^(-2i/dim) / (2 pi) turns; this is that, solved for i.
@@ -66,7 +71,7 @@ def inverse_frequencies(config: ModelConfig) -> list[float]:
 def rope_magnitude(config: ModelConfig) -> float:
     """YaRN's factor on cosine and sine: the ratio of mscale to mscale_all_dim, 1 for DeepSeek-V3."""
     scaling = config.rope_scaling
-    if scaling is None:
+    if scaling is None or scaling.rope_type != "yarn":
         return 1.0
     if scaling.mscale == 0 or scaling.mscale_all_dim == 0:
         return 1 + 0.1 * math.log(scaling.factor)
@@ -78,6 +83,6 @@ def softmax_scale(config: ModelConfig) -> float:
     """Factor on the attention scores: (nope + rope)^-1/2, sharpened under YaRN."""
     scale = 1 / math.sqrt(config.qk_nope_head_dim + config.qk_rope_head_dim)
     scaling = config.rope_scaling
-    if scaling is None:
+    if scaling is None or scaling.rope_type != "yarn":
         return scale
     return scale * (1 + 0.1 * scaling.mscale_all_dim * math.log(scaling.factor)) ** 2

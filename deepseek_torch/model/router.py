@@ -28,20 +28,22 @@ class Routing(NamedTuple):
 
 
 class Router(nn.Module):
-    """Scores, a bias that acts on the selection alone, selection limited to groups, and room if training limits that."""
+    """Scores, selection by them (with a bias and among groups, as `topk_method` says), and room if training limits that."""
 
     def __init__(self, config: ModelConfig):
         super().__init__()
         self.config = config
         self.weight = normal_parameter(config, config.n_routed_experts, config.hidden_size)
-        bias = torch.zeros(config.n_routed_experts, dtype=param_dtype(config))
+        has_bias = config.topk_method == "noaux_tc"
+        bias = torch.zeros(config.n_routed_experts, dtype=param_dtype(config)) if has_bias else None
         self.register_buffer("e_score_correction_bias", bias)
 
     def forward(self, x: torch.Tensor) -> Routing:
         """Route tokens [B, T, hidden_size], in at least float32."""
         c = self.config
         scores = SCORING_FUNCS[c.scoring_func](x.to(self.weight.dtype) @ self.weight.T)
-        indices = select_experts(c, (scores + self.e_score_correction_bias).detach())
+        bias = self.e_score_correction_bias
+        indices = select_experts(c, (scores if bias is None else scores + bias).detach())
         weights = scores.gather(-1, indices)
         dropped = None
         if c.capacity_factor is not None and self.training:
@@ -61,20 +63,32 @@ SCORING_FUNCS: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {
 """By `ModelConfig.scoring_func`: a router's logits [..., E] to scores."""
 
 
-def select_experts(config: ModelConfig, biased_scores: torch.Tensor) -> torch.Tensor:
-    """Best num_experts_per_tok experts within the best topk_group groups: [..., E] -> [..., K].
+def two_best(grouped: torch.Tensor) -> torch.Tensor:
+    """A group's score as the sum of its two best experts': [..., G, E / G] -> [..., G]."""
+    return _largest(grouped, 2)[0].sum(dim=-1)
 
-    A group's score is the sum of its two best; what lies outside the kept groups counts as minus
-    infinity, since biased scores may be negative.
+
+def best(grouped: torch.Tensor) -> torch.Tensor:
+    """A group's score as its best expert's."""
+    return grouped.amax(dim=-1)
+
+
+GROUP_SCORES = {"noaux_tc": two_best, "group_limited_greedy": best}
+"""By `ModelConfig.topk_method`, for those that choose groups first."""
+
+
+def select_experts(config: ModelConfig, scores: torch.Tensor) -> torch.Tensor:
+    """Best num_experts_per_tok experts, within the best topk_group groups where these count: [..., E] -> [..., K].
+
+    What lies outside the kept groups counts as minus infinity, since biased scores may be negative.
     """
     c = config
-    if c.topk_group < c.n_group:
-        grouped = biased_scores.unflatten(-1, (c.n_group, -1))
-        best, _ = _largest(grouped, 2)
-        _, kept = _largest(best.sum(dim=-1), c.topk_group)
+    if c.topk_method in GROUP_SCORES and c.topk_group < c.n_group:
+        grouped = scores.unflatten(-1, (c.n_group, -1))
+        _, kept = _largest(GROUP_SCORES[c.topk_method](grouped), c.topk_group)
         dropped = torch.ones(grouped.shape[:-1], dtype=torch.bool, device=grouped.device).scatter(-1, kept, False)
-        biased_scores = grouped.masked_fill(dropped.unsqueeze(-1), float("-inf")).flatten(-2)
-    return _largest(biased_scores, c.num_experts_per_tok)[1]
+        scores = grouped.masked_fill(dropped.unsqueeze(-1), float("-inf")).flatten(-2)
+    return _largest(scores, c.num_experts_per_tok)[1]
 
 
 def _largest(x: torch.Tensor, count: int) -> tuple[torch.Tensor, torch.Tensor]:

@@ -42,7 +42,9 @@ class DeepseekV3(nn.Module):
     def __init__(self, config: ModelConfig):
         super().__init__()
         c = self.config = config
-        layers: list[nn.Module] = [Block(c, moe=layer >= c.first_k_dense_replace) for layer in range(c.num_hidden_layers)]
+        layers: list[nn.Module] = []
+        for layer in range(c.num_hidden_layers):
+            layers.append(Block(c, moe=layer >= c.first_k_dense_replace and layer % c.moe_layer_freq == 0))
         layers += [MTP_FORMS[c.mtp_form](c) for _ in range(c.num_nextn_predict_layers)]
         self.model = nn.ModuleDict({
             "embed_tokens": Embedding(c),
@@ -60,7 +62,7 @@ class DeepseekV3(nn.Module):
     @property
     def moe_layers(self) -> list[Block]:
         """Those of them that have experts."""
-        return self.main_layers[self.config.first_k_dense_replace :]
+        return [layer for layer in self.main_layers if layer.moe]
 
     @property
     def mtp_layers(self) -> list[MTPModule | MTPHead]:

@@ -29,9 +29,9 @@ def _keep_moments_in(dtype: torch.dtype | None, optimizer: torch.optim.AdamW) ->
 
 
 def decays(name: str) -> bool:
-    """Weight decay acts on everything but the norms."""
-    module = name.split(".")[-2]
-    return not module.endswith("norm")
+    """Weight decay acts on everything but norms and biases."""
+    *_, module, kind = name.split(".")
+    return kind != "bias" and not module.endswith("norm")
 
 
 def clip_by_global_norm(parameters: Iterable[nn.Parameter], limit: float) -> torch.Tensor:

@@ -56,7 +56,8 @@ def train_step(state: TrainState, tokens: torch.Tensor, plan: StepPlan, config: 
     for stack, counts in parts.counts.items():
         for layer, of_layer in zip(getattr(state.model, stack), counts, strict=True):
             bias = layer.mlp.gate.e_score_correction_bias
-            bias.copy_(updated_bias(bias, of_layer, plan.bias_update_speed))
+            if bias is not None:
+                bias.copy_(updated_bias(bias, of_layer, plan.bias_update_speed))
     return StepMetrics(loss, parts, grad_norm, skipped=False)
 
 
