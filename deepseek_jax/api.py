@@ -18,6 +18,7 @@ import jax
 from tokenizers import Tokenizer
 
 from deepseek_jax.checkpoint.hf_config import CONFIG_JSON
+from deepseek_jax.checkpoint.hub import local_directory
 from deepseek_jax.checkpoint.pretrained import load_pretrained, save_pretrained
 from deepseek_jax.checkpoint.tokenizer_files import TOKENIZER_JSON
 from deepseek_jax.config import ModelConfig
@@ -64,10 +65,12 @@ class DeepSeekModel:
     def from_pretrained(cls, path: str | Path) -> "DeepSeekModel":
         """The model in a Hugging Face directory, or in a run of `deepseek_jax.train` or `DeepSeekTrainer`.
 
+        A name on the hub, `org/name` or `org/name@revision`, is fetched.
+
         Raises:
             UserError: one line naming what cannot be read.
         """
-        path, model = Path(path).expanduser(), cls.__new__(cls)
+        path, model = local_directory(path), cls.__new__(cls)
         if (path / CONFIG_JSON).is_file():
             config, variables = load_pretrained(path)
             has_tokenizer = (path / TOKENIZER_JSON).is_file()

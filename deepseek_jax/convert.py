@@ -21,6 +21,7 @@ from deepseek_jax.checkpoint.hf_config import carried_content, require_known_typ
 from deepseek_jax.checkpoint.hf_files import INDEX_FILE, SINGLE_FILE, has_weights
 from deepseek_jax.checkpoint.hf_source import HuggingFaceSource
 from deepseek_jax.checkpoint.hf_writer import encoded, planned, write_huggingface
+from deepseek_jax.checkpoint.hub import local_directory
 from deepseek_jax.checkpoint.layout import layout
 from deepseek_jax.checkpoint.orbax_source import OrbaxSource
 from deepseek_jax.checkpoint.orbax_step import META, VARIABLES, stacked_arrays
@@ -43,7 +44,7 @@ def main() -> None:
         "Face directory into a run directory.",
         epilog="example: python -m deepseek_jax.convert runs/quickstart my-model --dtype bfloat16 --verify",
     )
-    parser.add_argument("source", metavar="SRC", type=Path)
+    parser.add_argument("source", metavar="SRC", type=Path, help="directory, or on the hub org/name[@revision]")
     parser.add_argument("destination", metavar="DST", type=Path, help="must not exist yet, or be empty")
     parser.add_argument("--dtype", choices=FORMS, help="default: what SRC is stored in")
     parser.add_argument("--max-shard-size", default="5GB", metavar="SIZE", help="largest file (default: 5GB)")
@@ -68,7 +69,7 @@ def _share_one_heap() -> None:
 
 
 def convert(
-    source: Path,
+    source: str | Path,
     destination: Path,
     dtype: str | None = None,
     max_shard_size: str = "5GB",
@@ -82,6 +83,7 @@ def convert(
         UserError: one line naming file and tensor; `destination` is then as it was before.
     """
     max_shard_bytes = parse_size(max_shard_size)
+    source = local_directory(source)
     if _is_huggingface(source):
         _from_huggingface(HuggingFaceSource(source, allow_non_finite), source, destination, dtype, dry_run, verify)
     else:

@@ -16,6 +16,7 @@ from typing import Any, Optional
 import torch
 from tokenizers import Tokenizer
 
+from deepseek_jax.checkpoint.hub import local_directory
 from deepseek_jax.checkpoint.tokenizer_files import TOKENIZER_JSON
 from deepseek_jax.config import ModelConfig
 from deepseek_jax.config.sizes import model_from
@@ -59,10 +60,12 @@ class DeepSeekModel:
     def from_pretrained(cls, path: str | Path) -> "DeepSeekModel":
         """The model in a Hugging Face directory, or the last of a run of `deepseek_torch.train` or `DeepSeekTrainer`.
 
+        A name on the hub, `org/name` or `org/name@revision`, is fetched.
+
         Raises:
             UserError: one line naming what cannot be read.
         """
-        directory, model = model_directory(Path(path).expanduser()), cls.__new__(cls)
+        directory, model = model_directory(local_directory(path)), cls.__new__(cls)
         model._module = load_pretrained(directory)
         model.config, model._seed, model._fits_vocabulary = model._module.config, 0, False
         model._take_tokenizer(directory if (directory / TOKENIZER_JSON).is_file() else None)

@@ -12,6 +12,7 @@ from pathlib import Path
 import torch
 
 from deepseek_jax.checkpoint.hf_config import CONFIG_JSON
+from deepseek_jax.checkpoint.hub import local_directory
 from deepseek_jax.data.tokenizer import end_of_document_id, load_tokenizer
 from deepseek_jax.errors import UserError, run_command
 from deepseek_torch.model.decoding import decode, prefill
@@ -23,7 +24,7 @@ from deepseek_torch.train import MODELS, saved_steps
 def main() -> None:
     """Parse the command line and write."""
     parser = argparse.ArgumentParser(prog="python -m deepseek_torch.generate", description="Let a model write.")
-    parser.add_argument("run", help="run directory of deepseek_torch.train, or a Hugging Face directory")
+    parser.add_argument("run", help="run directory of deepseek_torch.train, a Hugging Face directory, or a name on the hub")
     parser.add_argument("--prompt", action="append", help="text to go on from; repeat it for several at once")
     parser.add_argument("--max-new-tokens", type=int, default=100, metavar="N")
     parser.add_argument("--temperature", type=float, default=0.8, help="0 always takes the likeliest token")
@@ -36,7 +37,7 @@ def main() -> None:
 def write(args: argparse.Namespace) -> None:
     """Print every prompt with its continuation."""
     check_sampling(args.max_new_tokens, args.temperature, args.top_p)
-    directory = model_directory(Path(args.run))
+    directory = model_directory(local_directory(args.run))
     model, tokenizer = load_pretrained(directory), load_tokenizer(directory)
     end = end_of_document_id(tokenizer)
     texts = args.prompt or [""]
