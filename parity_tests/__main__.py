@@ -2,11 +2,13 @@
 
 Every module runs in both frameworks on the same weights and inputs, forward and backward, in each
 precision. A module that parts from its sibling fails, and so do those that contain it: the first
-row that fails is where to look.
+row that fails is where to look. With `--checkpoint` real weights go through both, and through transformers,
+layer by layer; with `--against` they are compared with another checkpoint's.
 """
 
 import argparse
 import dataclasses
+from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
@@ -15,6 +17,7 @@ from rich.table import Table
 
 from deepseek_jax.config import ModelConfig, load_config
 from deepseek_jax.errors import UserError, run_command
+from parity_tests.checkpoint_report import report_against, report_frameworks
 from parity_tests.comparison import TOLERANCES, Difference, difference
 from parity_tests.modules import Case, Results, Siblings, cases, run_both
 
@@ -42,12 +45,27 @@ def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m parity_tests", description=__doc__.splitlines()[0])
     parser.add_argument("--config", default="tiny", help="a .yaml file or a preset; its size is what is computed")
     defaults = [precision for precision in TOLERANCES if precision != "fp8"]
-    parser.add_argument("--precision", nargs="+", choices=TOLERANCES, default=defaults)
+    parser.add_argument(
+        "--precision", nargs="+", choices=TOLERANCES, help=f"default: {' '.join(defaults)}; of a checkpoint float32"
+    )
     parser.add_argument("--batch", type=int, default=2)
-    parser.add_argument("--length", type=int, default=11, help="tokens of a sequence")
+    parser.add_argument("--length", type=int, help="tokens of a sequence (default: 11; of a checkpoint's 64)")
+    parser.add_argument("--checkpoint", metavar="DIR", help="a Hugging Face directory or a hub's name, run layer by layer")
+    parser.add_argument("--text", type=Path, metavar="FILE", help="what the checkpoint is to read (default: random tokens)")
+    parser.add_argument("--against", metavar="DIR", help="compare the checkpoint's tensors with these instead")
     parser.add_argument("overrides", nargs="*", metavar="section.field=value")
     args = parser.parse_args()
-    run_command(lambda: report(args))
+    if args.checkpoint is None and (args.against or args.text):
+        parser.error("--against and --text need a --checkpoint")
+    if args.checkpoint is None:
+        args.precision, args.length = args.precision or defaults, args.length or 11
+        run_command(lambda: report(args))
+    elif args.against is not None:
+        run_command(lambda: report_against(args.checkpoint, args.against))
+    else:
+        if set(precisions := args.precision or ["float32"]) - {"float64", "float32"}:
+            parser.error("a checkpoint is run in float32 or float64")
+        run_command(lambda: [report_frameworks(args.checkpoint, args.text, args.length or 64, p) for p in precisions] and None)
 
 
 def report(args: argparse.Namespace) -> None:
