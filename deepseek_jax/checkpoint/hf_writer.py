@@ -2,10 +2,12 @@
 
 import shutil
 from collections.abc import Callable, Iterator, Mapping
+from contextlib import closing
 from pathlib import Path
 
 import numpy as np
 
+from deepseek_jax.checkpoint.ahead import ahead
 from deepseek_jax.checkpoint.forms import NO_OTHERS, encode, stored_as, tensor_specs
 from deepseek_jax.checkpoint.hf_config import CONFIG_JSON, carried_content, to_config_json
 from deepseek_jax.checkpoint.layout import layout
@@ -57,7 +59,9 @@ def write_huggingface(
     Raises:
         UserError: one line, if anything cannot be read or written.
     """
-    write_tensors(directory, planned(source, form), encoded(source, form), max_shard_bytes, progress)
+    arrays = ahead(encoded(source, form), lambda array: array.nbytes)
+    with closing(arrays):
+        write_tensors(directory, planned(source, form), arrays, max_shard_bytes, progress)
     token_ids = write_tokenizer(directory, tokenizer, source.config.max_position_embeddings)
     carried = carried_content(tokenizer, source.config)
     content = to_config_json(source.config, form, token_ids, carried, keeps_scales=source.quantized() is not None)

@@ -17,6 +17,7 @@ import numpy as np
 import orbax.checkpoint as ocp
 import tensorstore as ts
 
+from deepseek_jax.checkpoint.ahead import ahead
 from deepseek_jax.checkpoint.forms import stored_as
 from deepseek_jax.checkpoint.layout import TensorPlace, layout
 from deepseek_jax.checkpoint.orbax_step import (
@@ -87,11 +88,15 @@ def _check_room(step: Path, arrays: dict[tuple[str, ...], StackedArray], dtype: 
 
 def _writes(source: Source, stores: dict[tuple[str, ...], Any]) -> Iterator[Write]:
     """Begin the write of one place after the other."""
-    for place in layout(source.config):
-        if not place.is_copy:
-            weights, store = source.read(place), stores[place.path]
-            part = (weights.T if place.transposed else weights).astype(store.dtype.numpy_dtype, order="C", copy=False)
-            yield place, part.nbytes, store[place.index].write(part)
+
+    def parts() -> Iterator[tuple[TensorPlace, np.ndarray]]:
+        for place in layout(source.config):
+            if not place.is_copy:
+                weights, dtype = source.read(place), stores[place.path].dtype.numpy_dtype
+                yield place, (weights.T if place.transposed else weights).astype(dtype, order="C", copy=False)
+
+    for place, part in ahead(parts(), lambda item: item[1].nbytes):
+        yield place, part.nbytes, stores[place.path][place.index].write(part)
 
 
 def _in_flight(writes: Iterator[Write]) -> Iterator[Write]:
