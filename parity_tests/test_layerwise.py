@@ -32,7 +32,9 @@ def test_three_frameworks_agree_in_float64(directory, capsys):
     assert "JAX: rel." in out and "transformers: rel." in out and out.count("e-1") > 12 and "20 tokens at random" in out
 
 
-@pytest.mark.parametrize(("kind", "name"), [("InJax", "JAX"), ("InTransformers", "transformers")])
+@pytest.mark.parametrize(
+    ("kind", "name"), [("InJax", "JAX"), pytest.param("InTransformers", "transformers", marks=pytest.mark.slow)]
+)
 def test_the_first_layer_that_parts_is_named(kind, name, directory, tmp_path, monkeypatch, capsys):
     framework = getattr(layerwise, kind)
     sound = framework.layer
@@ -49,6 +51,7 @@ def test_the_first_layer_that_parts_is_named(kind, name, directory, tmp_path, mo
     assert "16 tokens of" in capsys.readouterr().out
 
 
+@pytest.mark.slow
 def test_other_experts_alone_part_frameworks(directory, monkeypatch):
     sound = layerwise.InJax.layer
 

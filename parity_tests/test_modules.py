@@ -205,9 +205,10 @@ def test_ends_turn_by_a_product_as_by_parts(dtype, x64):
     wide = jnp.float64 if dtype == "float64" else jnp.float32
     angles = rng.normal(size=(2, 5, 2))
     cos, sin = jnp.asarray(1.25 * np.cos(angles), wide), jnp.asarray(1.25 * np.sin(angles), wide)
-    parts, pull = jax.vjp(lambda x: jax_rope.turned_by_parts(x, cos, sin), x)
-    np.testing.assert_array_equal(jax_rope.turned_by_product(x, cos, sin), parts)
-    turned, pull_turned = jax.vjp(lambda x: jax_rope.turn_ends(x, cos, sin), x)
-    np.testing.assert_array_equal(turned, parts)
-    np.testing.assert_array_equal(*(jnp.asarray(p(cotangent)[0], wide) for p in (pull_turned, pull)))
-    np.testing.assert_array_equal(jax_rope.turned_by_product(cotangent, cos, -sin), pull(cotangent)[0])
+    for interleave in (True, False):
+        parts, pull = jax.vjp(lambda x: jax_rope.turned_by_parts(x, cos, sin, interleave), x)
+        np.testing.assert_array_equal(jax_rope.turned_by_product(x, cos, sin, interleave), parts)
+        turned, pull_turned = jax.vjp(lambda x: jax_rope.turn_ends(x, cos, sin, interleave), x)
+        np.testing.assert_array_equal(turned, parts)
+        np.testing.assert_array_equal(*(jnp.asarray(p(cotangent)[0], wide) for p in (pull_turned, pull)))
+        np.testing.assert_array_equal(jax_rope.turned_by_product(cotangent, cos, -sin, interleave), pull(cotangent)[0])
