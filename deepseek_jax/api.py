@@ -25,7 +25,9 @@ from deepseek_jax.config import ModelConfig
 from deepseek_jax.config.sizes import model_from
 from deepseek_jax.data.texts import as_prompts, continued
 from deepseek_jax.data.tokenizer import end_of_document_id, load_tokenizer
-from deepseek_jax.generate import Generator, check_sampling, load_run
+from deepseek_jax.generate import check_sampling
+from deepseek_jax.generation.generator import Generator
+from deepseek_jax.generation.loading import load_run
 from deepseek_jax.planning.figures import ParameterCount, count_parameters
 from deepseek_jax.precision.fp8 import require_fp8
 from deepseek_jax.train import train

@@ -1,220 +1,207 @@
 """Let a trained model write: `python -m deepseek_jax.generate RUN --prompt "Once" --max-new-tokens 100`.
 
-The prompts are read in one pass; then each step computes one token per sequence over a cache of
-latents, kv_lora_rank + qk_rope_head_dim numbers per token and layer.
+RUN is a run directory or a Hugging Face directory. Several prompts are continued together, those of a file in
+batches; `generation/` has the parts.
 """
 
 import argparse
-from collections.abc import Iterator, Sequence
-from functools import partial
+from collections.abc import Iterable
 from pathlib import Path
-from typing import Any
+from typing import Any, Optional
 
 import jax
-import jax.numpy as jnp
-import numpy as np
-from tokenizers import Tokenizer
 
-from deepseek_jax.compilation import compiler_options
-from deepseek_jax.config import ModelConfig, load_config
-from deepseek_jax.data.tokenizer import end_of_document_id, load_tokenizer
+from deepseek_jax.checkpoint.untrusted import is_count, shown
 from deepseek_jax.errors import UserError, run_command
-from deepseek_jax.model.decoding import Cache, Weights, decode, prefill, prepare
-from deepseek_jax.precision.fp8 import require_fp8
-from deepseek_jax.training.checkpoint import Checkpoints
+from deepseek_jax.generation.chat import ChatTemplate, as_messages, load_chat_template
+from deepseek_jax.generation.continuation import Continuation
+from deepseek_jax.generation.files import read_requests, write_all
+from deepseek_jax.generation.generator import LENGTH_MULTIPLE, Generator
+from deepseek_jax.generation.loading import LoadedModel, load_model
+from deepseek_jax.generation.sampling import Sampling
 
-LENGTH_MULTIPLE = 32
-"""Prompts and caches are padded to a multiple of this, so that few lengths are compiled."""
+FILE_LENGTH_MULTIPLE = 128
+"""A file's prompts have many lengths: fewer of them are compiled."""
 
 
 def main() -> None:
     """Parse the command line and write."""
-    parser = argparse.ArgumentParser(prog="python -m deepseek_jax.generate", description="Let a trained model write.")
-    parser.add_argument("run", help="run directory of deepseek_jax.train")
-    parser.add_argument("--prompt", action="append", help="text to go on from; repeat it for several at once")
-    parser.add_argument("--max-new-tokens", type=int, default=100, metavar="N")
-    parser.add_argument("--temperature", type=float, default=0.8, help="0 always takes the likeliest token")
-    parser.add_argument("--top-p", type=float, default=0.95, help="sample among the likeliest tokens of this total")
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--step", type=int, help="checkpoint to use instead of the last")
+    parser = argparse.ArgumentParser(
+        prog="python -m deepseek_jax.generate", formatter_class=argparse.RawDescriptionHelpFormatter,
+        description="Let a trained model write.", epilog=(
+            "examples:\n"
+            '  python -m deepseek_jax.generate runs/mine --prompt "def " --temperature 0.8 --top-p 0.95\n'
+            '  python -m deepseek_jax.generate my-model --chat --prompt "What is a monad?" --speculative\n'
+            "  python -m deepseek_jax.generate runs/mine --input prompts.jsonl --output out.jsonl --batch-size 16\n"
+            '  where a line of prompts.jsonl is {"prompt": "..."}, {"messages": [...]} or {"prompt_ids": [...]}'
+        ),
+    )  # fmt: skip
+    parser.add_argument("run", help="run directory of deepseek_jax.train, or Hugging Face directory")
+    what = parser.add_argument_group("what to go on from")
+    what.add_argument("--prompt", action="append", help="text; repeat it for several at once")
+    what.add_argument("--prompt-ids", action="append", metavar="IDS", help='token ids, as in "5 9 2"; repeat it for several')
+    what.add_argument("--chat", action="store_true", help="each prompt is a user's message, put into the chat template")
+    what.add_argument("--system", metavar="TEXT", help="with --chat: the system's message before it")
+    what.add_argument("--input", type=Path, metavar="FILE", help="a .jsonl file of prompts; needs --output")
+    what.add_argument("--output", type=Path, metavar="FILE", help="their continuations, line by line")
+    what.add_argument("--batch-size", type=int, default=8, metavar="N", help="of a file, prompts continued together (8)")
+    how = parser.add_argument_group("how to choose tokens")
+    how.add_argument("--temperature", type=float, default=0.8, help="0 always takes the likeliest token (0.8)")
+    how.add_argument("--top-k", type=int, default=0, metavar="N", help="sample among the N likeliest tokens")
+    how.add_argument("--top-p", type=float, default=0.95, help="sample among the likeliest tokens of this total (0.95)")
+    how.add_argument("--min-p", type=float, default=0.0, help="only tokens at least this multiple as likely as the likeliest")
+    how.add_argument("--repetition-penalty", type=float, default=1.0, help="above 1: rather what is not there yet")
+    how.add_argument("--seed", type=int, default=0)
+    end = parser.add_argument_group("where to end; the model's end tokens always do")
+    end.add_argument("--max-new-tokens", type=int, default=100, metavar="N")
+    end.add_argument("--stop", action="append", default=[], metavar="TEXT", help="end before this text; may be repeated")
+    parser.add_argument("--log-probabilities", action="store_true", help="tell each token's, of the model as it is")
+    parser.add_argument(
+        "--speculative", action="store_true",
+        help="the MTP modules draft and the main model checks: the same distribution, greedily the same tokens",
+    )  # fmt: skip
+    parser.add_argument("--step", type=int, help="checkpoint of the run to use instead of the last")
     args = parser.parse_args()
     run_command(lambda: write(args))
 
 
 def write(args: argparse.Namespace) -> None:
-    """Stream the first prompt's continuation, then print the others'."""
+    """Stream the first prompt's continuation, then print the others'; or write a file."""
     check_sampling(args.max_new_tokens, args.temperature, args.top_p)
+    sampling = Sampling(args.temperature, args.top_k, args.top_p, args.min_p, args.repetition_penalty, args.log_probabilities)
+    _check_words(args)
     jax.config.update("jax_default_matmul_precision", "highest")
-    config, tokenizer, variables = load_run(Path(args.run), args.step)
-    end = end_of_document_id(tokenizer)
-    texts = args.prompt or [""]
-    prompts = [tokenizer.encode(text, add_special_tokens=False).ids or [end] for text in texts]
-    streams = [TextStream(tokenizer) for _ in texts]
-    generator = Generator(config, variables, len(prompts))
-    steps = generator.generate(prompts, args.max_new_tokens, end, args.temperature, args.top_p, args.seed)
-    for number, tokens in enumerate(steps):
-        if number == 0:
-            print(texts[0], end="", flush=True)
-        for row, (stream, token) in enumerate(zip(streams, tokens)):
-            piece = stream.push(int(token)) if token != end else ""
-            if row == 0:
-                print(piece, end="", flush=True)
-    print(streams[0].rest())
-    for text, stream in zip(texts[1:], streams[1:]):
-        stream.rest()
-        print(f"---\n{text}{stream.text}")
+    model = load_model(Path(args.run), args.step)
+    prompts = _Prompts(model, args.chat, args.system)
+    if args.input is None:
+        _write_prompts(args, model, prompts, sampling)
+    else:
+        _write_file(args, model, prompts, sampling)
 
 
 def check_sampling(max_new_tokens: int, temperature: float, top_p: float) -> None:
     """Refuse what cannot be sampled by; raises `UserError`."""
     if max_new_tokens < 1:
         raise UserError(f"max_new_tokens={max_new_tokens}: must be at least 1")
-    if temperature < 0:
-        raise UserError(f"temperature={temperature}: must be at least 0")
-    if not 0 < top_p <= 1:
-        raise UserError(f"top_p={top_p}: must be in (0, 1]")
+    Sampling(temperature=temperature, top_p=top_p)
 
 
-def load_run(run_dir: Path, step: int | None = None) -> tuple[ModelConfig, Tokenizer, dict[str, Any]]:
-    """Model config, tokenizer and variables of a run's checkpoint, the last one by default."""
-    path = run_dir / "config.yaml"
-    if not path.is_file():
-        raise UserError(f"{run_dir}: no run here: {path} is missing")
-    config = load_config(path)
-    if config.model.precision == "fp8":
-        require_fp8()
-    tokenizer = load_tokenizer(run_dir / "tokenizer.json")
-    checkpoints = Checkpoints(run_dir, config)
-    step = checkpoints.latest() if step is None else step
-    if step is None:
-        raise UserError(f"{run_dir}: no checkpoint yet")
-    return config.model, tokenizer, checkpoints.restore_variables(step)
+def _check_words(args: argparse.Namespace) -> None:
+    if (args.input is None) != (args.output is None):
+        raise UserError("--input and --output belong together: a file of prompts and a file for what is written")
+    if args.input is not None and (args.prompt or args.prompt_ids):
+        raise UserError("--input: give prompts in the file or on the command line, not both")
+    if args.system is not None and not args.chat:
+        raise UserError("--system: is the system's message in a chat; add --chat")
+    if args.chat and args.input is None and not args.prompt:
+        raise UserError("--chat: give the user's message by --prompt")
+    if args.batch_size < 1:
+        raise UserError(f"--batch-size {args.batch_size}: must be at least 1")
 
 
-class Generator:
-    """A model ready to write; what it compiles for one prompt length serves the next call too.
+class _Prompts:
+    """Turns what the user gives into tokens."""
 
-    Args:
-        variables: of a `DeepseekV3`.
-        sequences: prompts to be continued at once; more or fewer are right too, but slower.
-    """
+    def __init__(self, model: LoadedModel, chat: bool, system: Optional[str]):
+        self._model, self._chat, self._system = model, chat, system
+        self._template: Optional[ChatTemplate] = None
+        if chat:
+            self._load_template()
 
-    def __init__(self, config: ModelConfig, variables: dict[str, Any], sequences: int = 1):
-        self._config = config
-        self._weights = prepare(config, variables, sequences)
-        self._first = jax.jit(
-            partial(_first, config), static_argnames=("cache_length", "greedy"),
-            compiler_options=compiler_options(jax.default_backend()),
-        )  # fmt: skip
-        self._following = jax.jit(partial(_following, config), static_argnames="greedy", donate_argnums=1)
+    def of_text(self, text: str, where: str = "--prompt") -> list[int]:
+        """Of a prompt, or with --chat of a message."""
+        if self._chat:
+            system = [] if self._system is None else [{"role": "system", "content": self._system}]
+            return self._load_template().tokens([*system, {"role": "user", "content": text}])
+        if self._model.tokenizer is None:
+            raise UserError(f"{where}: {self._model.directory} has no tokenizer.json; give token ids instead of text")
+        ids = self._model.tokenizer.encode(text, add_special_tokens=False).ids
+        return self.of_ids(ids or list(self._model.ends[:1]), where)
 
-    def generate(
-        self,
-        prompts: Sequence[Sequence[int]],
-        max_new_tokens: int,
-        end_of_document: int | None,
-        temperature: float = 0.0,
-        top_p: float = 1.0,
-        seed: int = 0,
-    ) -> Iterator[np.ndarray]:
-        """Continue several prompts at once.
+    def of_ids(self, ids: list[Any], where: str) -> list[int]:
+        """Token ids, checked."""
+        vocab_size = self._model.config.vocab_size
+        if not ids:
+            raise UserError(f"{where}: a prompt needs at least one token")
+        for token in ids:
+            if not is_count(token) or token >= vocab_size:
+                raise UserError(f"{where}: {shown(token)} is no token; the model knows 0 to {vocab_size - 1}")
+        return ids
 
-        Args:
-            prompts: token ids, at least one each; their lengths may differ.
-            end_of_document: ends a sequence; None never does.
-            temperature: 0 takes the likeliest token.
+    def of_fields(self, fields: dict[str, Any], where: str) -> list[int]:
+        """Of a line of a file."""
+        if "messages" in fields:
+            return self._load_template().tokens(as_messages(fields["messages"], where))
+        form = "prompt" if "prompt" in fields else "prompt_ids"
+        kind, name = (str, "text") if form == "prompt" else (list, "a list of token ids")
+        if not isinstance(fields[form], kind):
+            raise UserError(f"{where}: {form} is {shown(fields[form])}; {name} is expected")
+        return self.of_text(fields[form], where) if form == "prompt" else self.of_ids(fields[form], where)
 
-        Yields:
-            The next token of every sequence, [B]; `end_of_document` for those that have ended. Stops
-            when all have, after max_new_tokens, or at the end of the model's context.
-
-        Raises:
-            UserError: when a prompt does not fit the context.
-        """
-        lengths = np.array([len(prompt) for prompt in prompts])
-        context = self._config.max_position_embeddings
-        if lengths.max() > context:
-            raise UserError(f"the prompt has {lengths.max()} tokens; the context (max_position_embeddings) is {context}")
-        tokens = np.zeros((len(prompts), _rounded_up(lengths.max())), np.int32)
-        for row, prompt in enumerate(prompts):
-            tokens[row, : len(prompt)] = prompt
-        steps = min(max_new_tokens, context + 1 - int(lengths.max()))
-        greedy, settings = temperature == 0, (jnp.float32(temperature), jnp.float32(top_p))
-        keys = jax.random.split(jax.random.key(seed), steps)
-
-        positions = jnp.asarray(lengths, jnp.int32)
-        token, cache = self._first(
-            self._weights, tokens, positions, settings, keys[0],
-            cache_length=_rounded_up(lengths.max() + steps), greedy=greedy,
-        )  # fmt: skip
-        ended = np.zeros(len(prompts), bool)
-        for count, key in enumerate(keys):
-            if count:
-                token, cache = self._following(self._weights, cache, token, positions, settings, key, greedy=greedy)
-                positions = positions + 1
-            told = np.where(ended, -1 if end_of_document is None else end_of_document, np.asarray(token))
-            yield told
-            ended |= told == end_of_document
-            if ended.all():
-                return
+    def _load_template(self) -> ChatTemplate:
+        if self._template is None:
+            self._template = load_chat_template(self._model.directory, self._model.tokenizer)
+        return self._template
 
 
-def _rounded_up(length: int) -> int:
-    return int(-(-length // LENGTH_MULTIPLE) * LENGTH_MULTIPLE)
+def _write_prompts(args: argparse.Namespace, model: LoadedModel, prompts: _Prompts, sampling: Sampling) -> None:
+    titles = args.prompt or ([] if args.prompt_ids else [""])
+    tokens = [prompts.of_text(text) for text in titles]
+    for number, ids in enumerate(args.prompt_ids or []):
+        try:
+            numbers = [int(word) for word in ids.replace(",", " ").split()]
+        except ValueError:
+            raise UserError(f'--prompt-ids "{ids}": token ids are expected, as in "5 9 2"') from None
+        tokens.append(prompts.of_ids(numbers, f"--prompt-ids number {number + 1}"))
+        titles = [*titles, f"[{' '.join(map(str, numbers))}]"]
+    if args.chat:
+        titles = ["" for _ in titles]
+    rows = [Continuation(ids, args.max_new_tokens, model.ends, model.tokenizer, args.stop) for ids in tokens]
+    generator = Generator(model.config, model.variables, len(rows), args.speculative)
+    print(titles[0], end="", flush=True)
+    for _ in generator.run(rows, sampling, args.seed):
+        print(rows[0].news(), end="", flush=True)
+    print(_ids(rows[0], model))
+    _tell(rows[0])
+    for title, row in zip(titles[1:], rows[1:]):
+        print(f"---\n{title}{row.text}{_ids(row, model)}")
+        _tell(row)
+    _tell_share(generator)
 
 
-def _first(
-    config: ModelConfig, weights: Weights, tokens: jax.Array, lengths: jax.Array, settings: tuple[jax.Array, jax.Array],
-    key: jax.Array, cache_length: int, greedy: bool,
-) -> tuple[jax.Array, Cache]:  # fmt: skip
-    """Read the prompts [B, P] and choose the first new token of each."""
-    logits, cache = prefill(config, weights, tokens, lengths, cache_length)
-    return sample_token(logits, *settings, key, greedy), cache
+def _ids(row: Continuation, model: LoadedModel) -> str:
+    """Of a model without a tokenizer, the tokens."""
+    return "" if model.tokenizer is not None else " " + " ".join(map(str, row.tokens))
 
 
-def _following(
-    config: ModelConfig, weights: Weights, cache: Cache, token: jax.Array, positions: jax.Array,
-    settings: tuple[jax.Array, jax.Array], key: jax.Array, greedy: bool,
-) -> tuple[jax.Array, Cache]:  # fmt: skip
-    """Take in the tokens [B] at positions [B] and choose the ones after them."""
-    logits, cache = decode(config, weights, cache, token, positions)
-    return sample_token(logits, *settings, key, greedy), cache
+def _tell(row: Continuation) -> None:
+    if row.log_probabilities:
+        print("log-probabilities: " + " ".join(f"{value:.3f}" for value in row.log_probabilities))
 
 
-def sample_token(logits: jax.Array, temperature: jax.Array, top_p: jax.Array, key: jax.Array, greedy: bool) -> jax.Array:
-    """Choose a token per row of logits [B, V] among the likeliest that together reach `top_p`."""
-    if greedy:
-        return jnp.argmax(logits, axis=-1).astype(jnp.int32)
-    logits = logits.astype(jnp.float32) / temperature
-    order = jnp.argsort(-logits, axis=-1)
-    sorted_logits = jnp.take_along_axis(logits, order, axis=-1)
-    probabilities = jax.nn.softmax(sorted_logits, axis=-1)
-    before = jnp.cumsum(probabilities, axis=-1) - probabilities
-    choice = jax.random.categorical(key, jnp.where(before < top_p, sorted_logits, -jnp.inf), axis=-1)
-    return jnp.take_along_axis(order, choice[:, None], axis=-1)[:, 0].astype(jnp.int32)
+def _tell_share(generator: Generator) -> None:
+    if generator.drafted:
+        print(f"drafts: {generator.accepted:,} of {generator.drafted:,} accepted, {_share(generator):.0%}")
 
 
-class TextStream:
-    """Turns tokens into text as they come, holding back characters that are not complete yet."""
+def _share(generator: Generator) -> float:
+    return generator.accepted / generator.drafted
 
-    def __init__(self, tokenizer: Tokenizer):
-        self._tokenizer = tokenizer
-        self._tokens: list[int] = []
-        self.text = ""
 
-    def push(self, token: int) -> str:
-        """Text that has become certain with this token."""
-        self._tokens.append(token)
-        decoded = self._tokenizer.decode(self._tokens, skip_special_tokens=False)
-        return self._advance("" if decoded.endswith("\N{REPLACEMENT CHARACTER}") else decoded)
+def _write_file(args: argparse.Namespace, model: LoadedModel, prompts: _Prompts, sampling: Sampling) -> None:
+    if not args.output.absolute().parent.is_dir():
+        raise UserError(f"--output {args.output}: there is no directory {args.output.absolute().parent}")
+    requests = read_requests(args.input, prompts.of_fields, model.config.max_position_embeddings)
+    size = min(args.batch_size, len(requests))
+    multiple = LENGTH_MULTIPLE if size == len(requests) else FILE_LENGTH_MULTIPLE
+    generator = Generator(model.config, model.variables, size, args.speculative, multiple)
 
-    def rest(self) -> str:
-        """What was still held back at the end."""
-        return self._advance(self._tokenizer.decode(self._tokens, skip_special_tokens=False))
+    def continuation(prompt: Iterable[int]) -> Continuation:
+        return Continuation(list(prompt), args.max_new_tokens, model.ends, model.tokenizer, args.stop)
 
-    def _advance(self, decoded: str) -> str:
-        piece, self.text = decoded[len(self.text) :], max(decoded, self.text, key=len)
-        return piece
+    tokens = write_all(generator, requests, continuation, sampling, args.seed, size, args.output)
+    print(f"{args.output}: {len(requests):,} prompts continued by {tokens:,} tokens")
+    _tell_share(generator)
 
 
 if __name__ == "__main__":

@@ -14,7 +14,7 @@ from deepseek_jax.checkpoint.pretrained import load_pretrained
 from deepseek_jax.config import load_config
 from deepseek_jax.convert import convert
 from deepseek_jax.data.tokenizer import train_tokenizer
-from deepseek_jax.generate import Generator
+from deepseek_jax.generation.generator import Generator
 from deepseek_jax.model.transformer import DeepseekV3
 from deepseek_jax.train import train
 from parity_tests.checkpoints import CONFIGS, TINY, WIDE, random_variables, write_huggingface_directory

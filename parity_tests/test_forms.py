@@ -17,7 +17,7 @@ from deepseek_jax.checkpoint.pretrained import load_pretrained as load_jax
 from deepseek_jax.checkpoint.pretrained import save_pretrained as save_jax
 from deepseek_jax.checkpoint.tensors import CheckpointError
 from deepseek_jax.config import ConfigError, load_config, presets
-from deepseek_jax.generate import Generator
+from deepseek_jax.generation.generator import Generator
 from deepseek_jax.model.router import dropless
 from deepseek_jax.planning.figures import count_parameters
 from deepseek_torch.generate import generate

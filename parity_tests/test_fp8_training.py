@@ -14,7 +14,7 @@ from deepseek_jax.checkpoint.layout import layout
 from deepseek_jax.checkpoint.safetensors_reader import SafetensorsDirectory
 from deepseek_jax.config import Config, ConfigError, ModelConfig, TrainConfig, load_config, to_yaml
 from deepseek_jax.convert import convert
-from deepseek_jax.generate import load_run
+from deepseek_jax.generation.loading import load_run
 from deepseek_jax.model.block import Block
 from deepseek_jax.model.rope import rope_angles
 from deepseek_jax.model.transformer import DeepseekV3

@@ -9,11 +9,21 @@ import numpy as np
 import pytest
 import torch
 from flax.traverse_util import flatten_dict
+from transformers.generation.logits_process import (
+    LogitsProcessorList,
+    MinPLogitsWarper,
+    RepetitionPenaltyLogitsProcessor,
+    TemperatureLogitsWarper,
+    TopKLogitsWarper,
+    TopPLogitsWarper,
+)
 
 from deepseek_jax.config import RopeScaling, load_config
 from deepseek_jax.errors import UserError
-from deepseek_jax.generate import Generator
-from deepseek_jax.generate import sample_token as jax_sample_token
+from deepseek_jax.generation.continuation import Continuation
+from deepseek_jax.generation.generator import Generator
+from deepseek_jax.generation.sampling import Sampling, choices, sequence_keys
+from deepseek_jax.generation.sampling import sample_token as jax_sample_token
 from deepseek_torch.generate import generate, sample_token
 from parity_tests.siblings import Siblings
 
@@ -105,7 +115,69 @@ def test_samples_follow_temperature_and_top_p(temperature, top_p):
     expected[kept] = exact[kept] / exact[kept].sum()
     rows = np.tile(logits, (draws, 1))
     in_torch = sample_token(torch.from_numpy(rows), temperature, top_p, torch.Generator().manual_seed(0))
-    in_jax = jax_sample_token(rows, jnp.float32(temperature), jnp.float32(top_p), jax.random.key(0), greedy=False)
+    asked, keys = Sampling(temperature=temperature, top_p=top_p), sequence_keys(0, np.arange(draws))
+    in_jax = jax_sample_token(jnp.asarray(rows), None, asked.form(), asked.settings(7), keys)
     for tokens in (in_torch, in_jax):
         shares = np.bincount(np.asarray(tokens), minlength=7) / draws
         assert (np.abs(shares - expected) <= 4 * np.sqrt(expected * (1 - expected) / draws)).all()
+
+
+@pytest.mark.parametrize("asked", [
+    Sampling(temperature=0.7, top_k=5), Sampling(temperature=1.3, top_k=20, top_p=0.6), Sampling(temperature=1, min_p=0.2),
+    Sampling(temperature=0.9, top_k=30, top_p=0.9, min_p=0.05, repetition_penalty=1.7),
+])  # fmt: skip
+def test_what_is_sampled_among_is_what_transformers_has(asked):
+    logits, seen = np.random.default_rng(0).normal(0, 2, (16, 40)).astype(np.float32), np.arange(3 * 16).reshape(16, 3) % 40
+    processors = [
+        RepetitionPenaltyLogitsProcessor(asked.repetition_penalty), TemperatureLogitsWarper(float(asked.temperature)),
+        TopKLogitsWarper(asked.top_k or 40), TopPLogitsWarper(asked.top_p), MinPLogitsWarper(asked.min_p),
+    ]  # fmt: skip
+    expected = LogitsProcessorList(processors)(torch.from_numpy(seen), torch.from_numpy(logits.copy()))
+    mask = np.zeros((16, 40), bool)
+    np.put_along_axis(mask, seen, True, axis=1)
+    found = choices(jnp.asarray(logits), jnp.asarray(mask), asked.form(), asked.settings(40))
+    np.testing.assert_allclose(found, expected, rtol=1e-6)
+    assert np.isinf(expected).any()
+
+
+def run(rows, asked=Sampling(), **options):  # noqa: B008
+    with jax.enable_x64(True):
+        for _ in generator(3).run(rows, asked, **options):
+            pass
+    return rows
+
+
+def test_every_sequence_and_token_has_a_key_of_its_own():
+    """Of a hot model, whose tokens are all about as likely; what is written hangs on a sequence's number and the seed alone."""
+    hot = Sampling(temperature=1e6)
+    rows = run([Continuation(PROMPTS[0], 12) for _ in range(3)], hot)
+    tokens = [token for row in rows for token in row.tokens]
+    assert len(tokens) == 36 and len(set(tokens)) >= 28, "36 draws out of 320 tokens should hardly repeat"
+    again = run([Continuation(prompt, 12) for prompt in (PROMPTS[1], PROMPTS[0])], hot, numbers=[7, 1])
+    assert again[1].tokens == rows[1].tokens
+    other = run([Continuation(PROMPTS[0], 12)], hot, seed=1)
+    assert len(set(other[0].tokens) & set(rows[0].tokens)) < 5
+
+
+def test_log_probabilities_and_a_penalty_for_repetition():
+    """Penalised choices, but the model's own probabilities, against the whole sequence read anew."""
+    asked = Sampling(repetition_penalty=1.5, log_probabilities=True)
+    rows = run([Continuation(prompt, 8) for prompt in PROMPTS], asked)
+    for row in rows:
+        tokens = list(row.prompt)
+        for token, told in zip(row.tokens, row.log_probabilities):
+            with torch.no_grad():
+                logits = siblings().torch.hidden_states(torch.tensor([tokens]))[0, -1] @ siblings().torch.head()
+            assert abs(torch.log_softmax(logits, -1)[token].item() - told) < 1e-12
+            seen = sorted(set(tokens))
+            logits[seen] = torch.where(logits[seen] > 0, logits[seen] / np.float32(1.5), logits[seen] * np.float32(1.5))
+            assert int(logits.argmax()) == token
+            tokens.append(token)
+    assert rows[0].tokens != without_cache(PROMPTS[0], 8) or rows[1].tokens != without_cache(PROMPTS[1], 8)
+
+
+def test_a_short_prompt_is_not_cut_by_a_long_one():
+    """Each has its own limit at the end of the context of 40, and its own finish."""
+    rows = run([Continuation(range(38), 100), Continuation([8], 12), Continuation([8], 100, ends=[without_cache([8], 3)[2]])])
+    assert [(len(row.tokens), row.finish) for row in rows] == [(3, "length"), (12, "length"), (3, "stop")]
+    assert rows[1].tokens == without_cache([8], 12)

@@ -5,8 +5,9 @@ handful of tokens, so that slicing a stack, a copy of all weights for each token
 much as the arithmetic; here each layer has its own arrays.
 """
 
-from collections.abc import Sequence
-from typing import Any, NamedTuple
+from collections.abc import Iterator, Sequence
+from functools import partial
+from typing import Any, NamedTuple, Optional
 
 import jax
 import jax.numpy as jnp
@@ -16,11 +17,14 @@ from deepseek_jax.config import ModelConfig, has_experts, stretches
 from deepseek_jax.model.attention import ABSORBED, Latents, absorbed_weights
 from deepseek_jax.model.block import Block
 from deepseek_jax.model.layers import RMSNorm, compute_dtype, widen
+from deepseek_jax.model.mtp import MTP_FORMS
 from deepseek_jax.model.panels import COLUMNS, PANELS, Panels, cut, times, whole
 from deepseek_jax.model.rope import rope_angles
 from deepseek_jax.model.router import dropless
 
-LINEAR = ("q_proj", "q_a_proj", "q_b_proj", "kv_a_proj_with_mqa", "o_proj", "gate_proj", "up_proj", "down_proj")
+LINEAR = (
+    "q_proj", "q_a_proj", "q_b_proj", "kv_a_proj_with_mqa", "o_proj", "gate_proj", "up_proj", "down_proj", "eh_proj", "proj",
+)  # fmt: skip
 """Linear maps by whose weights decoding multiplies."""
 FEW = 16
 """Rows that take hardly longer to multiply than their weight to read."""
@@ -32,31 +36,39 @@ Cache = list[Latents]
 
 
 class Weights(NamedTuple):
-    """The main model's variables with every layer on its own, arranged for decoding."""
+    """A model's variables with every layer on its own, arranged for decoding."""
 
     embedding: jax.Array
     layers: list[dict[str, Any]]
     """Besides the variables of a `Block`, what attention to a cache prepares of them; see `cut_layer`, too."""
     norm: dict[str, Any]
     head: jax.Array | Panels
+    mtp: list[dict[str, Any]]
+    """As `layers`, of the modules that draft; empty where none does."""
 
 
-def prepare(config: ModelConfig, variables: dict[str, Any], sequences: int) -> Weights:
-    """Unstack the variables of a `DeepseekV3` and arrange them for so many sequences at once."""
+def prepare(config: ModelConfig, variables: dict[str, Any], sequences: int, drafts: bool = False) -> Weights:
+    """Unstack the variables of a `DeepseekV3` and arrange them for so many sequences at once, with MTP modules that draft."""
     params = variables["params"]
     cuts = jax.default_backend() == "cpu" and config.precision != "fp8"
-    layers = []
-    for stack, first, end in stretches(config):
+
+    def unstacked(stack: str, first: int, end: int) -> Iterator[dict[str, Any]]:
         trees = {kind: tree[stack] for kind, tree in variables.items() if stack in tree}
         for i in range(first, end):
             layer = jax.tree.map(lambda x, i=i: x[i], trees)
-            weight = layer["params"]["self_attn"]["kv_b_proj"]["weight"]
-            layer[ABSORBED] = {"self_attn": {"weights": absorbed_weights(config, weight)}}
-            layers.append(cut_layer(config, layer, sequences) if cuts else layer)
+            absorbed = {
+                (*path[:-2], "weights"): absorbed_weights(config, weight)
+                for path, weight in flatten_dict(layer["params"]).items() if path[-2] == "kv_b_proj"
+            }  # fmt: skip
+            layer[ABSORBED] = unflatten_dict(absorbed)
+            yield cut_layer(config, layer, sequences) if cuts else layer
+
+    layers = [layer for part in stretches(config) for layer in unstacked(*part)]
+    mtp = list(unstacked("mtp_layers", 0, config.num_nextn_predict_layers)) if drafts else []
     embedding = params["embed_tokens"]["weight"]
     head = embedding.T if config.tie_word_embeddings else params["lm_head"]["weight"]
     head = cut(head) if cuts and head.shape[1] % COLUMNS == 0 else head
-    return Weights(embedding, layers, {"params": params["norm"]}, head)
+    return Weights(embedding, layers, {"params": params["norm"]}, head, mtp)
 
 
 def cut_layer(config: ModelConfig, layer: dict[str, Any], sequences: int) -> dict[str, Any]:
@@ -100,12 +112,22 @@ def prefill(
     Returns:
         Logits [B, V] after each prompt's last token, in at least float32, and the cache.
     """
+    hidden, cache = read(config, weights, tokens, cache_length)
+    last = jnp.take_along_axis(hidden, (lengths - 1)[:, None, None], axis=1)
+    return logits_of(config, weights, last)[:, 0], cache
+
+
+def read(config: ModelConfig, weights: Weights, tokens: jax.Array, cache_length: int) -> tuple[jax.Array, Cache]:
+    """Prompts [B, P] -> hidden states [B, P, d] before the final norm, and the cache; see `prefill`."""
     positions = jnp.broadcast_to(jnp.arange(tokens.shape[1]), tokens.shape)
     layers = [whole_layer(config, layer) for layer in weights.layers]
-    hidden, cache = _run(config, weights._replace(layers=layers), tokens, positions, [None] * config.num_hidden_layers)
-    last = jnp.take_along_axis(hidden, (lengths - 1)[:, None, None], axis=1)
-    room = ((0, 0), (0, cache_length - tokens.shape[1]), (0, 0))
-    return _logits(config, weights, last), jax.tree.map(lambda latents: jnp.pad(latents, room), cache)
+    hidden, cache = run(config, weights._replace(layers=layers), tokens, positions, [None] * config.num_hidden_layers)
+    return hidden, jax.tree.map(partial(with_room, length=cache_length), cache)
+
+
+def with_room(latents: jax.Array, length: int) -> jax.Array:
+    """The latents of prompts [B, P, ...] in a cache of so many positions."""
+    return jnp.pad(latents, ((0, 0), (0, length - latents.shape[1]), (0, 0)))
 
 
 def decode(
@@ -119,14 +141,17 @@ def decode(
     Returns:
         Logits [B, V] for the token after, and the cache with these tokens in it.
     """
-    hidden, cache = _run(config, weights, tokens[:, None], positions[:, None], cache)
-    return _logits(config, weights, hidden), cache
+    hidden, cache = run(config, weights, tokens[:, None], positions[:, None], cache)
+    return logits_of(config, weights, hidden)[:, 0], cache
 
 
-def _run(
+def run(
     config: ModelConfig, weights: Weights, tokens: jax.Array, positions: jax.Array, cache: Sequence[Latents | None]
 ) -> tuple[jax.Array, Cache]:
-    """Hidden states [B, T, d] before the final norm, and every layer's latents or updated cache."""
+    """Tokens and positions [B, T] -> hidden states [B, T, d] before the final norm, and every layer's latents or cache.
+
+    What lies beyond a cache's positions is not written.
+    """
     rope = rope_angles(config, positions)
     x = weights.embedding[tokens].astype(compute_dtype(config))
     latents = []
@@ -137,7 +162,37 @@ def _run(
     return x, latents
 
 
-def _logits(config: ModelConfig, weights: Weights, hidden: jax.Array) -> jax.Array:
-    """[B, 1, d] -> [B, V]."""
-    normed = RMSNorm(config, config.rms_norm_eps).apply(weights.norm, hidden[:, 0])
+def run_mtp(
+    config: ModelConfig, weights: Weights, depth: int, previous: jax.Array, tokens: jax.Array, positions: jax.Array,
+    cache: Optional[Latents],
+) -> tuple[jax.Array, jax.Array, Optional[Latents]]:  # fmt: skip
+    """MTP module `depth`, from 0.
+
+    Args:
+        previous: [B, T, d] of the depth before, at `positions` [B, T].
+        tokens: [B, T], those depth + 1 further on than the positions.
+        cache: the module's own; None to read a text from its beginning.
+
+    Returns:
+        The state for the next depth and the normed state for the output head, [B, T, d]; and latents or cache as `run`.
+    """
+    module: Any = MTP_FORMS[config.mtp_form](dropless(config))
+    embedded = weights.embedding[tokens].astype(compute_dtype(config))
+    variables = whole_layer(config, weights.mtp[depth]) if cache is None else weights.mtp[depth]
+    state, (normed, output) = module.apply(variables, previous, rope_angles(config, positions), positions, embedded, cache)
+    return state, normed, output.latents
+
+
+def final_norm(config: ModelConfig, weights: Weights, hidden: jax.Array) -> jax.Array:
+    """[..., d] -> the same."""
+    return RMSNorm(config, config.rms_norm_eps).apply(weights.norm, hidden)
+
+
+def logits_of(config: ModelConfig, weights: Weights, hidden: jax.Array) -> jax.Array:
+    """Hidden states [..., d] before the final norm -> logits [..., V] in at least float32."""
+    return head_of(weights, final_norm(config, weights, hidden))
+
+
+def head_of(weights: Weights, normed: jax.Array) -> jax.Array:
+    """Normed states [..., d] -> logits [..., V] in at least float32."""
     return times(normed, weights.head, widen(normed.dtype))

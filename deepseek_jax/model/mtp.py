@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 
 from deepseek_jax.config import ModelConfig
+from deepseek_jax.model.attention import Latents
 from deepseek_jax.model.block import Block, BlockOutput
 from deepseek_jax.model.layers import Linear, RMSNorm
 from deepseek_jax.parallel.sharding import Division
@@ -35,20 +36,21 @@ class MTPModule(nn.Module):
         rope: tuple[jax.Array, jax.Array],
         positions: jax.Array,
         embedded: jax.Array,
+        cache: Optional[Latents] = None,
         segment_ids: Optional[jax.Array] = None,
     ) -> tuple[jax.Array, tuple[jax.Array, BlockOutput]]:
         """One depth further.
 
         Args:
             previous: [B, T, hidden_size] state of the depth before (of the main model for k = 1).
-            rope, positions, segment_ids: as for `Block`.
+            rope, positions, cache, segment_ids: as for `Block`.
             embedded: [B, T, hidden_size] embeddings of the tokens k further on.
 
         Returns:
             The state for the next depth; and the normed state for the output head with the block's output.
         """
         joined = jnp.concatenate([self.enorm(embedded), self.hnorm(previous)], axis=-1)
-        hidden, output = self.block(self.eh_proj(joined), rope, positions, segment_ids=segment_ids)
+        hidden, output = self.block(self.eh_proj(joined), rope, positions, cache, segment_ids)
         normed = self.norm(hidden)
         return normed if self.config.mtp_hidden_after_norm else hidden, (normed, output)
 
@@ -74,6 +76,7 @@ class MTPHead(nn.Module):
         rope: tuple[jax.Array, jax.Array],
         positions: jax.Array,
         embedded: jax.Array,
+        cache: Optional[Latents] = None,
         segment_ids: Optional[jax.Array] = None,
     ) -> tuple[jax.Array, tuple[jax.Array, BlockOutput]]:
         """The state as it is, for the next head, and the normed state for the output head; called as an `MTPModule`."""

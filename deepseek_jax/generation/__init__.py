@@ -1,0 +1,1 @@
+"""Generation: sampling, speculation, chat, and files of prompts; `deepseek_jax.generate` is the command."""
