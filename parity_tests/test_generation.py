@@ -148,7 +148,7 @@ def run(rows, asked=Sampling(), **options):  # noqa: B008
 
 
 def test_every_sequence_and_token_has_a_key_of_its_own():
-    """Of a hot model, whose tokens are all about as likely; what is written hangs on a sequence's number and the seed alone."""
+    """Of a hot model, whose tokens are all about as likely. A sequence hangs on its number and the seed alone."""
     hot = Sampling(temperature=1e6)
     rows = run([Continuation(PROMPTS[0], 12) for _ in range(3)], hot)
     tokens = [token for row in rows for token in row.tokens]
