@@ -33,7 +33,7 @@ def siblings(**fields) -> Siblings:
 @cache
 def generator(**fields) -> Generator:
     with jax.enable_x64(True):
-        return Generator(siblings(**fields).config, siblings(**fields).variables, 1, speculative=True)
+        return Generator(siblings(**fields).config, siblings(**fields).variables, speculative=True, length_multiple=4)
 
 
 def write(prompts, sampling=Sampling(), new=NEW, **fields):  # noqa: B008

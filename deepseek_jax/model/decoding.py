@@ -179,7 +179,8 @@ def run_mtp(
     module: Any = MTP_FORMS[config.mtp_form](dropless(config))
     embedded = weights.embedding[tokens].astype(compute_dtype(config))
     variables = whole_layer(config, weights.mtp[depth]) if cache is None else weights.mtp[depth]
-    state, (normed, output) = module.apply(variables, previous, rope_angles(config, positions), positions, embedded, cache)
+    rope = rope_angles(config, positions)
+    state, (normed, output) = module.apply(variables, previous, rope, positions, embedded, cache=cache)
     return state, normed, output.latents
 
 

@@ -36,14 +36,14 @@ class MTPModule(nn.Module):
         rope: tuple[jax.Array, jax.Array],
         positions: jax.Array,
         embedded: jax.Array,
-        cache: Optional[Latents] = None,
         segment_ids: Optional[jax.Array] = None,
+        cache: Optional[Latents] = None,
     ) -> tuple[jax.Array, tuple[jax.Array, BlockOutput]]:
         """One depth further.
 
         Args:
             previous: [B, T, hidden_size] state of the depth before (of the main model for k = 1).
-            rope, positions, cache, segment_ids: as for `Block`.
+            rope, positions, segment_ids, cache: as for `Block`.
             embedded: [B, T, hidden_size] embeddings of the tokens k further on.
 
         Returns:
@@ -76,8 +76,8 @@ class MTPHead(nn.Module):
         rope: tuple[jax.Array, jax.Array],
         positions: jax.Array,
         embedded: jax.Array,
-        cache: Optional[Latents] = None,
         segment_ids: Optional[jax.Array] = None,
+        cache: Optional[Latents] = None,
     ) -> tuple[jax.Array, tuple[jax.Array, BlockOutput]]:
         """The state as it is, for the next head, and the normed state for the output head; called as an `MTPModule`."""
         return state, (self.norm(state + nn.silu(self.proj(self.hnorm(state)))), BlockOutput(None))
