@@ -28,6 +28,7 @@ class LoadedModel(NamedTuple):
         variables: {"params": ..., "router_state": ...}.
         tokenizer: None where there is no tokenizer.json; token ids are then all that can be given.
         ends: tokens that end a text.
+        begin: the token that texts are read after: the one that begins a text, or else ends one.
         directory: of the tokenizer's other files, where there are any.
     """
 
@@ -35,6 +36,7 @@ class LoadedModel(NamedTuple):
     variables: dict[str, Any]
     tokenizer: Optional[Tokenizer]
     ends: tuple[int, ...]
+    begin: Optional[int]
     directory: Path
 
 
@@ -55,7 +57,11 @@ def load_model(path: Path, step: Optional[int] = None) -> LoadedModel:
         directory = path / COMPANIONS_FOLDER if (path / COMPANIONS_FOLDER).is_dir() else path
         texts = path
     tokenizer = load_tokenizer(texts) if (texts / TOKENIZER_JSON).is_file() else None
-    return LoadedModel(config, variables, tokenizer, _ends(directory, tokenizer), directory)
+    ends, begins = (_named_tokens(directory, name) for name in ("eos_token_id", "bos_token_id"))
+    if not ends and tokenizer is not None:
+        with suppress(DataError):  # then a limit alone ends a text
+            ends = (end_of_document_id(tokenizer),)
+    return LoadedModel(config, variables, tokenizer, ends, next(iter(begins + ends), None), directory)
 
 
 def load_run(run_dir: Path, step: int | None = None) -> tuple[ModelConfig, Tokenizer, dict[str, Any]]:
@@ -84,19 +90,14 @@ def run_variables(run_dir: Path, config: Config, step: int | None = None) -> dic
     return checkpoints.restore_variables(step)
 
 
-def _ends(directory: Path, tokenizer: Optional[Tokenizer]) -> tuple[int, ...]:
-    """All that generation_config.json and config.json name; else the one that the tokenizer has."""
+def _named_tokens(directory: Path, field: str) -> tuple[int, ...]:
+    """All that generation_config.json and config.json name under `field`."""
     found: list[int] = []
     for name in (GENERATION_CONFIG, CONFIG_JSON):
         if (directory / name).is_file():
-            value = read_object(file_inside(directory, name, str(directory))).get("eos_token_id")
+            value = read_object(file_inside(directory, name, str(directory))).get(field)
             tokens = value if isinstance(value, list) else [] if value is None else [value]
             if not all(is_count(token) for token in tokens):
-                raise UserError(
-                    f"{directory / name}: eos_token_id is {shown(value)}; a token id or a list of them is expected"
-                )
+                raise UserError(f"{directory / name}: {field} is {shown(value)}; a token id or a list of them is expected")
             found += tokens
-    if not found and tokenizer is not None:
-        with suppress(DataError):  # then a limit alone ends a text
-            found = [end_of_document_id(tokenizer)]
     return tuple(dict.fromkeys(found))

@@ -1,0 +1,143 @@
+"""How well a model predicts text: `python -m deepseek_jax.evaluate RUN FILE...`.
+
+Every document is read from its beginning, after the token that begins or ends a text, and each of its tokens counts once.
+Bits per byte compare models with any tokenizers; perplexity only those with the same.
+"""
+
+import argparse
+import math
+from collections.abc import Iterator
+from pathlib import Path
+from typing import NamedTuple
+
+import jax
+import numpy as np
+from rich.console import Console
+from rich.progress import Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
+from tokenizers import Tokenizer
+
+from deepseek_jax.data.documents import find_files, read_documents
+from deepseek_jax.errors import UserError, run_command
+from deepseek_jax.generation.loading import LoadedModel, load_model
+from deepseek_jax.generation.scoring import Scorer
+
+DEFAULT_CONTEXT, BATCH_TOKENS = 2048, 4096
+"""Tokens to look back on, unless the model's own context is shorter; and those read at once."""
+
+
+class Score(NamedTuple):
+    """Of a file, or of several."""
+
+    documents: int = 0
+    tokens: int = 0
+    bytes: int = 0
+    nats: float = 0.0
+
+    @property
+    def bits_per_byte(self) -> float:
+        """Of the text's own bytes."""
+        return self.nats / math.log(2) / self.bytes if self.bytes else math.nan
+
+    @property
+    def perplexity(self) -> float:
+        """Of its tokens."""
+        return math.exp(self.nats / self.tokens) if self.tokens else math.nan
+
+    def plus(self, other: "Score") -> "Score":
+        """Both together."""
+        documents, tokens, size, nats = (ours + theirs for ours, theirs in zip(self, other))
+        return Score(int(documents), int(tokens), int(size), nats)
+
+
+def main() -> None:
+    """Parse the command line and score."""
+    parser = argparse.ArgumentParser(
+        prog="python -m deepseek_jax.evaluate", description="How well a model predicts text, in bits per byte.",
+        epilog="example: python -m deepseek_jax.evaluate runs/mine held_out.txt more.jsonl",
+    )  # fmt: skip
+    parser.add_argument("run", help="run directory of deepseek_jax.train, or Hugging Face directory")
+    parser.add_argument("file", nargs="+", help="text, .jsonl or .parquet files (a document a line), directories or globs")
+    context = f"tokens to look back on, at most ({DEFAULT_CONTEXT}, or the model's own)"
+    parser.add_argument("--context", type=int, metavar="N", help=context)
+    stride = "of longer texts: new tokens of each window (all of the context); fewer look back further"
+    parser.add_argument("--stride", type=int, metavar="N", help=stride)
+    parser.add_argument("--step", type=int, help="checkpoint of the run to use instead of the last")
+    args = parser.parse_args()
+    run_command(lambda: evaluate(args))
+
+
+def evaluate(args: argparse.Namespace) -> None:
+    """Score each file and print a line for it."""
+    files = find_files(args.file)
+    jax.config.update("jax_default_matmul_precision", "highest")
+    model = load_model(Path(args.run), args.step)
+    if model.tokenizer is None:
+        raise UserError(f"{args.run}: has no tokenizer.json, which turns text into its tokens")
+    context = _within(args.context, "--context", model.config.max_position_embeddings, DEFAULT_CONTEXT)
+    stride = _within(args.stride, "--stride", context, context)
+    scorer = Scorer(model.config, model.variables, context, stride, max(BATCH_TOKENS // context, 1))
+    first, total = first_token(model), Score()
+    width = min(max(len(_shown(file)) for file in files) + 2, 60)
+    print(f"{'file':{width}}{'documents':>10}{'tokens':>12}{'bytes':>12}{'bits/byte':>11}{'perplexity':>12}", flush=True)
+    columns = SpinnerColumn(), TextColumn("{task.description} {task.fields[tokens]:,} tokens"), TimeElapsedColumn()
+    with Progress(*columns, console=Console(stderr=True), transient=True) as progress:
+        for file in files:
+            task, score = progress.add_task(_shown(file), tokens=0), Score()
+            for document in score_documents(scorer, model.tokenizer, first, read_texts(file)):
+                score = score.plus(document)
+                progress.update(task, tokens=score.tokens)
+            progress.remove_task(task)
+            progress.console.file.flush()
+            print(_line(_shown(file), score, width), flush=True)
+            total = total.plus(score)
+    if len(files) > 1:
+        print(_line("all", total, width))
+
+
+def first_token(model: LoadedModel) -> int:
+    """What every document is read after; raises `UserError` for a model that names none."""
+    if model.begin is None:
+        raise UserError(f"{model.directory}: no token to read a text after; name one as bos_token_id in config.json")
+    return model.begin
+
+
+def read_texts(file: Path) -> Iterator[str]:
+    """The documents of a file."""
+    return (row["text"] for row in read_documents([str(file)]))
+
+
+def score_documents(scorer: Scorer, tokenizer: Tokenizer, first: int, texts: Iterator[str]) -> Iterator[Score]:
+    """Each document's score."""
+    sizes: list[int] = []
+
+    def sequences() -> Iterator[list[int]]:
+        for text in texts:
+            sizes.append(len(text.encode("utf-8", errors="replace")))
+            yield [first, *tokenizer.encode(text, add_special_tokens=False).ids]
+
+    for scored in scorer.score(sequences()):
+        yield Score(1, len(scored.nats), sizes.pop(0), float(np.sum(scored.nats, dtype=np.float64)))
+
+
+def _within(value: int | None, name: str, most: int, default: int) -> int:
+    if value is None:
+        return min(default, most)
+    if not 1 <= value <= most:
+        raise UserError(f"{name} {value}: must be from 1 to {most}")
+    return value
+
+
+def _shown(file: Path) -> str:
+    here = Path.cwd()
+    return str(file.relative_to(here) if file.is_relative_to(here) else file)
+
+
+def _line(name: str, score: Score, width: int) -> str:
+    if len(name) > width - 2:
+        name = f"...{name[-(width - 5) :]}"
+    return (f"{name:{width}}{score.documents:10,}{score.tokens:12,}{score.bytes:12,}{score.bits_per_byte:11.4f}"
+            f"{score.perplexity:12.4f}")  # fmt: skip
+
+
+if __name__ == "__main__":
+    main()
