@@ -27,11 +27,11 @@ from deepseek_jax.data.texts import as_prompts, continued
 from deepseek_jax.data.tokenizer import end_of_document_id, load_tokenizer
 from deepseek_jax.generate import check_sampling
 from deepseek_jax.generation.generator import Generator
-from deepseek_jax.generation.loading import load_run
 from deepseek_jax.planning.figures import ParameterCount, count_parameters
 from deepseek_jax.precision.fp8 import require_fp8
 from deepseek_jax.train import train
 from deepseek_jax.training.fitting import History, plan_run, trainer_fields
+from deepseek_jax.training.loading import load_run
 from deepseek_jax.training.loop import Interrupted
 from deepseek_jax.training.step import init_variables
 

@@ -18,8 +18,8 @@ from tokenizers import Tokenizer
 
 from deepseek_jax.data.documents import find_files, read_documents
 from deepseek_jax.errors import UserError, run_command
-from deepseek_jax.generation.loading import LoadedModel, load_model
 from deepseek_jax.generation.scoring import Scorer
+from deepseek_jax.training.loading import LoadedModel, load_model
 
 DEFAULT_CONTEXT, BATCH_TOKENS = 2048, 4096
 """Tokens to look back on, unless the model's own context is shorter; and those read at once."""

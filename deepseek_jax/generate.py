@@ -17,8 +17,8 @@ from deepseek_jax.generation.chat import ChatTemplate, as_messages, load_chat_te
 from deepseek_jax.generation.continuation import Continuation
 from deepseek_jax.generation.files import read_requests, write_all
 from deepseek_jax.generation.generator import LENGTH_MULTIPLE, Generator
-from deepseek_jax.generation.loading import LoadedModel, load_model
 from deepseek_jax.generation.sampling import Sampling
+from deepseek_jax.training.loading import LoadedModel, load_model
 
 FILE_LENGTH_MULTIPLE = 128
 """A file's prompts have many lengths: fewer of them are compiled."""

@@ -14,9 +14,9 @@ from deepseek_jax.errors import UserError, run_command
 from deepseek_jax.evaluate import BATCH_TOKENS, DEFAULT_CONTEXT
 from deepseek_jax.generation.continuation import Continuation
 from deepseek_jax.generation.generator import Generator
-from deepseek_jax.generation.loading import load_model
 from deepseek_jax.generation.sampling import Sampling
 from deepseek_jax.generation.scoring import Scorer
+from deepseek_jax.training.loading import load_model
 
 try:
     from lm_eval.api.instance import Instance

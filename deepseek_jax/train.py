@@ -28,6 +28,7 @@ from deepseek_jax.parallel.sharding import Division
 from deepseek_jax.parallel.summary import mesh_summary
 from deepseek_jax.planning.figures import count_parameters
 from deepseek_jax.precision.fp8 import require_fp8
+from deepseek_jax.training import initial
 from deepseek_jax.training.checkpoint import CHECKPOINTS, Checkpoints, DamagedCheckpoint
 from deepseek_jax.training.lock import sole_use
 from deepseek_jax.training.loop import Loop
@@ -46,7 +47,8 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         prog="python -m deepseek_jax.train",
         description="Train a DeepSeek-V3 on text.",
-        epilog="example: python -m deepseek_jax.train --config quickstart data.input=my.txt train.steps=200 run_dir=my-run",
+        epilog="examples: python -m deepseek_jax.train --config quickstart data.input=my.txt train.steps=200 run_dir=my-run; "
+        "python -m deepseek_jax.train init_from=my-model data.input=my.txt train.steps=200 run_dir=tuned",
     )
     parser.add_argument("--config", help=f"a .yaml file or a preset ({', '.join(presets())})")
     parser.add_argument("--resume", action="store_true", help="go on from the last checkpoint of run_dir")
@@ -82,12 +84,16 @@ def start(args: argparse.Namespace) -> None:
 
 
 def read_config(source: str | None, resume: bool, overrides: list[str]) -> Config:
-    """The config given; or that of the run to resume, found by its run_dir override."""
+    """The config given; or that of the weights to start from, or of the run to resume, found by init_from= or run_dir=."""
     if source is not None:
         return load_config(source, overrides)
+    if initial.is_named(overrides) and not resume:
+        return initial.config_of(overrides)
     run_dir = next((word.partition("=")[2] for word in overrides if word.startswith("run_dir=")), None)
     if not resume or not run_dir:
-        raise ConfigError("give --config FILE, or --resume run_dir=DIR to go on with the config of that run")
+        raise ConfigError(
+            "give --config FILE, init_from=DIR to train the model there on, or --resume run_dir=DIR to go on with that run"
+        )
     path = Path(run_dir) / CONFIG_FILE
     if not path.is_file():
         raise ConfigError(f"{path}: not there, so {run_dir} holds no run to resume")
@@ -112,6 +118,7 @@ def train(
     # The default would cut float32 products down to bfloat16 or TF32 on a TPU or GPU.
     jax.config.update("jax_default_matmul_precision", "highest")
     keep_programs(config.compilation_cache)
+    config = initial.with_tokenizer(config)
     asked, config = config, dataclasses.replace(config, parallel=resolve(config, jax.device_count()))
     config = choose(config, jax.default_backend())
     fresh = jax.eval_shape(partial(init_state, config))
@@ -122,6 +129,9 @@ def train(
         raise ConfigError(f"{run_dir} already holds a run: add --resume to go on with it, or give another run_dir")
     with sole_use(run_dir) if processes.is_first() else nullcontext():
         resumed = _resumed(config, run_dir, shardings, allowed) if resume else None
+        if resumed is None and variables is None and config.init_from is not None:
+            variables = initial.initial_variables(config)
+            processes.first_alone(lambda: initial.keep_texts(config))
         processes.first_alone(lambda: prepare(config, run_dir))
         data = open_prepared(config, run_dir)
         position, state = resumed or (Position(), jax.jit(partial(init_state, config), out_shardings=shardings)(variables))

@@ -11,17 +11,20 @@ import json
 import math
 import shutil
 import time
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any, Optional
 
 import torch
 
-from deepseek_jax.config import Config, ConfigError, load_config, presets, to_yaml
+from deepseek_jax.checkpoint.hf_config import read_config_json
+from deepseek_jax.config import HOW_COMPUTED, Config, ConfigError, from_mapping, load_config, presets, to_yaml
+from deepseek_jax.config.sizes import to_go_on
 from deepseek_jax.data.loader import training_sequences
 from deepseek_jax.data.packing import PreparedData, prepare
 from deepseek_jax.errors import UserError, run_command, write_atomically
 from deepseek_torch.model.transformer import DeepseekV3
-from deepseek_torch.pretrained import save_pretrained
+from deepseek_torch.pretrained import load_pretrained, save_pretrained
 from deepseek_torch.training.evaluation import Evaluation
 from deepseek_torch.training.schedules import StepPlan, plan_steps
 from deepseek_torch.training.step import StepMetrics, TrainState, init_state, train_step
@@ -33,10 +36,21 @@ SECONDS_BETWEEN_LINES = 5
 def main() -> None:
     """Parse the command line and train."""
     parser = argparse.ArgumentParser(prog="python -m deepseek_torch.train", description="Train a DeepSeek-V3 on text.")
-    parser.add_argument("--config", required=True, help=f"a .yaml file or a preset ({', '.join(presets())})")
+    parser.add_argument("--config", help=f"a .yaml file or a preset ({', '.join(presets())})")
     parser.add_argument("overrides", nargs="*", metavar="section.field=value", help="fields of the config to change")
     args = parser.parse_intermixed_args()
-    run_command(lambda: train(load_config(args.config, args.overrides)))
+    run_command(lambda: train(read_config(args.config, args.overrides)))
+
+
+def read_config(source: str | None, overrides: list[str]) -> Config:
+    """The config given; or that of the weights that init_from= among the overrides names."""
+    if source is not None:
+        return load_config(source, overrides)
+    named = next((word.partition("=")[2] for word in overrides if word.startswith("init_from=")), None)
+    if named is None:
+        raise ConfigError("give --config FILE, or init_from=DIR to train the model there on")
+    model = read_config_json(Path(named))
+    return from_mapping({"model": asdict(model), "train": asdict(to_go_on(model))}, overrides, where=named)
 
 
 def train(config: Config, model: Optional[DeepseekV3] = None) -> None:
@@ -51,14 +65,34 @@ def train(config: Config, model: Optional[DeepseekV3] = None) -> None:
     run_dir = Path(config.run_dir)
     if (run_dir / METRICS_FILE).exists():
         raise ConfigError(f"{run_dir} already holds a run: give another run_dir")
+    if config.init_from is not None and model is None:
+        model = initial_model(config)
+        tokenizer = config.data.tokenizer or config.init_from
+        config = replace(config, data=replace(config.data, tokenizer=tokenizer))
     data = prepare(config, run_dir)
     asked = config
-    config = dataclasses.replace(config, data=dataclasses.replace(config.data, end_of_document=data.end_of_document))
+    config = replace(config, data=replace(config.data, end_of_document=data.end_of_document))
     state = init_state(config, model)
     write_atomically(run_dir / CONFIG_FILE, to_yaml(asked))
     parameters = sum(p.numel() for p in state.model.parameters())
     print(f"{run_dir}: {parameters:,} parameters with MTP; {data.train_tokens:,} tokens to train on", flush=True)
     _run(config, run_dir, data, state)
+
+
+def initial_model(config: Config) -> DeepseekV3:
+    """The weights of the Hugging Face directory that `config.init_from` names; MTP modules that are not asked for stay behind.
+
+    Raises:
+        UserError: one line naming the field that does not fit.
+    """
+    found = load_pretrained(str(config.init_from))
+    for name, value in asdict(found.config).items():
+        wanted = asdict(config.model)[name]
+        if name not in HOW_COMPUTED and value != wanted and not (name == "num_nextn_predict_layers" and wanted < value):
+            raise ConfigError(f"init_from={config.init_from}: its model.{name} is {value}, and here it is {wanted}")
+    model = DeepseekV3(config.model)
+    model.load_state_dict({name: tensor for name, tensor in found.state_dict().items() if name in model.state_dict()})
+    return model
 
 
 def _run(config: Config, run_dir: Path, data: PreparedData, state: TrainState) -> None:

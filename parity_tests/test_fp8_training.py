@@ -14,13 +14,13 @@ from deepseek_jax.checkpoint.layout import layout
 from deepseek_jax.checkpoint.safetensors_reader import SafetensorsDirectory
 from deepseek_jax.config import Config, ConfigError, ModelConfig, TrainConfig, load_config, to_yaml
 from deepseek_jax.convert import convert
-from deepseek_jax.generation.loading import load_run
 from deepseek_jax.model.block import Block
 from deepseek_jax.model.rope import rope_angles
 from deepseek_jax.model.transformer import DeepseekV3
 from deepseek_jax.precision import fp8, fp8_operands
 from deepseek_jax.train import train
 from deepseek_jax.training.checkpoint import Checkpoints
+from deepseek_jax.training.loading import load_run
 from deepseek_jax.training.optimizer import make_optimizer
 from deepseek_jax.training.schedules import Position, plan_steps
 from deepseek_jax.training.step import Scalars, TrainState, train_step

@@ -9,7 +9,7 @@ import pytest
 from deepseek_jax import generate as command
 from deepseek_jax.data.tokenizer import load_tokenizer
 from deepseek_jax.generation.continuation import Continuation, TextStream
-from deepseek_jax.generation.loading import load_model
+from deepseek_jax.training.loading import load_model
 from deepseek_torch.generate import generate
 from deepseek_torch.pretrained import load_pretrained
 from parity_tests.checkpoints import TINY, write_huggingface_directory

@@ -1,6 +1,5 @@
 """Write a run directory that `train --resume` and `generate` load, from a Hugging Face directory."""
 
-import dataclasses
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -9,7 +8,8 @@ from deepseek_jax.checkpoint.orbax_writer import write_step
 from deepseek_jax.checkpoint.source import Source
 from deepseek_jax.checkpoint.staging import disk_errors
 from deepseek_jax.checkpoint.tokenizer_files import TOKENIZER_JSON, keep_companions
-from deepseek_jax.config import Config, DataConfig, Phase, TrainConfig, to_yaml
+from deepseek_jax.config import Config, DataConfig, to_yaml
+from deepseek_jax.config.sizes import to_go_on
 
 COMPANIONS_FOLDER = "huggingface"
 """In a run directory: the tokenizer's files and config.json that came with the weights."""
@@ -44,22 +44,10 @@ def write_run(
         model=source.config,
         # Not the run's own tokenizer.json: preparing data replaces that one, and its date would change.
         data=DataConfig(tokenizer=str(final.absolute() / COMPANIONS_FOLDER) if has_tokenizer else None),
-        train=_training(source),
+        train=to_go_on(source.config),
         run_dir=str(final),
     )
     with disk_errors(directory):
         if has_tokenizer:
             shutil.copyfile(directory / COMPANIONS_FOLDER / TOKENIZER_JSON, directory / TOKENIZER_JSON)
         (directory / "config.yaml").write_text(to_yaml(config), encoding="utf-8")
-
-
-def _training(source: Source) -> TrainConfig:
-    """To go on with a trained model: slower than from scratch, and MTP weighted as at the end (report 4.2)."""
-    defaults = TrainConfig()
-    return dataclasses.replace(
-        defaults,
-        sequence_length=min(defaults.sequence_length, source.config.max_position_embeddings),
-        learning_rate=2.2e-5,
-        warmup_steps=100,
-        mtp_loss_weight=[Phase(0.1)],
-    )

@@ -295,5 +295,7 @@ class Config:
     parallel: ParallelConfig = field(default_factory=ParallelConfig)
     prepare: PrepareConfig = field(default_factory=PrepareConfig)
     run_dir: str = "runs/default"
+    init_from: Optional[str] = None
+    """Weights that a new run starts from, with a fresh optimizer: another run, or a Hugging Face directory."""
     compilation_cache: Optional[str] = "auto"
     """Where compiled programs are kept for the next start: a directory, `auto` (in the user's cache) or null, nowhere."""

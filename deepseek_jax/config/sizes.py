@@ -5,7 +5,7 @@ from collections.abc import Mapping
 from typing import Any, Optional
 
 from deepseek_jax.config.reading import from_mapping, load_config
-from deepseek_jax.config.schema import ModelConfig
+from deepseek_jax.config.schema import ModelConfig, Phase, TrainConfig
 
 
 def model_from(preset: Optional[str], sizes: Mapping[str, Any], where: str = "DeepSeekModel") -> ModelConfig:
@@ -66,3 +66,15 @@ def proportioned(sizes: Mapping[str, Any]) -> dict[str, Any]:
 
 def _rounded_up(size: float, multiple: int) -> int:
     return int(-(-size // multiple) * multiple)
+
+
+def to_go_on(model: ModelConfig) -> TrainConfig:
+    """To go on with a trained model: slower than from scratch, and MTP weighted as at the end (report 4.2)."""
+    defaults = TrainConfig()
+    return dataclasses.replace(
+        defaults,
+        sequence_length=min(defaults.sequence_length, model.max_position_embeddings),
+        learning_rate=2.2e-5,
+        warmup_steps=100,
+        mtp_loss_weight=[Phase(0.1)],
+    )

@@ -1,0 +1,75 @@
+"""Training on from weights that are there: both programs begin alike, and what does not fit is named."""
+
+import dataclasses
+import json
+
+import jax
+import numpy as np
+import pytest
+
+import deepseek_torch.train as in_torch
+from deepseek_jax.checkpoint.pretrained import load_pretrained
+from deepseek_jax.config import ConfigError, load_config
+from deepseek_jax.train import read_config, train
+from deepseek_jax.training.initial import initial_variables, with_tokenizer
+from deepseek_jax.training.metrics import read_metrics
+from parity_tests.checkpoints import TINY, write_huggingface_directory
+
+SMALL = dataclasses.replace(TINY, num_hidden_layers=2, num_nextn_predict_layers=2)
+
+
+@pytest.fixture(scope="module")
+def directory(tokenizer, tmp_path_factory):
+    path = tmp_path_factory.mktemp("initial")
+    tokenizer.save(str(path / "tokenizer.json"))
+    model = write_huggingface_directory(path / "model", SMALL, tokenizer=path)
+    (model / "chat_template.jinja").write_text("{{ messages }}")
+    return model
+
+
+def test_both_programs_train_on_alike_from_an_export(directory, text_file, tmp_path, monkeypatch):
+    """The model and the tokenizer are those of the export, of whose two MTP modules one is left; three steps agree."""
+    words = [f"init_from={directory}", f"data.input={text_file}", "train.sequence_length=16", "train.batch_size=2",
+             "train.steps=3", "train.eval_sequences=2", "model.num_nextn_predict_layers=1", "train.warmup_steps=0",
+             "train.learning_rate=1e-3", "model.remat=none", "model.grouped_matmul=reference"]  # fmt: skip
+    ours = read_config(None, False, [*words, f"run_dir={tmp_path / 'jax'}"])
+    assert ours.model == dataclasses.replace(SMALL, num_nextn_predict_layers=1)
+    monkeypatch.setattr(jax, "device_count", lambda: 1)
+    state = train(ours)
+    in_torch.train(in_torch.read_config(None, [*words, f"run_dir={tmp_path / 'torch'}"]))
+    for mine, theirs in zip(*(read_metrics(tmp_path / name) for name in ("jax", "torch")), strict=True):
+        for name in ("loss", "next_token_loss", "grad_norm", "bits_per_byte"):
+            assert mine.get(name, 0) == pytest.approx(theirs.get(name, 0), rel=2e-5), name
+        assert mine.get("mtp_losses", []) == pytest.approx(theirs.get("mtp_losses", []), rel=2e-5)
+    before = load_pretrained(directory)[1]["params"]
+    moved = np.abs(np.asarray(state.params["embed_tokens"]["weight"]) - before["embed_tokens"]["weight"])
+    assert 0 < moved.max() < 4e-3, "three steps of at most 1e-3 each, and some decay"
+    assert (tmp_path / "jax/tokenizer.json").read_text() == (directory / "tokenizer.json").read_text()
+    assert (tmp_path / "jax/huggingface/chat_template.jinja").is_file(), "exports are to have it, too"
+    assert load_config(tmp_path / "jax/config.yaml").data.tokenizer == str(directory / "tokenizer.json")
+    again = initial_variables(read_config(None, False, [f"init_from={tmp_path / 'jax'}"]))
+    jax.tree.map(np.testing.assert_array_equal, again, {"params": state.params, "router_state": state.router_state})
+
+
+def test_what_does_not_fit_is_one_line(directory, tmp_path):
+    asked = read_config(None, False, [f"init_from={directory}", "model.kv_lora_rank=24"])
+    with pytest.raises(ConfigError, match=r"model.kv_lora_rank is 16, and here it is 24; leave --config out"):
+        initial_variables(asked)
+    with pytest.raises(ConfigError, match=r"model.kv_lora_rank is 16, and here it is 24"):
+        in_torch.initial_model(asked)
+    more = read_config(None, False, [f"init_from={directory}", "model.num_nextn_predict_layers=3"])
+    with pytest.raises(ConfigError, match=r"num_nextn_predict_layers is 2, and here it is 3"):
+        initial_variables(more)
+    (tmp_path / "config.json").write_text((directory / "config.json").read_text())
+    bare = dataclasses.replace(asked, init_from=str(tmp_path))
+    with pytest.raises(ConfigError, match=r"has no tokenizer.json; name the tokenizer"):
+        with_tokenizer(bare)
+    with pytest.raises(ConfigError, match=r"init_from=DIR"):
+        read_config(None, False, [])
+    assert json.loads((directory / "config.json").read_text())["num_nextn_predict_layers"] == 2
+    assert (
+        "mtp_layers"
+        not in initial_variables(read_config(None, False, [f"init_from={directory}", "model.num_nextn_predict_layers=0"]))[
+            "params"
+        ]
+    )
