@@ -16,9 +16,11 @@ from pathlib import Path
 from typing import Any, Optional
 
 import jax
+from flax.traverse_util import flatten_dict
 
 from deepseek_jax.compilation import keep_programs
 from deepseek_jax.config import Config, ConfigError, load_config, presets, to_yaml
+from deepseek_jax.config.trainable import check_trainable
 from deepseek_jax.data.packing import PreparedData, is_prepared, open_prepared, prepare
 from deepseek_jax.errors import report, run_command, write_atomically
 from deepseek_jax.implementations import choose
@@ -122,6 +124,7 @@ def train(
     asked, config = config, dataclasses.replace(config, parallel=resolve(config, jax.device_count()))
     config = choose(config, jax.default_backend())
     fresh = jax.eval_shape(partial(init_state, config))
+    check_trainable(config.train.trainable, flatten_dict(fresh.params))
     division = Division(config.parallel, fresh.params) if jax.device_count() > 1 else None
     shardings = None if division is None else division.shardings(fresh, make_optimizer(config.train))
     run_dir = Path(config.run_dir)

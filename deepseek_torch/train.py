@@ -6,7 +6,6 @@ train.keep_checkpoints of them. Optimizer state is not kept, so a run cannot be 
 """
 
 import argparse
-import dataclasses
 import json
 import math
 import shutil

@@ -239,6 +239,10 @@ class TrainConfig:
     loss_chunk_tokens: int = 1024
     """Tokens whose logits exist at one time."""
 
+    trainable: Optional[list[str]] = None
+    """Names of the parameters that learn, such as `moe_layers/*` or `*/self_attn/*`; null is all. Routers' biases move by
+    bias_update_speed alone, and stay where that is 0."""
+
     seed: int = 0
     eval_every: int = 100
     eval_sequences: int = 64

@@ -1,11 +1,15 @@
 """AdamW as the report sets it (4.2): clipped by global norm, decayed where a weight is a matrix."""
 
-from typing import Any
+from collections.abc import Sequence
+from functools import partial
+from typing import Any, Optional
 
 import jax
+import jax.numpy as jnp
 import optax
 
 from deepseek_jax.config import TrainConfig
+from deepseek_jax.config.trainable import learns
 
 
 def make_optimizer(train: TrainConfig) -> optax.GradientTransformation:
@@ -13,8 +17,19 @@ def make_optimizer(train: TrainConfig) -> optax.GradientTransformation:
     return optax.chain(
         optax.clip_by_global_norm(train.gradient_clip),
         _moments_kept_in(train, optax.scale_by_adam(b1=train.beta1, b2=train.beta2, eps=train.adam_eps)),
-        optax.add_decayed_weights(train.weight_decay, mask=decays),
+        optax.add_decayed_weights(train.weight_decay, mask=partial(decays, trainable=train.trainable)),
     )
+
+
+def of_learning(train: TrainConfig, gradients: Any) -> Any:
+    """Gradients of the parameters that learn, and zeros of the others, which XLA then does not compute."""
+    if train.trainable is None:
+        return gradients
+
+    def kept(path: tuple, gradient: jax.Array) -> jax.Array:
+        return gradient if learns(train.trainable, (key.key for key in path)) else jnp.zeros_like(gradient)
+
+    return jax.tree_util.tree_map_with_path(kept, gradients)
 
 
 def _moments_kept_in(train: TrainConfig, adam: optax.GradientTransformation) -> optax.GradientTransformation:
@@ -37,10 +52,11 @@ def _moments_kept_in(train: TrainConfig, adam: optax.GradientTransformation) -> 
     return optax.GradientTransformation(lambda params: narrowed(adam.init(params)), update)
 
 
-def decays(params: Any) -> Any:
-    """Tree of booleans: weight decay acts on everything but norms and biases."""
+def decays(params: Any, trainable: Optional[Sequence[str]] = None) -> Any:
+    """Tree of booleans: weight decay acts on everything that learns but norms and biases."""
 
     def is_matrix(path: tuple, leaf: jax.Array) -> bool:
-        return path[-1].key != "bias" and not any(key.key.endswith("norm") for key in path)
+        names = [key.key for key in path]
+        return learns(trainable, names) and names[-1] != "bias" and not any(name.endswith("norm") for name in names)
 
     return jax.tree_util.tree_map_with_path(is_matrix, params)

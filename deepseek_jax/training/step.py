@@ -16,7 +16,7 @@ from deepseek_jax.model.transformer import DeepseekV3
 from deepseek_jax.parallel.sharding import PIPELINED, Division
 from deepseek_jax.parallel.weights import collect, deliver, sum_of_layers
 from deepseek_jax.training.loss import LossParts, training_loss
-from deepseek_jax.training.optimizer import make_optimizer
+from deepseek_jax.training.optimizer import make_optimizer, of_learning
 
 
 class TrainState(NamedTuple):
@@ -85,6 +85,7 @@ def train_step(
         gradients, metrics = _accumulated(state.params, state.router_state, tokens, scalars, config)
     else:
         gradients, metrics = _on_mesh(state, tokens, scalars, config, division)
+    gradients = of_learning(config.train, gradients)
     with jax.named_scope("optimizer"):
         squares = jax.tree.map(lambda gradient: jnp.sum(jnp.square(gradient)), gradients)
         norm = jnp.sqrt(sum(jax.tree.leaves(squares)))

@@ -10,7 +10,7 @@ from deepseek_jax.config import TrainConfig
 
 def make_optimizer(train: TrainConfig, model: nn.Module) -> torch.optim.AdamW:
     """PyTorch's own AdamW; the learning rate is set by each step."""
-    named = list(model.named_parameters())
+    named = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
     matrices = [p for name, p in named if decays(name)]
     norms = [p for name, p in named if not decays(name)]
     groups = [{"params": matrices, "weight_decay": train.weight_decay}, {"params": norms, "weight_decay": 0.0}]

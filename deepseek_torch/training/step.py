@@ -4,7 +4,9 @@ from typing import NamedTuple, Optional
 
 import torch
 
+from deepseek_jax.checkpoint.layout import layout
 from deepseek_jax.config import Config
+from deepseek_jax.config.trainable import check_trainable, learns
 from deepseek_torch.model.router import updated_bias
 from deepseek_torch.model.transformer import DeepseekV3
 from deepseek_torch.training.loss import LossParts, training_loss
@@ -36,7 +38,17 @@ def init_state(config: Config, model: Optional[DeepseekV3] = None) -> TrainState
     if model is None:
         torch.manual_seed(config.train.seed)
         model = DeepseekV3(config.model)
+    choose_trainable(config, model)
     return TrainState(model, make_optimizer(config.train, model))
+
+
+def choose_trainable(config: Config, model: DeepseekV3) -> None:
+    """Let only those parameters learn that train.trainable names; raises `ConfigError` for a name of nothing."""
+    paths = {place.name: place.path[1:] for place in layout(config.model)}
+    parameters = dict(model.named_parameters())
+    check_trainable(config.train.trainable, [paths[name] for name in parameters])
+    for name, parameter in parameters.items():
+        parameter.requires_grad_(learns(config.train.trainable, paths[name]))
 
 
 def train_step(state: TrainState, tokens: torch.Tensor, plan: StepPlan, config: Config) -> StepMetrics:
