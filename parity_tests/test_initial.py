@@ -9,15 +9,18 @@ import pytest
 from flax.traverse_util import flatten_dict
 
 import deepseek_torch.train as in_torch
+from deepseek_jax.checkpoint.layout import layout
 from deepseek_jax.checkpoint.pretrained import load_pretrained
-from deepseek_jax.config import ConfigError, load_config
+from deepseek_jax.config import ConfigError, TrainConfig, load_config
 from deepseek_jax.config.trainable import check_trainable
 from deepseek_jax.train import read_config, train
 from deepseek_jax.training.initial import initial_variables, with_tokenizer
 from deepseek_jax.training.metrics import read_metrics
+from deepseek_jax.training.optimizer import make_optimizer, of_learning
+from deepseek_torch.training.step import init_state as init_torch_state
 from parity_tests.checkpoints import TINY, write_huggingface_directory
 
-SMALL = dataclasses.replace(TINY, num_hidden_layers=2, num_nextn_predict_layers=2)
+SMALL = dataclasses.replace(TINY, num_hidden_layers=1, first_k_dense_replace=0, num_nextn_predict_layers=2)
 
 
 @pytest.fixture(scope="module")
@@ -29,6 +32,7 @@ def directory(tokenizer, tmp_path_factory):
     return model
 
 
+@pytest.mark.slow
 def test_both_programs_train_on_alike_from_an_export(directory, text_file, tmp_path, monkeypatch):
     """Model and tokenizer are the export's, of whose two MTP modules one is left; three steps of some weights agree."""
     words = [
@@ -60,6 +64,22 @@ def test_both_programs_train_on_alike_from_an_export(directory, text_file, tmp_p
     jax.tree.map(np.testing.assert_array_equal, again, {"params": state.params, "router_state": state.router_state})
 
 
+def test_only_what_is_named_learns(directory):
+    """Both siblings take the same parameters; the others' gradients do not count in the clip, and decay leaves them alone."""
+    train = TrainConfig(trainable=["*/self_attn/*", "moe_layers/mlp/experts/up_proj", "lm_head/weight"])
+    params = load_pretrained(directory)[1]["params"]
+    gradients = of_learning(train, jax.tree.map(np.ones_like, params))
+    optimizer = make_optimizer(train)
+    updates, _ = jax.jit(lambda: optimizer.update(gradients, optimizer.init(params), params))()
+    moved = {path for path, update in flatten_dict(updates).items() if np.any(update)}
+    asked = {path for path in moved if "self_attn" in path}
+    assert moved - asked == {("moe_layers", "mlp", "experts", "up_proj"), ("lm_head", "weight")} and len(asked) == 14
+    config = dataclasses.replace(load_config("tiny"), model=SMALL, train=train)
+    model = init_torch_state(config).model
+    paths = {place.name: place.path[1:] for place in layout(SMALL)}
+    assert {paths[name] for name, parameter in model.named_parameters() if parameter.requires_grad} == moved
+
+
 def test_what_does_not_fit_is_one_line(directory, tmp_path):
     asked = read_config(None, False, [f"init_from={directory}", "model.kv_lora_rank=24"])
     with pytest.raises(ConfigError, match=r"model.kv_lora_rank is 16, and here it is 24; leave --config out"):
@@ -75,7 +95,7 @@ def test_what_does_not_fit_is_one_line(directory, tmp_path):
         with_tokenizer(bare)
     with pytest.raises(ConfigError, match=r"init_from=DIR"):
         read_config(None, False, [])
-    with pytest.raises(ConfigError, match=r"train.trainable=self_attn/.: no parameter has that name; some are dense_layers/"):
+    with pytest.raises(ConfigError, match=r"train.trainable=self_attn/.: no parameter has that name; some are embed_tokens/"):
         check_trainable(["lm_head/*", "self_attn/*"], flatten_dict(load_pretrained(directory)[1]["params"]))
     assert json.loads((directory / "config.json").read_text())["num_nextn_predict_layers"] == 2
     assert (

@@ -17,7 +17,9 @@ from deepseek_jax.generation.sampling import Sampling
 from deepseek_torch.generate import generate
 from parity_tests.siblings import Siblings
 
-VOCABULARY, NEW = 4, 10
+VOCABULARY, NEW, ROWS = 4, 10, 1500
+LIKELIEST = Sampling(temperature=1.0, top_k=1)
+"""The program that samples, held to greedy choices: so that it is compiled once."""
 
 
 @cache
@@ -25,7 +27,7 @@ def siblings(**fields) -> Siblings:
     """A vocabulary so small that drafts are often right by chance, weights so large that tokens are not alike; two modules."""
     config = dataclasses.replace(
         load_config("tiny").model, vocab_size=VOCABULARY, num_hidden_layers=2, num_nextn_predict_layers=2, precision="float64",
-        initializer_range=0.3, **fields,
+        initializer_range=0.3, max_position_embeddings=64, **fields,
     )  # fmt: skip
     return Siblings(config)
 
@@ -33,7 +35,7 @@ def siblings(**fields) -> Siblings:
 @cache
 def generator(**fields) -> Generator:
     with jax.enable_x64(True):
-        return Generator(siblings(**fields).config, siblings(**fields).variables, speculative=True, length_multiple=4)
+        return Generator(siblings(**fields).config, siblings(**fields).variables, ROWS, speculative=True, length_multiple=4)
 
 
 def write(prompts, sampling=Sampling(), new=NEW, **fields):  # noqa: B008
@@ -71,10 +73,12 @@ def rounds_by_definition(pair, prompt, tokens):
     return came
 
 
-@pytest.mark.parametrize("fields", [{}, {"mtp_form": "parallel", "mtp_hidden_after_norm": False}])
-def test_greedy_tokens_of_200_prompts_are_those_without_drafts(fields):
+@pytest.mark.parametrize(("fields", "asked"), [
+    ({}, LIKELIEST), ({"mtp_form": "parallel", "mtp_hidden_after_norm": False}, Sampling()),
+])  # fmt: skip
+def test_greedy_tokens_of_200_prompts_are_those_without_drafts(fields, asked):
     prompts, pair, made = random_prompts(200), siblings(**fields), generator(**fields)
-    tokens, rounds = write(prompts, **fields)
+    tokens, rounds = write(prompts, asked, **fields)
     expected = list(generate(pair.torch, prompts, NEW, None))
     assert tokens == [list(row) for row in zip(*expected)]
     assert len({tuple(row) for row in tokens}) > 50, "prompts that are all continued alike prove little"
@@ -85,14 +89,14 @@ def test_greedy_tokens_of_200_prompts_are_those_without_drafts(fields):
 
 def test_samples_have_the_main_models_distribution():
     """All texts of four tokens: chi-square against their probabilities by the whole model, filters included."""
-    asked, prompt, draws = Sampling(temperature=1.5, top_p=0.97), [1, 3], 3000
+    asked, prompt, draws = Sampling(temperature=1.5, top_p=0.97), [1, 3, 0, 2, 2, 1, 3], ROWS
     before = generator().drafted, generator().accepted
-    tokens, _ = write([prompt] * draws, asked, 4)
+    tokens = [row[:4] for row in write([prompt] * draws, asked, 8)[0]]
     share = (generator().accepted - before[1]) / (generator().drafted - before[0])
     assert 0.2 < share < 0.95, "drafts must be both taken and refused for this to prove anything"
     model, texts = siblings().torch.eval(), list(itertools.product(range(VOCABULARY), repeat=4))
     with torch.no_grad():
-        hidden = model.hidden_states(torch.tensor([[*prompt, *text[:3]] for text in texts]))[:, 1:]
+        hidden = model.hidden_states(torch.tensor([[*prompt, *text[:3]] for text in texts]))[:, 6:]
         choices = torch.softmax(hidden @ model.head() / 1.5, -1).numpy()
     order = np.argsort(-choices, axis=-1)
     ordered = np.take_along_axis(choices, order, -1)
@@ -106,7 +110,7 @@ def test_samples_have_the_main_models_distribution():
     often = expected >= 5
     cells = np.append(expected[often], expected[~often].sum()), np.append(counts[often], counts[~often].sum())
     square, freedom = ((cells[1] - cells[0]) ** 2 / np.maximum(cells[0], 1)).sum(), often.sum()
-    assert freedom > 40 and square < freedom + 4 * np.sqrt(2 * freedom)
+    assert freedom > 30 and square < freedom + 4 * np.sqrt(2 * freedom)
 
 
 def test_without_a_module_there_is_one_line():
