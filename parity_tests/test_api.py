@@ -20,8 +20,8 @@ from deepseek_jax.config.sizes import model_from
 from deepseek_jax.data.documents import DataError
 from deepseek_jax.data.texts import as_prompts, as_tokenizer, continued
 from deepseek_jax.errors import UserError
-from deepseek_jax.train import Interrupted
 from deepseek_jax.training.fitting import plan_run
+from deepseek_jax.training.loop import Interrupted
 from parity_tests.compiling import QUICKLY
 
 TEXTS = [f"The answer to question {n} is {n * n}.\n" for n in range(400)]
