@@ -13,8 +13,8 @@ import torch
 from transformers import DeepseekV3ForCausalLM
 
 from deepseek_jax.checkpoint.forms import FORMS
+from deepseek_jax.checkpoint.hf_files import SINGLE_FILE
 from deepseek_jax.checkpoint.pretrained import save_pretrained
-from deepseek_jax.checkpoint.safetensors_reader import SINGLE_FILE
 from deepseek_jax.config import Config, TrainConfig, load_config, presets
 from deepseek_jax.parallel.mesh import ALONE, resolve
 from deepseek_jax.planning.figures import (

@@ -10,7 +10,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from deepseek_jax.checkpoint.safetensors_reader import SINGLE_FILE, SafetensorsDirectory
+from deepseek_jax.checkpoint.hf_files import SINGLE_FILE
+from deepseek_jax.checkpoint.safetensors_reader import SafetensorsDirectory
 from deepseek_jax.checkpoint.safetensors_writer import parse_size, plan_shards, write_tensors
 from deepseek_jax.checkpoint.staging import staged_directory
 from deepseek_jax.checkpoint.tensors import CheckpointError, TensorSpec

@@ -190,7 +190,8 @@ def checkpoint_bytes(config: Config) -> dict[str, int]:
     The former have MTP modules with their copies of embedding and head; the latter is parameters, both moments and the
     routers' biases.
     """
-    sizes = {form: sum(spec.nbytes for spec in tensor_specs(config.model, form)) for form in FORMS}
+    forms = (form for form in FORMS if form != "float16")  # as large as bfloat16
+    sizes = {form: sum(spec.nbytes for spec in tensor_specs(config.model, form)) for form in forms}
     return sizes | {"training state": _bytes(_variables(config.model)) + _bytes(_moments(config))}
 
 
