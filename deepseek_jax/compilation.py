@@ -49,6 +49,7 @@ def keep_programs(place: Optional[str]) -> None:
         directory.mkdir(parents=True, exist_ok=True)
         if not os.access(directory, os.W_OK):
             raise PermissionError(f"{directory}: not writable")
+        _remove_half_written(directory)
     except OSError as error:
         reason = error.strerror or error
         print(f"compilation_cache={place}: {reason}; programs are not kept", file=sys.stderr, flush=True)
@@ -57,6 +58,13 @@ def keep_programs(place: Optional[str]) -> None:
     jax.config.update("jax_compilation_cache_max_size", CACHE_BYTES)
     jax.config.update("jax_persistent_cache_min_compile_time_secs", CACHE_SECONDS)
     compilation_cache.reset_cache()  # a program may have been compiled already, without it
+
+
+def _remove_half_written(directory: Path) -> None:
+    """Programs beside which JAX had no time to write when they were used; else it keeps no other any more."""
+    for program in directory.glob("*-cache"):
+        if not program.with_name(program.name.removesuffix("-cache") + "-atime").exists():
+            program.unlink(missing_ok=True)
 
 
 def _cpu_kind() -> str:

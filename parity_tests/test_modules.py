@@ -83,7 +83,7 @@ def test_variants(name, changes):
 def test_a_planted_fault_shows_where_it_is_and_nowhere_else(monkeypatch):
     """Halves instead of interleaved pairs, the classical mistake, must be seen; it must not blame the router."""
 
-    def halves(x, cos, sin):
+    def halves(x, cos, sin, interleave):
         cos, sin = cos[..., None, :], sin[..., None, :]
         first, second = jnp.split(x, 2, axis=-1)
         return jnp.concatenate([first * cos - second * sin, second * cos + first * sin], axis=-1)

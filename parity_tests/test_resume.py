@@ -108,7 +108,9 @@ def test_an_empty_directory_is_not_left_behind(tmp_path):
 def test_programs_that_cannot_be_kept_cost_a_line(tmp_path, capsys, monkeypatch):
     import jax
 
-    before = jax.config.values["jax_compilation_cache_dir"]
+    names = ("dir", "max_size")
+    fields = *(f"jax_compilation_cache_{name}" for name in names), "jax_persistent_cache_min_compile_time_secs"
+    before = {name: jax.config.values[name] for name in fields}
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     try:
         jax.config.update("jax_compilation_cache_dir", None)
@@ -118,8 +120,13 @@ def test_programs_that_cannot_be_kept_cost_a_line(tmp_path, capsys, monkeypatch)
         assert capsys.readouterr().err.count("\n") == 1
         keep_programs(None)
         assert not (tmp_path / "cache").exists()
+        half_written = cache_directory("auto") / "jit_step-0-cache"
+        half_written.parent.mkdir(parents=True)
+        half_written.touch()
         keep_programs("auto")
+        assert not half_written.exists()
         kept = Path(jax.config.values["jax_compilation_cache_dir"])
         assert kept == cache_directory("auto") and kept.is_dir() and tmp_path / "cache" in kept.parents
     finally:
-        jax.config.update("jax_compilation_cache_dir", before)
+        for name, value in before.items():
+            jax.config.update(name, value)

@@ -64,7 +64,7 @@ def test_bits_per_byte_of_a_run_are_exactly_those_of_its_targets(pair, oracle, x
     config = dataclasses.replace(config, model=pair.config)
     tokens = np.random.default_rng(1).integers(0, 320, 100, dtype=np.int32)
     size = 1 + np.random.default_rng(2).permutation(320).astype(np.int32)
-    data = PreparedData(tokenizer=None, train=tokens, held_out=tokens, end_of_document=0, token_bytes=size)
+    data = PreparedData(tokenizer=None, sets=(tokens,), held_out=tokens, end_of_document=0, token_bytes=size)
     nats = nbytes = 0.0
     for start in range(0, 60, 12):
         sequence = tokens[start : start + 13]

@@ -3,6 +3,7 @@
 import faulthandler
 import math
 import signal
+import sys
 import time
 from pathlib import Path
 from typing import Any, NamedTuple, Optional
@@ -50,7 +51,7 @@ class Loop:
         self._step = make_step(config, division)
         self._interrupted = False
         self._saved, self._saved_at = position.step, time.monotonic()
-        self._skipped = 0
+        self._skipped, self._traces = 0, False
         self._any = jax.jit(lambda flags: jnp.any(flags, axis=0))
 
     def run(self, state: TrainState) -> TrainState:
@@ -83,6 +84,7 @@ class Loop:
                 if end:
                     break
         finally:
+            self._end_trace()
             faulthandler.cancel_dump_traceback_later()
             for number, handler in previous.items():
                 signal.signal(number, handler)
@@ -96,15 +98,21 @@ class Loop:
     def _watch(self, step: int) -> None:
         """Begin or end a trace before this step, and tell every thread's stack if the step does not end."""
         train = self._config.train
-        if train.hang_after:
-            faulthandler.dump_traceback_later(train.hang_after, repeat=True)
+        if train.hang_after and sys.__stderr__ is not None:  # not `sys.stderr`, which may be a notebook's
+            faulthandler.dump_traceback_later(train.hang_after, repeat=True, file=sys.__stderr__)
         if train.profile:
             first, last = map(int, train.profile.split("-"))
             if step == first:
                 jax.profiler.start_trace(self._run_dir / TRACE)
+                self._traces = True
             if step == last + 1:
-                jax.profiler.stop_trace()
-                self._progress.note(f"steps {train.profile} are traced in {self._run_dir / TRACE}")
+                self._end_trace()
+
+    def _end_trace(self) -> None:
+        if self._traces:
+            self._traces = False
+            jax.profiler.stop_trace()
+            self._progress.note(f"steps {self._config.train.profile} are traced in {self._run_dir / TRACE}")
 
     def _wishes(self, asked: _Wishes) -> tuple[_Wishes, _Wishes]:
         """What to pass in after the next step, and what all processes do now: wishes of any, as of the step before."""

@@ -44,6 +44,8 @@ def check_changes(saved: dict[str, Any], config: Config, allowed: Collection[str
     Raises:
         ConfigError: a field differs that `allowed` does not name.
     """
+    if position.step == 0:  # a converted model: nothing was trained here
+        return []
     changed = changed_fields(saved, config)
     refused = [name for name in changed if name not in allowed]
     if refused:
@@ -56,7 +58,7 @@ def check_changes(saved: dict[str, Any], config: Config, allowed: Collection[str
 
 def _moved(saved: dict[str, Any], config: Config, position: Position) -> Iterable[str]:
     """Scheduled numbers whose next value is not what it would have been."""
-    if position.step == 0 or "train" not in saved:
+    if "train" not in saved:
         return
     earlier = from_mapping({"train": saved["train"]}, where="the checkpoint").train
     then, now = _next(earlier, position), _next(config.train, position)
