@@ -56,6 +56,7 @@ def batch(config: Config, seed: int) -> np.ndarray:
     return words[np.random.default_rng(seed).integers(0, 50, shape)]
 
 
+@pytest.mark.slow
 def test_ten_fp8_steps_in_lockstep():
     """The losses part by less than 1e-4, while the loss falls by a hundred times that.
 

@@ -108,7 +108,7 @@ MESHES = [
     dict(pipe=8),
     dict(pipe=2, fsdp=2, data=2, pipe_interleave=3, microbatch_size=2),
 ]
-SLOW = [dict(fsdp=8), dict(expert=8), dict(fsdp=2, expert=4, exchange_groups=2)]
+SLOW = [dict(fsdp=8), dict(expert=8), dict(pipe=8), dict(fsdp=2, expert=4), dict(fsdp=2, expert=4, exchange_groups=2)]
 
 
 @pytest.mark.parametrize("mesh", [
@@ -221,12 +221,20 @@ def read_by_overflow(jaxpr, matrices: set[tuple[int, int]]) -> set:
 
 
 @pytest.mark.parametrize(("fields", "mesh"), [
-    (dict(tie_word_embeddings=True, q_lora_rank=None, num_nextn_predict_layers=0, first_k_dense_replace=0,
-          num_hidden_layers=3), dict(pipe=2, data=2, fsdp=2)),
-    (dict(first_k_dense_replace=2, num_hidden_layers=2, num_nextn_predict_layers=0), dict(data=4, fsdp=2)),
-    (dict(scoring_func="softmax", capacity_factor=1.0, n_shared_experts=2, shared_expert_gate=True, feed_forward="gelu",
-          mtp_form="parallel", num_hidden_layers=4), dict(pipe=2, fsdp=2, expert=2)),
-], ids=["tied-plain-queries-no-dense-layer", "dense-alone", "the-guides-forms"])  # fmt: skip
+    pytest.param(
+        dict(tie_word_embeddings=True, q_lora_rank=None, num_nextn_predict_layers=0, first_k_dense_replace=0,
+             num_hidden_layers=3),
+        dict(pipe=2, data=2, fsdp=2), id="tied-plain-queries-no-dense-layer", marks=pytest.mark.slow,
+    ),
+    pytest.param(
+        dict(first_k_dense_replace=2, num_hidden_layers=2, num_nextn_predict_layers=0), dict(data=4, fsdp=2), id="dense-alone"
+    ),
+    pytest.param(
+        dict(scoring_func="softmax", capacity_factor=1.0, n_shared_experts=2, shared_expert_gate=True, feed_forward="gelu",
+             mtp_form="parallel", num_hidden_layers=4),
+        dict(pipe=2, fsdp=2, expert=2), id="the-guides-forms", marks=pytest.mark.slow,
+    ),
+])  # fmt: skip
 def test_other_models(fields, mesh):
     """One with all that is optional the other way round, in stages; one without experts; and one of other forms."""
     told = []

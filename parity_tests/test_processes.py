@@ -56,6 +56,7 @@ def alone(tmp_path_factory) -> Path:
     return folder
 
 
+@pytest.mark.slow
 def test_two_processes_and_then_another_mesh(alone):
     """Two processes take two steps in stages and with experts apart; one process goes on with other axes."""
     mesh = ("parallel.data=1", "parallel.pipe=2", "parallel.expert=2")
@@ -88,11 +89,6 @@ def test_ctrl_c_saves_on_all_and_two_processes_go_on(tmp_path):
     (step,) = os.listdir(tmp_path / "run" / "checkpoints")
     assert said == [f"error: interrupted; step {step} is saved: --resume run_dir={tmp_path}/run goes on from it"], complaints
     assert running.returncode == 130 and len(metrics(tmp_path / "run")) == int(step)
-    running = launch(2, 1, *words, "--resume", f"train.steps={int(step) + 1}")
-    _, complaints = running.communicate(timeout=200)
-    assert running.returncode == 1 and f"train.steps was 100000 and is {int(step) + 1}; give what was" in complaints, (
-        complaints
-    )
     words += ["--resume", "--allow", "train.steps"]
     running = launch(2, 1, *words, f"train.steps={int(step) + 1}")
     told, complaints = running.communicate(timeout=200)
