@@ -38,6 +38,16 @@ def make_run(path, model, step=7, variables=None):
     return path
 
 
+def turn_a_bit(step):
+    """In the largest file of a checkpoint's variables; its path within the checkpoint."""
+    files = (path for path in (step / "variables").rglob("*") if path.is_file())
+    victim = max(files, key=lambda path: path.stat().st_size)
+    content = bytearray(victim.read_bytes())
+    content[len(content) // 2] ^= 1
+    victim.write_bytes(content)
+    return victim.relative_to(step)
+
+
 def assert_same_tree(ours, theirs):
     jax.tree.map(np.testing.assert_array_equal, ours, theirs)
 

@@ -124,6 +124,7 @@ def test_the_torch_sibling_trains_with_a_tokenizer_of_transformers_and_jax_write
         again.train(TEXTS, save_path=tmp_path / "further")
 
 
+@pytest.mark.slow
 def test_the_cells_run_from_top_to_bottom(tmp_path):
     script = Path(__file__).parent.parent / "scripts" / "quickstart_cells.py"
     environment = os.environ | {

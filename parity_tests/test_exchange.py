@@ -106,7 +106,15 @@ ROUTINGS = {
 """And how many rounds they take in room for an even share."""
 
 
-@pytest.mark.parametrize("remat, hops", [("none", 1), ("products", 1), ("full", 1), ("full", 2)])
+@pytest.mark.parametrize(
+    "remat, hops",
+    [
+        ("none", 1),
+        pytest.param("products", 1, marks=pytest.mark.slow),
+        ("full", 1),
+        ("full", 2),
+    ],
+)
 def test_every_token_is_served(remat, hops, x64, monkeypatch):
     """As on one device, gradients too, however many rounds it takes; what lies where no row arrived is not read."""
     monkeypatch.setattr(jax.lax, "empty", lambda shape, dtype: jnp.full(shape, jnp.nan, dtype))

@@ -43,6 +43,7 @@ def run_plan(*words):
     return subprocess.run(command, capture_output=True, text=True, timeout=300)
 
 
+@pytest.mark.slow
 def test_planned_bytes_are_those_of_a_run(planned):
     """The step that a run compiles from its own arrays holds what the plan says, to the byte."""
     found, _, _ = planned

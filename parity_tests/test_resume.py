@@ -2,6 +2,7 @@
 
 import dataclasses
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -15,6 +16,7 @@ from deepseek_jax.config import Config, ConfigError, Phase, TrainConfig, load_co
 from deepseek_jax.training.lock import LOCK_FILE, sole_use
 from deepseek_jax.training.resume import changed_fields, check_changes, saved_sections
 from deepseek_jax.training.schedules import Position, plan_steps
+from parity_tests.conversions import turn_a_bit
 from parity_tests.test_training import SCHEDULES
 
 
@@ -72,6 +74,23 @@ def test_a_field_that_a_checkpoint_lacks_had_its_default():
     assert changed_fields(then, config()) == {}
     assert changed_fields(then, config("train.weight_decay=0.2")) == {"train.weight_decay": (0.1, 0.2)}
     assert changed_fields({"model": then["model"]}, config("train.steps=3")) == {}, "a converted model was not trained here"
+
+
+def test_what_a_disk_changes_is_noticed(run, tmp_path):
+    """Of the item that is read, and of that alone."""
+    from deepseek_jax.training.checkpoint import Checkpoints, DamagedCheckpoint
+
+    shutil.copytree(run, tmp_path / "run")
+    checkpoints = Checkpoints(tmp_path / "run", load_config(run / "config.yaml"))
+    step, *_ = checkpoints.steps()
+    checkpoints.restore_variables(step)
+    (tmp_path / "run" / "checkpoints" / str(step) / "optimizer" / "_METADATA").write_text("{}")
+    checkpoints.restore_variables(step)
+    with pytest.raises(DamagedCheckpoint, match=r"optimizer/_METADATA is not as it was written$"):
+        checkpoints.restore(step)
+    victim = turn_a_bit(tmp_path / "run" / "checkpoints" / str(step))
+    with pytest.raises(DamagedCheckpoint, match=f"{victim} is not as it was written$"):
+        checkpoints.restore_variables(step)
 
 
 HOLD = """

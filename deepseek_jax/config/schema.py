@@ -300,6 +300,6 @@ class Config:
     prepare: PrepareConfig = field(default_factory=PrepareConfig)
     run_dir: str = "runs/default"
     init_from: Optional[str] = None
-    """Weights that a new run starts from, with a fresh optimizer: another run, or a Hugging Face directory."""
+    """Weights that a new run starts from, with a fresh optimizer: a run, a Hugging Face directory or a name on its hub."""
     compilation_cache: Optional[str] = "auto"
     """Where compiled programs are kept for the next start: a directory, `auto` (in the user's cache) or null, nowhere."""

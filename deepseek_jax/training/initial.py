@@ -8,6 +8,7 @@ from typing import Any
 
 from deepseek_jax.checkpoint.hf_config import CONFIG_JSON
 from deepseek_jax.checkpoint.hf_source import HuggingFaceSource
+from deepseek_jax.checkpoint.hub import local_directory
 from deepseek_jax.checkpoint.pretrained import load_pretrained
 from deepseek_jax.checkpoint.run_writer import COMPANIONS_FOLDER
 from deepseek_jax.checkpoint.tokenizer_files import TOKENIZER_JSON, keep_companions
@@ -43,7 +44,7 @@ def with_tokenizer(config: Config) -> Config:
     """
     if config.init_from is None or config.data.tokenizer is not None:
         return config
-    source = Path(config.init_from)
+    source = local_directory(config.init_from)
     if not (source / TOKENIZER_JSON).is_file():
         raise ConfigError(f"init_from={source}: has no {TOKENIZER_JSON}; name the tokenizer of its weights as data.tokenizer")
     data = dataclasses.replace(config.data, tokenizer=str((source / TOKENIZER_JSON).absolute()))
@@ -58,7 +59,7 @@ def initial_variables(config: Config) -> dict[str, Any]:
     Raises:
         UserError: one line naming the field or tensor that does not fit.
     """
-    source = Path(str(config.init_from))
+    source = local_directory(str(config.init_from))
     if (source / CONFIG_JSON).is_file():
         found, variables = load_pretrained(source)
     else:
@@ -71,14 +72,14 @@ def initial_variables(config: Config) -> dict[str, Any]:
 
 def keep_texts(config: Config) -> None:
     """Keep what came with the weights of a Hugging Face directory in the run, so that exports have it too."""
-    source, kept = Path(str(config.init_from)), Path(config.run_dir) / COMPANIONS_FOLDER
+    source, kept = local_directory(str(config.init_from)), Path(config.run_dir) / COMPANIONS_FOLDER
     origin = source if (source / CONFIG_JSON).is_file() else source / COMPANIONS_FOLDER
     if (origin / CONFIG_JSON).is_file() and not kept.exists():
         keep_companions(origin, kept)
 
 
 def _named(overrides: Sequence[str]) -> Path:
-    return Path(next(word.partition("=")[2] for word in overrides if word.startswith("init_from=")))
+    return local_directory(next(word.partition("=")[2] for word in overrides if word.startswith("init_from=")))
 
 
 def _model_of(source: Path) -> ModelConfig:

@@ -7,6 +7,7 @@ from typing import Any, NamedTuple, Optional
 from tokenizers import Tokenizer
 
 from deepseek_jax.checkpoint.hf_config import CONFIG_JSON
+from deepseek_jax.checkpoint.hub import local_directory
 from deepseek_jax.checkpoint.pretrained import load_pretrained
 from deepseek_jax.checkpoint.run_writer import COMPANIONS_FOLDER
 from deepseek_jax.checkpoint.tokenizer_files import GENERATION_CONFIG, TOKENIZER_JSON
@@ -41,11 +42,12 @@ class LoadedModel(NamedTuple):
 
 
 def load_model(path: Path, step: Optional[int] = None) -> LoadedModel:
-    """Read a Hugging Face directory, or a run's checkpoint, by default the last.
+    """Read a Hugging Face directory or a name on its hub, or a run's checkpoint, by default the last.
 
     Raises:
         UserError: one line naming what is missing or cannot be read.
     """
+    path = local_directory(path)
     if (path / CONFIG_JSON).is_file():
         if step is not None:
             raise UserError(f"--step {step}: {path} is a Hugging Face directory, which has no steps")
