@@ -21,6 +21,7 @@ from flax.traverse_util import flatten_dict
 from deepseek_jax.compilation import keep_programs
 from deepseek_jax.config import Config, ConfigError, load_config, presets, to_yaml
 from deepseek_jax.config.trainable import check_trainable
+from deepseek_jax.data.eval_sets import check_sets, make_sets, open_sets
 from deepseek_jax.data.packing import PreparedData, is_prepared, open_prepared, prepare
 from deepseek_jax.errors import report, run_command, write_atomically
 from deepseek_jax.implementations import choose
@@ -135,8 +136,8 @@ def train(
         if resumed is None and variables is None and config.init_from is not None:
             variables = initial.initial_variables(config)
             processes.first_alone(lambda: initial.keep_texts(config))
-        processes.first_alone(lambda: prepare(config, run_dir))
-        data = open_prepared(config, run_dir)
+        processes.first_alone(lambda: _prepare_data(config, run_dir))
+        data = dataclasses.replace(open_prepared(config, run_dir), eval=open_sets(config, run_dir))
         position, state = resumed or (Position(), jax.jit(partial(init_state, config), out_shardings=shardings)(variables))
         checkpoints = Checkpoints(run_dir, config, shardings)
         _describe(config, data, position)
@@ -146,6 +147,13 @@ def train(
         # Known from the tokenizer, and no setting that a checkpoint keeps.
         known = dataclasses.replace(config, data=dataclasses.replace(config.data, end_of_document=data.end_of_document))
         return Loop(known, run_dir, data, checkpoints, position, division).run(state)
+
+
+def _prepare_data(config: Config, run_dir: Path) -> None:
+    """The tokens to train and to evaluate on."""
+    check_sets(config)
+    prepare(config, run_dir)
+    make_sets(config, run_dir)
 
 
 def _resumed(

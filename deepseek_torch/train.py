@@ -19,9 +19,11 @@ import torch
 from deepseek_jax.checkpoint.hf_config import read_config_json
 from deepseek_jax.config import HOW_COMPUTED, Config, ConfigError, from_mapping, load_config, presets, to_yaml
 from deepseek_jax.config.sizes import to_go_on
+from deepseek_jax.data.eval_sets import check_sets, make_sets, open_sets
 from deepseek_jax.data.loader import training_sequences
 from deepseek_jax.data.packing import PreparedData, prepare
 from deepseek_jax.errors import UserError, run_command, write_atomically
+from deepseek_jax.training.metrics import evaluation_line, evaluation_text
 from deepseek_torch.model.transformer import DeepseekV3
 from deepseek_torch.pretrained import load_pretrained, save_pretrained
 from deepseek_torch.training.evaluation import Evaluation
@@ -68,7 +70,10 @@ def train(config: Config, model: Optional[DeepseekV3] = None) -> None:
         model = initial_model(config)
         tokenizer = config.data.tokenizer or config.init_from
         config = replace(config, data=replace(config.data, tokenizer=tokenizer))
+    check_sets(config)
     data = prepare(config, run_dir)
+    make_sets(config, run_dir)
+    data = replace(data, eval=open_sets(config, run_dir))
     asked = config
     config = replace(config, data=replace(config.data, end_of_document=data.end_of_document))
     state = init_state(config, model)
@@ -113,9 +118,9 @@ def _run(config: Config, run_dir: Path, data: PreparedData, state: TrainState) -
             dropped = f"  dropped {line['dropped']:.4g}" if "dropped" in line else ""
             print(f"step {plan.step}/{train.steps}  loss {line['next_token_loss']:.4g}{dropped}", flush=True)
         if last or plan.step % train.eval_every == 0:
-            bits = evaluation.bits_per_byte(state.model)
-            _append(run_dir, {"step": plan.step, "tokens": line["tokens"], "bits_per_byte": bits})
-            print(f"step {plan.step}: {bits:.3f} bits per byte on the held-out text", flush=True)
+            bits = evaluation.by_set(state.model)
+            _append(run_dir, {"step": plan.step, "tokens": line["tokens"]} | evaluation_line(bits))
+            print(evaluation_text(plan.step, bits), flush=True)
         if last or plan.step % train.checkpoint_every == 0:
             save_pretrained(run_dir / MODELS / str(plan.step), state.model, tokenizer=run_dir)
             for step in saved_steps(run_dir)[: -train.keep_checkpoints]:

@@ -59,21 +59,27 @@ def test_every_target_counts_once_with_what_it_looks_back_on(pair, oracle, x64):
 
 
 def test_bits_per_byte_of_a_run_are_exactly_those_of_its_targets(pair, oracle, x64):
-    """Five sequences in batches of two: the last batch's other sequence must not count; no two tokens have the same bytes."""
+    """Five sequences in batches of two: the last batch's other sequence must not count, nor the
+    shorter set's; no two tokens have the same bytes."""
     config = load_config("tiny", ["train.eval_sequences=5", "train.batch_size=2", "train.sequence_length=12"])
     config = dataclasses.replace(config, model=pair.config)
     tokens = np.random.default_rng(1).integers(0, 320, 100, dtype=np.int32)
     size = 1 + np.random.default_rng(2).permutation(320).astype(np.int32)
-    data = PreparedData(tokenizer=None, sets=(tokens,), held_out=tokens, end_of_document=0, token_bytes=size)
-    nats = nbytes = 0.0
-    for start in range(0, 60, 12):
-        sequence = tokens[start : start + 13]
-        nats -= oracle(sequence[:-1])[np.arange(12), sequence[1:]].sum()
-        nbytes += size[sequence[1:]].sum()
-    expected = nats / math.log(2) / nbytes
+    texts = {"held_out": tokens, "short": tokens[55:70], "other": tokens[30:]}
+    data = PreparedData(tokenizer=None, sets=(tokens,), held_out=tokens, end_of_document=0, token_bytes=size,
+                        eval={name: texts[name] for name in ("short", "other")})  # fmt: skip
+    expected = {}
+    for name, text in texts.items():
+        nats = nbytes = 0.0
+        for start in range(0, min(60, len(text) - 12), 12):
+            sequence = text[start : start + 13]
+            nats -= oracle(sequence[:-1])[np.arange(12), sequence[1:]].sum()
+            nbytes += size[sequence[1:]].sum()
+        expected[name] = nats / math.log(2) / nbytes
     state = TrainState(pair.variables["params"], pair.variables["router_state"], None)
-    assert abs(Evaluation(config, data).bits_per_byte(state) / expected - 1) < 1e-12
-    assert abs(TorchEvaluation(config, data).bits_per_byte(pair.torch) / expected - 1) < 1e-12
+    for bits in (Evaluation(config, data).by_set(state), TorchEvaluation(config, data).by_set(pair.torch)):
+        assert list(bits) == list(texts)
+        assert all(abs(bits[name] / expected[name] - 1) < 1e-12 for name in texts)
 
 
 def from_pretrained(directory):

@@ -216,7 +216,9 @@ def test_both_programs_write_the_same_metrics(tmp_path):
     """
     text = tmp_path / "text.txt"
     text.write_text("\n\n".join(f"The answer to question {n} is {n * n}." for n in range(400)))
-    fields = ["train.steps=3", "train.eval_every=2", "train.eval_sequences=4", "data.held_out_fraction=0.2",
+    (tmp_path / "squares.jsonl").write_text("".join(f'{{"text": "{n} is {n * n}"}}\n' for n in range(99)))
+    fields = ["train.steps=3", "train.eval_every=2", f"data.eval.squares={tmp_path}/squares.jsonl",
+              "train.eval_sequences=4", "data.held_out_fraction=0.2",
               "model.num_hidden_layers=2", "model.grouped_matmul=reference", "model.remat=none",
               "model.scoring_func=softmax", "model.capacity_factor=0.5", "model.n_shared_experts=2",
               "model.shared_expert_gate=true", "model.feed_forward=gelu", "model.mtp_form=parallel"]  # fmt: skip
@@ -237,6 +239,8 @@ def test_both_programs_write_the_same_metrics(tmp_path):
         assert math.isclose(ours.get("learning_rate", 0), theirs.get("learning_rate", 0))
         assert abs(ours.get("loss", 0) - theirs.get("loss", 0)) < 0.3
         assert abs(ours.get("bits_per_byte", 0) - theirs.get("bits_per_byte", 0)) < 0.5
+        assert ("eval" in ours) == ("bits_per_byte" in ours)
+        assert abs(ours.get("eval", {"squares": 0})["squares"] - theirs.get("eval", {"squares": 0})["squares"]) < 0.5
     assert all(0.5 <= line["dropped"] < 1 for line in lines[0] if "loss" in line)
     refused = train("deepseek_torch")
     assert refused.returncode == 1 and refused.stderr.count("\n") == 1 and "already holds a run" in refused.stderr

@@ -142,6 +142,11 @@ def _canonical(kind: Any, value: Any, name: str, where: str) -> Any:
             if key not in hints:
                 raise ConfigError(f"{where}: unknown field {_join(name, key)}; {_nearest(key, kind)}")
         return {key: _canonical(hints[key], item, _join(name, key), where) for key, item in value.items()}
+    if typing.get_origin(kind) is dict:
+        if not isinstance(value, dict):
+            raise ConfigError(f"{where}: {name} is {value!r}; write it as {name}.NAME=VALUE")
+        _, item_kind = typing.get_args(kind)
+        return {str(key): _canonical(item_kind, item, _join(name, key), where) for key, item in value.items()}
     if typing.get_origin(kind) is list:
         items = value if isinstance(value, list) else [value]
         (item_kind,) = typing.get_args(kind)

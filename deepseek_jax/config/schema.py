@@ -24,6 +24,8 @@ FEED_FORWARDS = ("swiglu", "gelu")
 MTP_FORMS = ("sequential", "parallel")
 MESH_AXES = ("pipe", "data", "fsdp", "expert")
 """Axes of the device mesh, slowest links first: neighbours along `expert` are the nearest devices."""
+HELD_OUT = "held_out"
+"""Name of the text that a run sets apart of its own, among those of `data.eval`."""
 PHASE_SHAPES = ("constant", "linear", "cosine")
 
 
@@ -141,6 +143,9 @@ class DataConfig:
     held_out_fraction: float = 0.02
     seed: int = 0
     """Order of the documents and of the training sequences."""
+    eval: dict[str, list[str]] = field(default_factory=dict)
+    """Further texts to evaluate on, by names: files, directories or globs, or one directory that `deepseek_jax.prepare` made,
+    of which the held-out part counts."""
     mask_documents: bool = False
     """Whether a token sees and predicts only its own document, whose positions start anew; the report packs without (4.1)."""
     end_of_document: int = 0

@@ -9,6 +9,7 @@ from deepseek_jax.config.schema import (
     EXCHANGES,
     FEED_FORWARDS,
     GROUPED_MATMULS,
+    HELD_OUT,
     MESH_AXES,
     MOMENT_DTYPES,
     MTP_FORMS,
@@ -123,6 +124,10 @@ def _validate_data(d: DataConfig) -> None:
     _require(not (d.path and d.input), "data.path", d.path, "give either data.path or data.input, not both")
     _require(not d.weights or len(d.weights) == len(d.path), "data.weights", d.weights,
              f"give one for each of the {len(d.path)} sets of data.path")  # fmt: skip
+    for name, paths in d.eval.items():
+        _require(re.fullmatch(r"[A-Za-z0-9_-]+", name) is not None and name != HELD_OUT, f"data.eval.{name}", paths,
+                 f"name it by letters, digits, _ and -, and not {HELD_OUT}")  # fmt: skip
+        _require(len(paths) > 0, f"data.eval.{name}", paths, "give a file")
     for i, weight in enumerate(d.weights):
         _require(weight >= 0.001 * sum(d.weights), f"data.weights.{i}", weight,
                  "must be at least a thousandth of their sum; leave the set out instead")  # fmt: skip

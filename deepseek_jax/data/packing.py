@@ -9,7 +9,7 @@ import os
 import tempfile
 from collections.abc import Collection, Iterable, Iterator
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -52,6 +52,8 @@ class PreparedData:
     end_of_document: int
     token_bytes: np.ndarray
     """Bytes of text that each token stands for, int32 [vocab_size]; special tokens 0."""
+    eval: dict[str, TokenRow] = field(default_factory=dict)
+    """What else is evaluated on, by the names of `data.eval`."""
 
     @property
     def train(self) -> TokenRow:
@@ -92,7 +94,7 @@ def open_prepared(config: Config, directory: Path) -> PreparedData:
         sets = tuple(open_part(Path(path), "train") for path in config.data.path)
         held_out = open_part(Path(config.data.path[0]), "held_out")
     else:
-        sets, held_out = (_open_tokens(directory / TRAIN),), _open_tokens(directory / HELD_OUT)
+        sets, held_out = (open_tokens(directory / TRAIN),), open_tokens(directory / HELD_OUT)
     _check_lengths(config, min(map(len, sets)), len(held_out))
     return PreparedData(tokenizer, sets, held_out, end_of_document_id(tokenizer), token_bytes)
 
@@ -250,12 +252,13 @@ def _fingerprint(config: Config) -> dict[str, Any]:
         "format": FORMAT,
         "data": {name: getattr(config.data, name) for name in ("input", "tokenizer", "held_out_fraction", "seed")},
         "vocab_size": config.model.vocab_size,
-        "tokenizer": _state(Path(tokenizer).expanduser().resolve()) if tokenizer else None,
-        "files": [_state(path) for path in find_files(config.data.input)],
+        "tokenizer": state_of(Path(tokenizer).expanduser().resolve()) if tokenizer else None,
+        "files": [state_of(path) for path in find_files(config.data.input)],
     }
 
 
-def _state(path: Path) -> list[Any]:
+def state_of(path: Path) -> list[Any]:
+    """What changes with a file: its path, size and time of change."""
     state = path.stat()
     return [str(path), state.st_size, state.st_mtime_ns]
 
@@ -265,13 +268,14 @@ def _agrees(directory: Path, fingerprint: dict[str, Any]) -> bool:
         stored = json.loads((directory / FINGERPRINT).read_text(encoding="utf-8"))
         load_tokenizer(directory / TOKENIZER)
         for name in () if "sets" in fingerprint else (TRAIN, HELD_OUT):
-            _open_tokens(directory / name)
+            open_tokens(directory / name)
     except (OSError, ValueError):
         return False
     return stored == fingerprint
 
 
-def _open_tokens(path: Path) -> np.ndarray:
+def open_tokens(path: Path) -> np.ndarray:
+    """A flat file of tokens, mapped; raises `DataError` if it is none."""
     try:
         tokens = np.load(path, mmap_mode="r", allow_pickle=False)
     except (OSError, ValueError, EOFError) as error:

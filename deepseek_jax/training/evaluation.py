@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import PartitionSpec
 
-from deepseek_jax.config import MESH_AXES, Config
+from deepseek_jax.config import HELD_OUT, MESH_AXES, Config
 from deepseek_jax.data.loader import Windows
 from deepseek_jax.data.packing import PreparedData
 from deepseek_jax.model.router import dropless
@@ -22,23 +22,31 @@ from deepseek_jax.training.step import TrainState
 
 
 class Evaluation:
-    """Bits per byte of the first train.eval_sequences sequences of the held-out text."""
+    """Bits per byte of the first train.eval_sequences sequences of the held-out text, and of each set of `data.eval`."""
 
     def __init__(self, config: Config, data: PreparedData, division: Optional[Division] = None):
-        train = config.train
-        windows = Windows(data.held_out, train.sequence_length + 1, train.sequence_length, seed=None)
-        count = min(train.eval_sequences, len(windows))
+        train, texts = config.train, {HELD_OUT: data.held_out} | data.eval
+        length = train.sequence_length
+        windows = {name: Windows(text, length + 1, length, seed=None) for name, text in texts.items()}
+        counts = {name: min(train.eval_sequences, len(of_text)) for name, of_text in windows.items()}
         unit = 1 if division is None else division.batch_unit()
-        size = -(-min(train.batch_size // train.gradient_accumulation_steps, count) // unit) * unit
-        self._batches = [_Batch(windows, start, size, count, division) for start in range(0, count, size)]
+        size = -(-min(train.batch_size // train.gradient_accumulation_steps, max(counts.values())) // unit) * unit
         end = config.data.end_of_document if config.data.mask_documents else -1
-        self._bytes = sum(counted_bytes(windows.take(i, 1), data.token_bytes, end) for i in range(count))
+        self._batches, self._bytes = {}, {}
+        for name, count in counts.items():
+            of_text = windows[name]
+            self._batches[name] = [_Batch(of_text, start, size, count, division) for start in range(0, count, size)]
+            self._bytes[name] = sum(counted_bytes(of_text.take(i, 1), data.token_bytes, end) for i in range(count))
         self._nats = jax.jit(partial(evaluation_nats, config=config, division=division))
 
-    def bits_per_byte(self, state: TrainState) -> float:
-        """Of the text's own bytes, ends of documents counted in the bits but not in the bytes."""
-        nats = sum(float(self._nats(state.params, state.router_state, *batch.arrays())) for batch in self._batches)
-        return nats / math.log(2) / self._bytes
+    def bits_per_byte(self, state: TrainState, name: str = HELD_OUT) -> float:
+        """Of a text's own bytes, ends of documents counted in the bits but not in the bytes."""
+        nats = sum(float(self._nats(state.params, state.router_state, *batch.arrays())) for batch in self._batches[name])
+        return nats / math.log(2) / self._bytes[name]
+
+    def by_set(self, state: TrainState) -> dict[str, float]:
+        """`bits_per_byte` of every text by its name, HELD_OUT first."""
+        return {name: self.bits_per_byte(state, name) for name in self._batches}
 
 
 def counted_bytes(windows: np.ndarray, token_bytes: np.ndarray, end: int) -> int:

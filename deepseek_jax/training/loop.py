@@ -20,7 +20,7 @@ from deepseek_jax.parallel import processes
 from deepseek_jax.parallel.sharding import Division, place_batch
 from deepseek_jax.training.checkpoint import Checkpoints
 from deepseek_jax.training.evaluation import Evaluation
-from deepseek_jax.training.metrics import MetricsFile, Progress
+from deepseek_jax.training.metrics import MetricsFile, Progress, evaluation_line, evaluation_text
 from deepseek_jax.training.plot import PLOT_FILE, plot_run
 from deepseek_jax.training.schedules import Position, StepPlan, plan_steps
 from deepseek_jax.training.step import Scalars, StepMetrics, TrainState, make_step
@@ -187,9 +187,9 @@ class Loop:
         )
 
     def _evaluate(self, plan: StepPlan, state: TrainState) -> None:
-        bits = self._evaluation.bits_per_byte(state)
-        self._metrics.write(step=plan.step, tokens=plan.tokens, bits_per_byte=bits)
-        self._progress.note(f"step {plan.step}: {bits:.3f} bits per byte on the held-out text")
+        bits = self._evaluation.by_set(state)
+        self._metrics.write(step=plan.step, tokens=plan.tokens, **evaluation_line(bits))
+        self._progress.note(evaluation_text(plan.step, bits))
         self._plot()
 
     def _plot(self) -> None:

@@ -3,13 +3,18 @@
 import json
 import os
 import sys
+import textwrap
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from deepseek_jax.config import HELD_OUT
+
 METRICS_FILE = "metrics.jsonl"
+WIDTH = 100
+"""Columns that a line may fill."""
 
 
 class MetricsFile:
@@ -47,6 +52,19 @@ def read_metrics(run_dir: Path) -> list[dict[str, Any]]:
         except ValueError:
             break
     return lines
+
+
+def evaluation_line(bits: Mapping[str, float]) -> dict[str, Any]:
+    """What metrics.jsonl says of an evaluation: `bits_per_byte` held out, and `eval` by the names of `data.eval`, if any."""
+    others = {name: value for name, value in bits.items() if name != HELD_OUT}
+    return {"bits_per_byte": bits[HELD_OUT]} | ({"eval": others} if others else {})
+
+
+def evaluation_text(step: int, bits: Mapping[str, float]) -> str:
+    """The same for people."""
+    text = f"step {step}: {bits[HELD_OUT]:.3f} bits per byte on the held-out text"
+    text += "".join(f", {value:.3f} on {name}" for name, value in bits.items() if name != HELD_OUT)
+    return textwrap.fill(text, WIDTH, subsequent_indent="  ", break_on_hyphens=False)
 
 
 class Progress:

@@ -37,9 +37,13 @@ def plot_run(run_dir: Path) -> Path:
     if evaluations:
         right = axes.twinx()
         right.plot([e["tokens"] for e in evaluations], [e["bits_per_byte"] for e in evaluations], "k.-", label="held-out")
-        right.set_ylabel("bits per byte, held-out")
-        more, names = right.get_legend_handles_labels()
-        handles, labels = handles + more, labels + names
+        names = dict.fromkeys(name for e in evaluations for name in e.get("eval", {}))
+        for number, name in enumerate(names):
+            of_set = [(e["tokens"], e["eval"][name]) for e in evaluations if name in e.get("eval", {})]
+            right.plot(*zip(*of_set), ".--", color=f"C{5 + number}", lw=0.8, label=name)
+        right.set_ylabel("bits per byte" if names else "bits per byte, held-out")
+        more, their_labels = right.get_legend_handles_labels()
+        handles, labels = handles + more, labels + their_labels
     axes.legend(handles, labels)
     axes.grid(alpha=0.3)
     path = run_dir / PLOT_FILE

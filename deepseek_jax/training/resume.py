@@ -9,7 +9,7 @@ from deepseek_jax.training.schedules import Position, StepPlan, plan_step, plan_
 
 FREE = (
     "model.remat", "model.grouped_matmul", "model.attention",
-    "train.gradient_accumulation_steps", "train.loss_chunk_tokens", "train.eval_every", "train.eval_sequences",
+    "data.eval", "train.gradient_accumulation_steps", "train.loss_chunk_tokens", "train.eval_every", "train.eval_sequences",
     "train.checkpoint_every", "train.checkpoint_minutes", "train.keep_checkpoints", "train.keep_every", "train.max_skips",
     "train.hang_after", "train.profile",
 )  # fmt: skip
