@@ -22,9 +22,11 @@ SIZES = dict(vocab_size=1048, hidden_size=64, num_hidden_layers=3, intermediate_
              n_shared_experts=2)  # fmt: skip
 LAYERS, HIDDEN, VOCAB, EXPERTS, CHOICES, WIDTH = 2, 64, 1048, 8, 3, 56  # layers: those with experts
 SEQUENCES, LENGTH, DEVICES = 16, 40, 8
+LATENTS = 16 + 8  # kv_lora_rank + qk_rope_head_dim
 TOKENS = SEQUENCES * LENGTH // DEVICES
 """On each device."""
-MESHES = {"data": dict(data=8), "fsdp": dict(fsdp=8), "expert": dict(expert=8), "mixed": dict(pipe=2, data=2, expert=2)}
+MESHES = {"data": dict(data=8), "fsdp": dict(fsdp=8), "expert": dict(expert=8), "mixed": dict(pipe=2, data=2, expert=2),
+          "context": dict(data=2, context=4)}  # fmt: skip
 FLOAT = 4
 
 
@@ -34,7 +36,8 @@ class Step:
     def __init__(self, name):
         axes = MESHES[name]
         self.mtp = int(name == "expert")  # for one mesh: it takes a third of the time to compile
-        fields = {"model": SIZES | {"grouped_matmul": "reference", "num_nextn_predict_layers": self.mtp},
+        layers = {"num_hidden_layers": LAYERS, "first_k_dense_replace": 0} if name == "context" else {}
+        fields = {"model": SIZES | {"grouped_matmul": "reference", "num_nextn_predict_layers": self.mtp} | layers,
                   "train": {"batch_size": SEQUENCES, "sequence_length": LENGTH, "loss_chunk_tokens": 16},
                   "parallel": {"data": 1} | axes}  # fmt: skip
         overrides = [f"{section}.{key}={value}" for section, values in fields.items() for key, value in values.items()]
@@ -75,7 +78,7 @@ def test_a_device_holds_its_part_of_parameters_and_moments(name):
     assert whole_bytes(this.state.optimizer) == 2 * whole_bytes(this.state.params) + counter
     arguments = [array for visit in visits(this.text) if visit.instruction.opcode == "parameter" and visit.depth == 0
                  for array in visit.instruction.results]  # fmt: skip
-    held_bytes = sum(jax.tree.leaves(held)) + words // DEVICES + 3 * FLOAT
+    held_bytes = sum(jax.tree.leaves(held)) + words // (DEVICES // this.axes["context"]) + 3 * FLOAT
     assert sum(array.bytes for array in arguments) == this.argument_bytes == held_bytes
 
 
@@ -86,17 +89,20 @@ def test_gradients_are_summed_into_parts(name):
     is summed whole."""
     this = step(name)
     experts, others = this.parameter_bytes()
-    pipe, data, fsdp, expert = this.axes.values()
+    pipe, data, fsdp, context, expert = this.axes.values()
     scattered = {axis: total(this.over("reduce-scatter", axis), lambda one: one.bytes) for axis in this.axes}
     assert scattered["data"] == (experts // expert + others) // (pipe * fsdp) * (data > 1)
     vectors_for_embedding = (TOKENS * fsdp - VOCAB) * HIDDEN * FLOAT  # tokens' vectors travel, not the table's rows
     assert scattered["fsdp"] == ((experts // expert + others) // pipe + vectors_for_embedding) * (fsdp > 1)
+    of_latents = LAYERS * SEQUENCES // data * LENGTH * LATENTS * FLOAT
+    assert scattered["context"] == ((experts + others) // data + of_latents) * (context > 1)
     assert scattered["expert"] == others // (pipe * fsdp * data) * (expert > 1)
     if pipe == 1:
-        left = (experts // expert + others) // (data * fsdp)
+        left = (experts // expert + others) // (data * fsdp * context)
         assert left - scattered["expert"] * (expert - 1) // expert == (experts + others) // DEVICES
     summed = [one for one in this.collectives if one.kind == "all-reduce"]
-    assert summed and max(array.bytes for one in summed for array in one.arrays) <= (LAYERS + this.mtp) * EXPERTS * FLOAT
+    rows = max(LAYERS + this.mtp, (SEQUENCES // data) * (context > 1))  # along `context` every sequence has counts of its own
+    assert summed and max(array.bytes for one in summed for array in one.arrays) <= rows * EXPERTS * FLOAT
 
 
 @pytest.mark.parametrize("name", ["expert", "mixed"])
@@ -120,7 +126,7 @@ def expert_weights(found):
 
 
 def test_gathered_expert_weights_would_be_found():
-    mesh = jax.make_mesh((2, 1, 1, 4), ("pipe", "data", "fsdp", "expert"), axis_types=(AxisType.Auto,) * 4)
+    mesh = jax.make_mesh((2, 4), ("pipe", "expert"), axis_types=(AxisType.Auto,) * 2)
     cut = PartitionSpec(None, "expert")
     weight = jax.ShapeDtypeStruct((LAYERS, EXPERTS, HIDDEN, WIDTH), "float32", sharding=NamedSharding(mesh, cut))
     breach = jax.shard_map(lambda w: jax.lax.all_gather(w, "expert", axis=1, tiled=True).sum(axis=1),
@@ -169,6 +175,20 @@ def test_bytes_of_travelling_tokens():
                 (labels, rows, "forward"): 1, (labels, rows, "backward"): 1}  # fmt: skip
     assert journeys(this, "mtp_layers") == of_layer
     assert journeys(this, "") == {journey: (LAYERS + 1) * times for journey, times in of_layer.items()}
+
+
+def test_latents_alone_travel_over_context():
+    """Forward and backward, kv_lora_rank + qk_rope_head_dim numbers a token and layer, less the 1/C that stay; their gradients
+    once. Besides, the weights that the axis cuts are gathered, and nothing is exchanged."""
+    this = step("context")
+    gathered = this.over("all-gather", "context")
+    latents = [one for one in gathered if "self_attn" in one.op_name]
+    of_sequences = SEQUENCES // this.axes["data"] * LENGTH * LATENTS * FLOAT
+    assert total(latents, lambda one: one.bytes) == 2 * LAYERS * of_sequences
+    assert total(latents) * 4 == 2 * LAYERS * of_sequences * 3
+    weights = [one for one in gathered if one not in latents]
+    assert total(weights, lambda one: one.bytes) == sum(this.parameter_bytes()) // this.axes["data"]
+    assert not [one for one in this.collectives if one.kind in ("all-to-all", "collective-permute")]
 
 
 def test_pipeline_passes_on_activations_alone():

@@ -85,7 +85,7 @@ def test_targets_count_the_same_on_a_mesh():
     tokens[3, 10:] = END
     whole = counts_of_targets(jnp.asarray(tokens), END, LENGTH, DEPTH, None)
     assert np.allclose(whole.sum((1, 2)), 1)
-    mesh = Mesh(np.array(jax.devices()[:2]).reshape(1, 2, 1, 1), MESH_AXES)
+    mesh = Mesh(np.array(jax.devices()[:2]).reshape(1, 2, 1, 1, 1), MESH_AXES)
     of_device = partial(counts_of_targets, end=END, length=LENGTH, depth=DEPTH, division=SimpleNamespace(mesh=mesh))
     batch = PartitionSpec("data")
     parts = jax.shard_map(of_device, mesh=mesh, in_specs=batch, out_specs=PartitionSpec(None, "data"), check_vma=False)(tokens)

@@ -1,6 +1,7 @@
 """The same numbers on a mesh as on one device, in float64, and one clear line for a mesh that cannot work."""
 
 import dataclasses
+import math
 from functools import partial
 
 import jax
@@ -11,7 +12,7 @@ from jax.extend.core import jaxprs_in_params
 
 from deepseek_jax.config import Config, ConfigError, ParallelConfig, Phase, load_config
 from deepseek_jax.parallel.exchange import OVERFLOW
-from deepseek_jax.parallel.mesh import resolve
+from deepseek_jax.parallel.mesh import make_mesh, mesh_shape, resolve
 from deepseek_jax.parallel.pipeline import ABSENT, assign_layers, bubble
 from deepseek_jax.parallel.sharding import Division, bytes_per_device, place_batch
 from deepseek_jax.training.optimizer import make_optimizer
@@ -57,7 +58,9 @@ class Stepper:
         self.config = config
         self.division = None
         if config.parallel != ParallelConfig(data=1):  # one device
-            self.division = Division(resolve(config, DEVICES), start.params)
+            devices = jax.devices()[: math.prod(mesh_shape(config.parallel))]
+            parallel = resolve(config, len(devices))
+            self.division = Division(parallel, start.params, make_mesh(parallel, devices))
         self._step = jax.jit(partial(train_step, config=config, division=self.division))
 
     def shardings(self, state: TrainState) -> TrainState:
@@ -80,7 +83,11 @@ class Stepper:
 
 def batch(config: Config, seed: int) -> np.ndarray:
     shape = (2, config.train.batch_size // 2, config.train.sequence_length + 3)
-    return np.random.default_rng(seed).integers(0, config.model.vocab_size, shape, dtype=np.int32)
+    rng = np.random.default_rng(seed)
+    tokens = rng.integers(0, config.model.vocab_size, shape, dtype=np.int32)
+    if config.data.mask_documents:
+        tokens[rng.random(shape) < 0.2] = config.data.end_of_document
+    return tokens
 
 
 @pytest.fixture(scope="module")
@@ -269,7 +276,7 @@ def test_layers_of_stages():
 
 
 @pytest.mark.parametrize("fields, complaint", [
-    (["parallel.data=3"], "pipe 1 x data 3 x fsdp 1 x expert 1 does not make the 8 devices .* parallel.data=4 .*"),
+    (["parallel.data=3"], "pipe 1 x data 3 x fsdp 1 x context 1 x expert 1 does not make the 8 devices .* parallel.data=4 .*"),
     (["parallel.data=-1", "parallel.expert=3"], "expert 3 does not make the 8 devices that are here; nearest .*expert=4"),
     (["parallel.data=-1", "parallel.fsdp=-1"], "parallel.data and parallel.fsdp=-1: only one axis may be -1"),
     (["parallel.data=0"], "parallel.data=0: must be at least 1, or -1"),

@@ -284,7 +284,7 @@ def test_pairs_by_brute_force():
 def test_accumulation_parts_leave_one_sequence():
     from deepseek_jax.planning.run import accumulated
 
-    config = load_config("tiny", ["train.batch_size=24", "train.batch_size_start=null"])
-    assert accumulated(config, 4).train.gradient_accumulation_steps == 6
+    config = load_config("tiny", ["train.batch_size=24", "train.batch_size_start=null", "parallel.data=4"])
+    assert accumulated(config).train.gradient_accumulation_steps == 6
     named = dataclasses.replace(config, train=dataclasses.replace(config.train, gradient_accumulation_steps=2))
-    assert accumulated(named, 4) == named
+    assert accumulated(named) == named

@@ -22,7 +22,7 @@ TOPK_METHODS = ("noaux_tc", "greedy", "group_limited_greedy")
 ROPE_TYPES = ("yarn", "linear", "dynamic")
 FEED_FORWARDS = ("swiglu", "gelu")
 MTP_FORMS = ("sequential", "parallel")
-MESH_AXES = ("pipe", "data", "fsdp", "expert")
+MESH_AXES = ("pipe", "data", "fsdp", "context", "expert")
 """Axes of the device mesh, slowest links first: neighbours along `expert` are the nearest devices."""
 HELD_OUT = "held_out"
 """Name of the text that a run sets apart of its own, among those of `data.eval`."""
@@ -269,7 +269,7 @@ class TrainConfig:
 
 @dataclass(frozen=True)
 class ParallelConfig:
-    """How a run is divided over devices, whose number is the product of the four axes; one axis may be -1, the rest."""
+    """How a run is divided over devices, whose number is the product of the five axes; one axis may be -1, the rest."""
 
     pipe: int = 1
     """Stages of the stack of mixture-of-experts layers."""
@@ -277,6 +277,8 @@ class ParallelConfig:
     """Replicas that divide the batch, the master weights and Adam's moments (ZeRO-1)."""
     fsdp: int = 1
     """Replicas that also divide the weights themselves, gathered layer by layer (ZeRO-3)."""
+    context: int = 1
+    """Devices that divide each sequence, for lengths that one does not hold; attention gathers the latents of all tokens."""
     expert: int = 1
     """Replicas that divide the routed experts; tokens travel to them."""
 

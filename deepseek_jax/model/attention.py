@@ -5,6 +5,7 @@ latent and one shared rotary key: kv_lora_rank + qk_rope_head_dim numbers per to
 a cache, the expansion is absorbed into the query and the output, and keys and values never exist.
 """
 
+from functools import partial
 from typing import NamedTuple, Optional
 
 import flax.linen as nn
@@ -13,9 +14,12 @@ import jax.numpy as jnp
 
 from deepseek_jax.config import ModelConfig
 from deepseek_jax.model.causal_attention import causal_attention
+from deepseek_jax.model.context_attention import context_attention
 from deepseek_jax.model.layers import Linear, RMSNorm, widen
 from deepseek_jax.model.products import WAYPOINT, keep, products
 from deepseek_jax.model.rope import apply_rope, softmax_scale, turn_ends
+from deepseek_jax.parallel.context import devices_of_a_sequence
+from deepseek_jax.parallel.sharding import Division
 
 LATENT_NORM_EPS = 1e-6
 
@@ -49,9 +53,14 @@ class Latents(NamedTuple):
 
 
 class MultiHeadLatentAttention(nn.Module):
-    """Causal attention over the tokens given, or over a cache and the tokens given."""
+    """Causal attention over the tokens given, or over a cache and the tokens given.
+
+    Attributes:
+        division: the mesh, inside `shard_map` over it; its axis `context` may divide the tokens given.
+    """
 
     config: ModelConfig
+    division: Optional[Division] = None
 
     def setup(self):
         c = self.config
@@ -114,10 +123,10 @@ class MultiHeadLatentAttention(nn.Module):
     def _expanded(self, q: jax.Array, latents: Latents, segment_ids: Optional[jax.Array]) -> jax.Array:
         """Attention with keys and values made for every head: the fewest operations for many queries."""
         c = self.config
-        expanded = self.kv_b_proj(latents.c_kv).reshape(*q.shape[:3], -1)
-        k_nope, v = jnp.split(expanded, [c.qk_nope_head_dim], axis=-1)
-        k_rope = jnp.broadcast_to(latents.k_rope[:, :, None], (*q.shape[:3], c.qk_rope_head_dim))
-        k = jnp.concatenate([k_nope, k_rope], axis=-1)
+        if devices_of_a_sequence(self.division) > 1:
+            expand, weight = partial(keys_and_values, c), self.kv_b_proj.weight
+            return context_attention(expand, softmax_scale(c), q, tuple(latents), weight, segment_ids)
+        k, v = keys_and_values(c, self.kv_b_proj.weight, latents)
         return causal_attention(q, k, v, softmax_scale(c), segment_ids, implementation=c.attention)
 
     def _absorbed(self, q: jax.Array, cache: Latents, positions: jax.Array) -> jax.Array:
@@ -134,6 +143,16 @@ class MultiHeadLatentAttention(nn.Module):
         weights = masked_softmax(scores * softmax_scale(c), seen).astype(q_nope.dtype)
         attended = jnp.einsum("bhts,bsr->bhtr", weights, cache.c_kv)
         return jnp.einsum("bhtr,hvr->bthv", attended, w_uv)
+
+
+def keys_and_values(config: ModelConfig, weight: jax.Array, latents: tuple[jax.Array, ...]) -> tuple[jax.Array, jax.Array]:
+    """Of every head, [B, T, H, nope + rope] and [B, T, H, v_head_dim], from latents and kv_b_proj's weight."""
+    c_kv, k_rope = latents
+    (expanded,) = products(config, c_kv, weight)
+    expanded = expanded.reshape(*c_kv.shape[:2], config.num_attention_heads, -1)
+    k_nope, v = jnp.split(expanded, [config.qk_nope_head_dim], axis=-1)
+    k_rope = jnp.broadcast_to(k_rope[:, :, None], (*k_nope.shape[:3], config.qk_rope_head_dim))
+    return jnp.concatenate([k_nope, k_rope], axis=-1), v
 
 
 def masked_softmax(scores: jax.Array, mask: jax.Array) -> jax.Array:

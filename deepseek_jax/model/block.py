@@ -40,7 +40,7 @@ class Block(nn.Module):
     def setup(self):
         c = self.config
         self.input_layernorm = RMSNorm(c, c.rms_norm_eps)
-        self.self_attn = MultiHeadLatentAttention(c)
+        self.self_attn = MultiHeadLatentAttention(c, self.division)
         self.post_attention_layernorm = RMSNorm(c, c.rms_norm_eps)
         self.mlp: nn.Module = MoE(c, self.division) if self.moe else FeedForward(c, c.intermediate_size)
 

@@ -18,37 +18,52 @@ CHUNK = 512
 """Queries and keys of a block: enough that products dominate, and scores are far smaller than what they are made of."""
 
 Residuals = tuple[Any, ...]
+Documents = Optional[tuple[jax.Array, jax.Array]]
+"""Of the queries and of the keys, [B, T] each; a query sees only keys of its own."""
 
 
 def chunked_attention(q: jax.Array, k: jax.Array, v: jax.Array, scale: float, segment_ids: Optional[jax.Array]) -> jax.Array:
-    """What `causal_attention` says, in any floating type.
+    """What `causal_attention` says, in any floating type."""
+    documents = None if segment_ids is None else (segment_ids, segment_ids)
+    return _attend(*(x.swapaxes(1, 2) for x in (q, k, v)), documents, scale).swapaxes(1, 2)
 
-    A length that is no multiple of the block is filled up at its end, where no token looks.
+
+@partial(jax.custom_vjp, nondiff_argnums=(4,))
+def _attend(q: jax.Array, k: jax.Array, v: jax.Array, documents: Documents, scale: float) -> jax.Array:
+    return attend(q, k, v, documents, scale, causal=True)[0]
+
+
+def _forward(q: jax.Array, k: jax.Array, v: jax.Array, documents: Documents, scale: float) -> tuple[jax.Array, Residuals]:
+    out, normalizer = (keep(x, ATTENDED) for x in attend(q, k, v, documents, scale, causal=True))
+    return out, (q, k, v, documents, out, normalizer)
+
+
+def _backward(scale: float, kept: Residuals, gradient: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array, None]:
+    q, k, v, documents, out, normalizer = kept
+    gradients = gradients_of(q, k, v, documents, out, normalizer, gradient, scale, causal=True)
+    dq, dk, dv = (total.astype(x.dtype) for total, x in zip(gradients, (q, k, v)))
+    return dq, dk, dv, None
+
+
+_attend.defvjp(_forward, _backward)
+
+
+def attend(
+    q: jax.Array, k: jax.Array, v: jax.Array, documents: Documents, scale: float, causal: bool
+) -> tuple[jax.Array, jax.Array]:
+    """Attention of queries [B, H, T, D] to as many keys, or if `causal` to those up to their own place.
+
+    Returns:
+        The output [B, H, T, V], and the logarithm of each row's normalizer [B, H, T, 1] in at least float32: minus
+        infinity, with an output of zero, where a row sees nothing.
     """
-    length = q.shape[1]
-    size = min(CHUNK, length)
-    filled = [(0, 0), (0, -length % size)]
-    q, k, v = (jnp.pad(x, [*filled, (0, 0), (0, 0)]).swapaxes(1, 2) for x in (q, k, v))
-    if segment_ids is not None:
-        segment_ids = jnp.pad(segment_ids, filled)
-    return _attend(q, k, v, segment_ids, scale, size).swapaxes(1, 2)[:, :length]
-
-
-@partial(jax.custom_vjp, nondiff_argnums=(4, 5))
-def _attend(q: jax.Array, k: jax.Array, v: jax.Array, segment_ids: Optional[jax.Array], scale: float, size: int) -> jax.Array:
-    return _forward(q, k, v, segment_ids, scale, size)[0]
-
-
-def _forward(
-    q: jax.Array, k: jax.Array, v: jax.Array, segment_ids: Optional[jax.Array], scale: float, size: int
-) -> tuple[jax.Array, Residuals]:
-    """Output [B, H, T, V], and what the backward pass needs."""
-    wide = widen(q.dtype)
+    length, wide = q.shape[2], widen(q.dtype)
+    (q, k, v), documents, size = _filled((q, k, v), documents, causal)
 
     def visit(carry: tuple[jax.Array, ...], pair: jax.Array) -> tuple[tuple[jax.Array, ...], None]:
         i, j = pair
         out, largest, total = (_block(x, i, size) for x in carry)
-        scores = _scores(q, k, segment_ids, scale, size, pair)
+        scores = _scores(q, k, documents, scale, size, pair, causal)
         larger = jnp.maximum(largest, jnp.max(scores, axis=-1, keepdims=True))
         weights, shrink = jnp.exp(scores - larger), jnp.exp(largest - larger)
         attended = jnp.einsum("bhts,bhsv->bhtv", weights.astype(v.dtype), _block(v, j, size), preferred_element_type=wide)
@@ -56,22 +71,27 @@ def _forward(
         return tuple(_put(x, block, i, size) for x, block in zip(carry, new)), None
 
     rows = (*q.shape[:3], 1)
-    start: tuple[jax.Array, ...] = jnp.zeros(v.shape, wide), jnp.full(rows, -jnp.inf, wide), jnp.zeros(rows, wide)
-    (out, largest, total), _ = lax.scan(visit, start, _pairs(q.shape[2] // size))
-    out, normalizer = keep((out / total).astype(v.dtype), ATTENDED), keep(largest + jnp.log(total), ATTENDED)
-    return out, (q, k, v, segment_ids, out, normalizer)
+    lowest = jnp.finfo(wide).min  # not minus infinity, from which nothing can be taken off
+    start: tuple[jax.Array, ...] = jnp.zeros(v.shape, wide), jnp.full(rows, lowest, wide), jnp.zeros(rows, wide)
+    (out, largest, total), _ = lax.scan(visit, start, _pairs(q.shape[2] // size, causal))
+    out, normalizer = (out / jnp.where(total > 0, total, 1)).astype(v.dtype), largest + jnp.log(total)
+    return out[:, :, :length], normalizer[:, :, :length]
 
 
-def _backward(scale: float, size: int, kept: Residuals, gradient: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array, None]:
-    q, k, v, segment_ids, out, normalizer = kept
-    wide = normalizer.dtype
+def gradients_of(
+    q: jax.Array, k: jax.Array, v: jax.Array, documents: Documents, out: jax.Array, normalizer: jax.Array,
+    gradient: jax.Array, scale: float, causal: bool,
+) -> tuple[jax.Array, ...]:  # fmt: skip
+    """Of q, k and v in at least float32, given the output's; for a part of the keys, given the whole output and normalizer."""
+    length, wide = q.shape[2], normalizer.dtype
     # What the softmax takes off every weight's gradient.
     mean = jnp.sum(gradient.astype(wide) * out.astype(wide), axis=-1, keepdims=True)
+    (q, k, v, gradient, mean, normalizer), documents, size = _filled((q, k, v, gradient, mean, normalizer), documents, causal)
 
     def visit(carry: tuple[jax.Array, ...], pair: jax.Array) -> tuple[tuple[jax.Array, ...], None]:
         i, j = pair
         queries, of_block, keys, values = _block(q, i, size), _block(gradient, i, size), _block(k, j, size), _block(v, j, size)
-        weights = jnp.exp(_scores(q, k, segment_ids, scale, size, pair) - _block(normalizer, i, size))
+        weights = jnp.exp(_scores(q, k, documents, scale, size, pair, causal) - _block(normalizer, i, size))
         of_weights = jnp.einsum("bhtv,bhsv->bhts", of_block, values, preferred_element_type=wide)
         of_scores = (weights * (of_weights - _block(mean, i, size)) * scale).astype(q.dtype)
         new = (
@@ -82,17 +102,28 @@ def _backward(scale: float, size: int, kept: Residuals, gradient: jax.Array) -> 
         return tuple(_put(x, _block(x, n, size) + block, n, size) for x, (n, block) in zip(carry, new)), None
 
     start = tuple(jnp.zeros(x.shape, wide) for x in (q, k, v))
-    gradients, _ = lax.scan(visit, start, _pairs(q.shape[2] // size))
-    dq, dk, dv = (total.astype(q.dtype) for total in gradients)
-    return dq, dk, dv, None
+    gradients, _ = lax.scan(visit, start, _pairs(q.shape[2] // size, causal))
+    return tuple(total[:, :, :length] for total in gradients)
 
 
-_attend.defvjp(_forward, _backward)
+def _filled(arrays: tuple[jax.Array, ...], documents: Documents, causal: bool) -> tuple[tuple[jax.Array, ...], Documents, int]:
+    """Arrays [B, H, T, ...] filled up to whole blocks at their end, where no token looks; and the size of a block."""
+    batch, _, length = arrays[0].shape[:3]
+    size = min(CHUNK, length)
+    extra = -length % size
+    if extra:
+        arrays = tuple(jnp.pad(x, ((0, 0), (0, 0), (0, extra), (0, 0))) for x in arrays)
+        if documents is None and not causal:
+            documents = (jnp.zeros((batch, length), jnp.int32),) * 2
+        if documents is not None:
+            own, others = (jnp.pad(ids, ((0, 0), (0, extra)), constant_values=of) for ids, of in zip(documents, (0, -1)))
+            documents = own, others
+    return arrays, documents, size
 
 
-def _pairs(blocks: int) -> jax.Array:
-    """Each block of queries with every block of keys that it sees, its own first, so that no maximum stays infinite."""
-    return jnp.array([(i, j) for i in range(blocks) for j in range(i, -1, -1)])
+def _pairs(blocks: int, causal: bool) -> jax.Array:
+    """Each block of queries with every block of keys that it sees, its own first if `causal`."""
+    return jnp.array([(i, j) for i in range(blocks) for j in range(i if causal else blocks - 1, -1, -1)])
 
 
 def _block(x: jax.Array, index: jax.Array, size: int, axis: int = 2) -> jax.Array:
@@ -104,13 +135,13 @@ def _put(x: jax.Array, block: jax.Array, index: jax.Array, size: int) -> jax.Arr
 
 
 def _scores(
-    q: jax.Array, k: jax.Array, segment_ids: Optional[jax.Array], scale: float, size: int, pair: jax.Array
+    q: jax.Array, k: jax.Array, documents: Documents, scale: float, size: int, pair: jax.Array, causal: bool
 ) -> jax.Array:
     """Scaled products of one block of queries and one of keys, [B, H, size, size]; minus infinity where not seen."""
     i, j = pair
     scores = jnp.einsum("bhtd,bhsd->bhts", _block(q, i, size), _block(k, j, size), preferred_element_type=widen(q.dtype))
-    seen = j * size + jnp.arange(size) <= i * size + jnp.arange(size)[:, None]
-    if segment_ids is not None:
-        own, others = (_block(segment_ids, n, size, axis=1) for n in pair)
+    seen = j * size + jnp.arange(size) <= i * size + jnp.arange(size)[:, None] if causal else True
+    if documents is not None:
+        own, others = (_block(ids, n, size, axis=1) for ids, n in zip(documents, pair))
         seen &= (own[:, :, None] == others[:, None])[:, None]
-    return jnp.where(seen, scores * scale, -jnp.inf)
+    return scores * scale if seen is True else jnp.where(seen, scores * scale, -jnp.inf)

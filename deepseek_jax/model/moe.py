@@ -21,7 +21,7 @@ class MoE(nn.Module):
 
     def setup(self):
         c = self.config
-        self.gate = Router(c)
+        self.gate = Router(c, self.division)
         self.experts = Experts(c, self.division)
         if c.n_shared_experts:
             self.shared_experts = FeedForward(c, c.n_shared_experts * c.moe_intermediate_size)

@@ -11,6 +11,8 @@ import jax.numpy as jnp
 from deepseek_jax.config import ModelConfig
 from deepseek_jax.model.layers import param_dtype
 from deepseek_jax.model.products import keep
+from deepseek_jax.parallel.context import before, devices_of_a_sequence, total
+from deepseek_jax.parallel.sharding import Division
 
 ROUTER_STATE = "router_state"
 """Collection of the biases: state that training updates without a gradient."""
@@ -35,6 +37,7 @@ class Router(nn.Module):
     """Scores, selection by them (with a bias and among groups, as `topk_method` says), and room if that is limited."""
 
     config: ModelConfig
+    division: Optional[Division] = None
 
     @nn.compact
     def __call__(self, x: jax.Array) -> Routing:
@@ -53,13 +56,13 @@ class Router(nn.Module):
         weights = jnp.take_along_axis(scores, indices, axis=-1)
         dropped = None
         if c.capacity_factor is not None:
-            served = find_room(c, indices, c.capacity_factor)
+            served = find_room(c, indices, c.capacity_factor, self.division)
             weights, dropped = weights * served, jnp.mean(~served, dtype=dtype)
         if c.norm_topk_prob:
             weights = normalised(weights)
         counts = jnp.sum(jax.nn.one_hot(indices, c.n_routed_experts, dtype=jnp.int32), axis=(1, 2))
         weights *= c.routed_scaling_factor
-        return Routing(indices, weights, jnp.sum(counts, axis=0), balance_loss(c, scores, counts), dropped)
+        return Routing(indices, weights, jnp.sum(counts, axis=0), balance_loss(c, scores, counts, self.division), dropped)
 
 
 SCORING_FUNCS = {"sigmoid": jax.nn.sigmoid, "softmax": jax.nn.softmax}
@@ -94,16 +97,15 @@ def select_experts(config: ModelConfig, scores: jax.Array) -> jax.Array:
     return jax.lax.top_k(scores, c.num_experts_per_tok)[1]
 
 
-def find_room(config: ModelConfig, indices: jax.Array, factor: float) -> jax.Array:
+def find_room(config: ModelConfig, indices: jax.Array, factor: float, division: Optional[Division] = None) -> jax.Array:
     """Which choices [B, T, K] are served where an expert takes at most `factor` times its even share of a sequence.
 
     First come, first served, in the order of the tokens: what a token gets hangs on no later one.
     """
-    c, tokens = config, indices.shape[1]
+    c, tokens = config, indices.shape[1] * devices_of_a_sequence(division)
     capacity = math.ceil(factor * tokens * c.num_experts_per_tok / c.n_routed_experts)
     chosen = jnp.sum(jax.nn.one_hot(indices, c.n_routed_experts, dtype=jnp.int32), axis=2)
-    earlier = jnp.cumsum(chosen, axis=1) - chosen
-    return jnp.take_along_axis(earlier, indices, axis=-1) < capacity
+    return jnp.take_along_axis(before(division, chosen), indices, axis=-1) < capacity
 
 
 def dropless(config: ModelConfig) -> ModelConfig:
@@ -113,21 +115,24 @@ def dropless(config: ModelConfig) -> ModelConfig:
 
 def normalised(weights: jax.Array) -> jax.Array:
     """Weights [..., K] that sum to 1, or all zero where nothing is served."""
-    total = jnp.sum(weights, axis=-1, keepdims=True)
-    return weights / jnp.where(total > 0, total + 1e-20, 1)
+    whole = jnp.sum(weights, axis=-1, keepdims=True)
+    return weights / jnp.where(whole > 0, whole + 1e-20, 1)
 
 
-def balance_loss(config: ModelConfig, scores: jax.Array, counts: jax.Array) -> jax.Array:
+def balance_loss(config: ModelConfig, scores: jax.Array, counts: jax.Array, division: Optional[Division] = None) -> jax.Array:
     """Sum over experts of f_i P_i, averaged over sequences.
 
     Args:
         scores: [B, T, E] before bias.
         counts: [B, E] tokens of each sequence sent to each expert.
+        division: the mesh, whose axis `context` may divide sequences: what is summed is whole, the same on its devices.
     """
     c = config
     share = scores / (jnp.sum(scores, axis=-1, keepdims=True) + 1e-20)
-    mean_share = jnp.mean(share, axis=1)
-    frequency = counts.astype(scores.dtype) * (c.n_routed_experts / (c.num_experts_per_tok * scores.shape[1]))
+    devices = devices_of_a_sequence(division)
+    mean_share = total(division, jnp.mean(share, axis=1)) / devices
+    counts = total(division, counts).astype(scores.dtype)
+    frequency = counts * (c.n_routed_experts / (c.num_experts_per_tok * scores.shape[1] * devices))
     return jnp.mean(jnp.sum(frequency * mean_share, axis=-1))
 
 

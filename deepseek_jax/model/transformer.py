@@ -20,6 +20,7 @@ from deepseek_jax.model.products import policy
 from deepseek_jax.model.rope import rope_angles
 from deepseek_jax.model.router import ROUTER_STATE
 from deepseek_jax.model.segments import segments
+from deepseek_jax.parallel.context import joined, own_tokens, pieces
 from deepseek_jax.parallel.pipeline import ABSENT, assign_layers, run_pipeline
 from deepseek_jax.parallel.sharding import PIPELINED, Division
 from deepseek_jax.parallel.weights import gather_layer, gradient_type
@@ -79,35 +80,40 @@ class DeepseekV3(nn.Module):
         """Predict at every depth.
 
         Args:
-            tokens: [B, T + D] ids, D = num_nextn_predict_layers: depth k reads tokens k to T + k.
+            tokens: [B, T + D] ids, D = num_nextn_predict_layers: depth k reads tokens k to T + k. Along the mesh's `context`
+                all devices are given the same, and each predicts from its T / C of them.
             end_of_document: the token after which another document begins, to keep them apart; static.
         """
         c = self.config
         depth = c.num_nextn_predict_layers
         length = tokens.shape[1] - depth
-        embedded = self.embed_tokens(tokens)
+        own = pieces(self.division, tokens, length)
+        embedded = self.embed_tokens(own.reshape(len(own), -1)).reshape(*own.shape, -1)
         shared = self._shared(tokens[:, :length], end_of_document)
-        hidden, outputs = self._layers(embedded[:, :length], shared)
+        hidden, outputs = self._layers(joined(embedded, depth), shared)
         normed = self.norm(hidden)
         states = normed[None]
         if depth:
             previous = normed if c.mtp_hidden_after_norm else hidden
-            ahead = jnp.stack([embedded[:, k : k + length] for k in range(1, depth + 1)])
+            ahead = jnp.stack([joined(embedded, depth, ahead=k) for k in range(1, depth + 1)])
             _, (mtp_states, outputs["mtp_layers"]) = self._run("mtp_layers", previous, shared, ahead)
             states = jnp.concatenate([states, mtp_states])
         return ModelOutput(states, self.head(), *_routing(c, outputs))
 
     def hidden_states(self, tokens: jax.Array, end_of_document: Optional[int] = None) -> jax.Array:
-        """Normed states [B, T, hidden_size] of the main model for tokens [B, T]."""
-        hidden, _ = self._layers(self.embed_tokens(tokens), self._shared(tokens, end_of_document))
+        """Normed states [B, T / C, hidden_size] of the main model for this device's of tokens [B, T]."""
+        own = own_tokens(self.division, tokens, tokens.shape[1])
+        hidden, _ = self._layers(self.embed_tokens(own), self._shared(tokens, end_of_document))
         return self.norm(hidden)
 
     def _shared(self, tokens: jax.Array, end_of_document: Optional[int]) -> Shared:
-        """What all layers need to know of the places of tokens [B, T]."""
+        """What all layers need to know of the places of this device's of tokens [B, T]."""
         if end_of_document is None:
             numbers, positions = None, jnp.broadcast_to(jnp.arange(tokens.shape[1]), tokens.shape)
         else:
             numbers, positions = segments(tokens, end_of_document)
+            numbers = own_tokens(self.division, numbers, tokens.shape[1])
+        positions = own_tokens(self.division, positions, tokens.shape[1])
         return Shared(rope_angles(self.config, positions), positions, numbers)
 
     def head(self) -> jax.Array:

@@ -41,7 +41,13 @@ def resolve(config: Config, devices: int) -> ParallelConfig:
         raise ConfigError(
             "model.remat=none: would keep every gathered weight under parallel.fsdp; choose products, attention or full"
         )
-    part = train.gradient_accumulation_steps * math.prod(mesh_shape(parallel))
+    context, length = parallel.context, train.sequence_length
+    if context > 1 and length % (2 * context):
+        raise ConfigError(
+            f"train.sequence_length={length}: must be a multiple of {2 * context}, two pieces for each device along "
+            f"parallel.context={context}; nearest {_nearest_multiple(length, 2 * context)}"
+        )
+    part = train.gradient_accumulation_steps * readers(parallel)
     if parallel.pipe > 1:
         part *= parallel.microbatch_size
     for name in ("batch_size", "batch_size_start"):
@@ -49,7 +55,8 @@ def resolve(config: Config, devices: int) -> ParallelConfig:
         if size is not None and size % part:
             raise ConfigError(
                 f"train.{name}={size}: must be a multiple of {part}, the devices times gradient_accumulation_steps"
-                f"{' times parallel.microbatch_size' if parallel.pipe > 1 else ''}; nearest {_nearest_multiple(size, part)}"
+                f"{' times parallel.microbatch_size' if parallel.pipe > 1 else ''}"
+                f"{' over parallel.context' if context > 1 else ''}; nearest {_nearest_multiple(size, part)}"
             )
     return parallel
 
@@ -70,6 +77,11 @@ def mesh_shape(parallel: ParallelConfig) -> tuple[int, ...]:
     return tuple(getattr(parallel, axis) for axis in MESH_AXES)
 
 
+def readers(parallel: ParallelConfig) -> int:
+    """Devices, or groups of them along `context`, that have sequences of their own."""
+    return math.prod(mesh_shape(parallel)) // parallel.context
+
+
 def _filled(config: Config, devices: int) -> ParallelConfig:
     parallel = config.parallel
     shape = mesh_shape(parallel)
@@ -86,7 +98,7 @@ def _filled(config: Config, devices: int) -> ParallelConfig:
 
 def _nearest_shape(config: Config, devices: int) -> tuple[int, ...]:
     """The mesh of that many devices whose sizes are the fewest doublings away from those asked for."""
-    model = config.model
+    model, length = config.model, config.train.sequence_length
     layers = expert_layers(model)
 
     def shapes(devices: int, axes: int) -> list[tuple[int, ...]]:
@@ -100,7 +112,8 @@ def _nearest_shape(config: Config, devices: int) -> tuple[int, ...]:
         return sum(abs(math.log2(size / asked)) for size, asked in pairs if asked != -1)
 
     possible = [shape for shape in shapes(devices, len(MESH_AXES))
-                if model.n_routed_experts % shape[3] == 0 and (shape[0] == 1 or shape[0] <= layers)]  # fmt: skip
+                if model.n_routed_experts % shape[-1] == 0 and (shape[0] == 1 or shape[0] <= layers)
+                and (shape[3] == 1 or length % (2 * shape[3]) == 0)]  # fmt: skip
     return min(possible, key=distance)
 
 

@@ -15,8 +15,8 @@ import numpy as np
 import optax
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from deepseek_jax.config import MESH_AXES, ParallelConfig
-from deepseek_jax.parallel.mesh import make_mesh
+from deepseek_jax.config import ParallelConfig
+from deepseek_jax.parallel.mesh import make_mesh, readers
 
 PIPELINED = "moe_layers"
 """The stack of layers that pipeline stages share out."""
@@ -30,11 +30,14 @@ class Row(NamedTuple):
 
 
 TABLE = {
-    "batch": Row(MESH_AXES, "every device reads whole sequences of its own, so that attention needs no communication"),
+    "batch": Row(("pipe", "data", "fsdp", "expert"), "every device reads sequences of its own, so that attention needs no "
+                                                     "communication"),
+    "sequence": Row(("context",), "one that a device does not hold is divided; its ids are whole on all of them, and the "
+                                  "model takes its own"),
     "experts": Row(("expert",), "an expert's weights stay where they are and tokens travel to it: of many experts' weights "
                                 "and their tokens, these are the smaller load"),
-    "features": Row(("fsdp", "pipe", "data", "expert"), "inputs and outputs are the only axes that all weights have; what a "
-                                                        "step gathers last is cut first"),
+    "features": Row(("fsdp", "pipe", "data", "context", "expert"), "inputs and outputs are the only axes that all weights "
+                                                                   "have; what a step gathers last is cut first"),
     "layers": Row((), "any number of layers must fit; a step deals them out to the pipeline's stages"),
 }  # fmt: skip
 """Logical axis -> mesh axes. A mesh axis cuts the first axis of an array that allows it and that it divides."""
@@ -102,7 +105,7 @@ class Division:
 
     def batch_unit(self) -> int:
         """Sequences of which a batch must be a multiple."""
-        return self.mesh.size * (self.parallel.microbatch_size if self.parallel.pipe > 1 else 1)
+        return readers(self.parallel) * (self.parallel.microbatch_size if self.parallel.pipe > 1 else 1)
 
     def map(self, function: Callable[..., Any], tree: Any, *others: Any) -> Any:
         """`function(path, place, leaf, ...)` over trees like the parameters, or a subtree by its first name."""
@@ -112,16 +115,21 @@ class Division:
 
 
 def place_batch(
-    division: Optional[Division], shape: tuple[int, ...], axis: int, read: Callable[[int, int], np.ndarray]
+    division: Optional[Division],
+    shape: tuple[int, ...],
+    axis: int,
+    read: Callable[[int, int], np.ndarray],
+    axes: tuple[str, ...] = TABLE["batch"].mesh_axes,
 ) -> jax.Array | np.ndarray:
     """An array whose `axis` holds sequences; every process reads its own alone.
 
     Args:
         read: (first, end) -> the array's part for these sequences.
+        axes: of the mesh, that divide `axis`.
     """
     if division is None:
         return read(0, shape[axis])
-    sharding = NamedSharding(division.mesh, division.batch_spec(axis))
+    sharding = NamedSharding(division.mesh, PartitionSpec(*(None,) * axis, axes))
 
     def part(index: Any) -> np.ndarray:
         return read(*index[axis].indices(shape[axis])[:2])

@@ -8,6 +8,7 @@ import numpy as np
 
 from deepseek_jax.config import Config, ModelConfig, expert_layers
 from deepseek_jax.parallel.exchange import hops_of
+from deepseek_jax.parallel.mesh import readers
 from deepseek_jax.parallel.pipeline import assign_layers, bubble
 from deepseek_jax.parallel.sharding import PIPELINED, Division, Place, bytes_per_device
 from deepseek_jax.parallel.weights import layer_axes, step_type
@@ -16,6 +17,7 @@ DIVIDES = {
     "pipe": "the mixture-of-experts layers, in stages",
     "data": "sequences, master weights and moments (ZeRO-1)",
     "fsdp": "sequences, master weights and moments, weights too (ZeRO-3)",
+    "context": "each sequence; also master weights and moments (ZeRO-1)",
     "expert": "sequences, and the routed experts, to which tokens travel",
 }
 
@@ -44,8 +46,8 @@ def mesh_summary(config: Config, division: Division, state: Any, shardings: Any)
 
 def _exchange(config: Config, division: Division) -> str:
     parallel, model, train = division.parallel, config.model, config.train
-    sequences = train.batch_size // train.gradient_accumulation_steps // division.mesh.size
-    tokens = (parallel.microbatch_size if parallel.pipe > 1 else sequences) * train.sequence_length
+    sequences = train.batch_size // train.gradient_accumulation_steps // readers(parallel)
+    tokens = (parallel.microbatch_size if parallel.pipe > 1 else sequences) * train.sequence_length // parallel.context
     hops = hops_of(model, parallel, tokens)
     reached, room = min(model.num_experts_per_tok, math.prod(hop.parcels for hop in hops)), hops[-1].room
     first = f"{hops[0].parcels} groups and on to " if len(hops) > 1 else ""
@@ -59,7 +61,7 @@ def _pipeline(config: Config, division: Division) -> str:
     parallel, train = division.parallel, config.train
     layers = expert_layers(config.model)
     own = (assign_layers(layers, parallel) >= 0).sum(axis=(1, 2))
-    sequences = train.batch_size // train.gradient_accumulation_steps // division.mesh.size
+    sequences = train.batch_size // train.gradient_accumulation_steps // readers(parallel)
     rounds = sequences // parallel.microbatch_size
     count = f"{own.min()}" if own.min() == own.max() else f"{own.min()} to {own.max()}"
     return (

@@ -1,8 +1,8 @@
 """Weights put together for a step, and their gradients taken apart again; all inside `shard_map` over the whole mesh.
 
-Once a step, `collect` gathers what `data` (ZeRO-1) and `expert` cut, and deals the pipelined stack's layers to their
-stages. What `fsdp` (ZeRO-3) cuts, `gather_layer` puts together layer by layer, and the backward pass again; outside
-the pipelined stack the axis `pipe` is one more of that kind, so that no stage alone carries embedding and head.
+Once a step, `collect` gathers what `data`, `context` (both ZeRO-1) and `expert` cut, and deals the pipelined stack's
+layers to their stages. What `fsdp` (ZeRO-3) cuts, `gather_layer` puts together layer by layer, and the backward pass
+again; outside the pipelined stack the axis `pipe` is one more of that kind, so that no stage alone carries embedding and head.
 Weights are gathered in the type that products take them in, gradients are summed in the parameters' own.
 """
 
@@ -123,11 +123,11 @@ def step_type(division: Division, config: ModelConfig, path: tuple[str, ...], pl
 
 def sum_of_layers(division: Division, config: ModelConfig, dealt: jax.Array) -> jax.Array:
     """Statistics of the pipelined layers, [own layers, ...] -> [all layers, ...], summed over sequences."""
-    return jax.lax.psum(_undeal(division, config, Place(()), dealt), ("data", "fsdp", "expert"))
+    return jax.lax.psum(_undeal(division, config, Place(()), dealt), ("data", "fsdp", "context", "expert"))
 
 
 def _step_axes(division: Division, path: tuple[str, ...]) -> tuple[str, ...]:
-    return ("data",) if "experts" in path else ("data", "expert")
+    return ("data", "context") if "experts" in path else ("data", "context", "expert")
 
 
 def _cuts(place: Place, axes: tuple[str, ...]) -> Cuts:

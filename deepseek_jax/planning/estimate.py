@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 
 from deepseek_jax.config import Config, ConfigError, expert_layers
 from deepseek_jax.implementations import choose
-from deepseek_jax.parallel.mesh import make_mesh, resolve
+from deepseek_jax.parallel.mesh import make_mesh, readers, resolve
 from deepseek_jax.parallel.pipeline import bubble
 from deepseek_jax.planning.depth import at_depth, fewer_layers, stacked
 from deepseek_jax.planning.run import RunFigures, accumulated, run_figures
@@ -84,22 +84,16 @@ def arranged(config: Config, topology: Topology) -> Config:
     count = topology.devices
     config = dataclasses.replace(config, train=dataclasses.replace(config.train, batch_size_start=None))
     config = dataclasses.replace(config, parallel=resolve(config, count))
-    return choose(accumulated(config, count), topology.machine.platform)
+    return choose(accumulated(config), topology.machine.platform)
 
 
 def even_rows(config: Config) -> int:
     """Rows that a device's experts serve at once under even routing: as many as its own tokens choose."""
     train, parallel = config.train, config.parallel
-    sequences = train.batch_size // train.gradient_accumulation_steps // parallel_size(config)
+    sequences = train.batch_size // train.gradient_accumulation_steps // readers(parallel)
     if parallel.pipe > 1:
         sequences = parallel.microbatch_size
-    return sequences * train.sequence_length * config.model.num_experts_per_tok
-
-
-def parallel_size(config: Config) -> int:
-    """Devices of a resolved config."""
-    parallel = config.parallel
-    return parallel.pipe * parallel.data * parallel.fsdp * parallel.expert
+    return sequences * (train.sequence_length // parallel.context) * config.model.num_experts_per_tok
 
 
 def extrapolated(config: Config, topology: Topology, tell: Tell, layers: int) -> Estimate:
@@ -137,5 +131,5 @@ def _bubble(config: Config) -> float | None:
     parallel, train = config.parallel, config.train
     if parallel.pipe == 1:
         return None
-    own = train.batch_size // train.gradient_accumulation_steps // parallel_size(config)
+    own = train.batch_size // train.gradient_accumulation_steps // readers(parallel)
     return bubble(expert_layers(config.model), parallel, own // parallel.microbatch_size)

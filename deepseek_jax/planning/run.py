@@ -5,6 +5,7 @@ import math
 from dataclasses import dataclass
 
 from deepseek_jax.config import Config
+from deepseek_jax.parallel.mesh import readers
 from deepseek_jax.planning.figures import flops_by_part
 from deepseek_jax.planning.topologies import Topology
 from deepseek_jax.training.schedules import plan_steps
@@ -52,14 +53,14 @@ def run_figures(config: Config, topology: Topology, step_seconds: float) -> RunF
     )
 
 
-def accumulated(config: Config, devices: int) -> Config:
+def accumulated(config: Config) -> Config:
     """`config` with accumulation parts that leave a device one sequence at a time, in a pipeline ROUNDS micro-batches.
 
-    A config that names a number of parts keeps it.
+    Its mesh is resolved. A config that names a number of parts keeps it.
     """
     train, parallel = config.train, config.parallel
     if train.gradient_accumulation_steps != 1:
         return config
-    own = train.batch_size // devices
+    own = train.batch_size // readers(parallel)
     at_once = math.gcd(own, ROUNDS * parallel.microbatch_size) if parallel.pipe > 1 else 1
     return dataclasses.replace(config, train=dataclasses.replace(train, gradient_accumulation_steps=own // at_once))

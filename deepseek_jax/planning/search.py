@@ -17,12 +17,12 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 from deepseek_jax.config import MESH_AXES, Config, ConfigError, ModelConfig, ParallelConfig, expert_layers
 from deepseek_jax.parallel.exchange import devices_of_a_token, hops_of
-from deepseek_jax.parallel.mesh import make_mesh, resolve
+from deepseek_jax.parallel.mesh import make_mesh, readers, resolve
 from deepseek_jax.parallel.pipeline import bubble
 from deepseek_jax.parallel.sharding import Division, bytes_per_device
 from deepseek_jax.parallel.summary import bytes_in_step
 from deepseek_jax.planning.collectives import Collective
-from deepseek_jax.planning.estimate import Estimate, arranged, estimate, parallel_size
+from deepseek_jax.planning.estimate import Estimate, arranged, estimate
 from deepseek_jax.planning.figures import flops_by_part
 from deepseek_jax.planning.links import Links
 from deepseek_jax.planning.program import Array
@@ -123,7 +123,7 @@ def candidates(config: Config, topology: Topology) -> list[Candidate]:
     state = jax.eval_shape(partial(init_state, config))
     whole = _in_parts(config, 1)
     found = []
-    for sizes, remat in itertools.product(_meshes(topology), REMATS):
+    for sizes, remat in itertools.product(_meshes(topology, config.parallel.context), REMATS):
         changed = dataclasses.replace(
             whole,
             model=dataclasses.replace(config.model, remat=remat),
@@ -147,14 +147,14 @@ def _in_parts(config: Config, parts: int) -> Config:
     return dataclasses.replace(config, train=dataclasses.replace(config.train, gradient_accumulation_steps=parts))
 
 
-def _meshes(topology: Topology) -> Iterator[dict[str, Any]]:
-    """Sizes of the axes, and one hop or two where experts are on several hosts.
+def _meshes(topology: Topology, context: int) -> Iterator[dict[str, Any]]:
+    """Sizes of the other axes, and one hop or two where experts are on several hosts.
 
-    `data` and `fsdp` share what is left so that one of them has all of it.
+    `data` and `fsdp` share what is left so that one of them has all of it. `context` stays as the config has it.
     """
     divisors = [n for n in range(1, topology.devices + 1) if topology.devices % n == 0]
     for pipe, expert in itertools.product(divisors, divisors):
-        left, alone = divmod(topology.devices // pipe, expert)
+        left, alone = divmod(topology.devices // pipe, expert * context)
         if alone:
             continue
         hosts = expert // topology.per_host if topology.machine.platform == "gpu" and expert % topology.per_host == 0 else 1
@@ -168,9 +168,9 @@ def _rough(config: Config, topology: Topology, devices: list, state: Any) -> Can
     division = Division(parallel, state.params, mesh)
     held = bytes_per_device(state, division.shardings(state, make_optimizer(train)))
     weights, gradients = bytes_in_step(division, model, state.params)
-    sequences = train.batch_size // parallel_size(config)
+    sequences = train.batch_size // readers(parallel)
     at_once = sequences // train.gradient_accumulation_steps
-    tokens = at_once * train.sequence_length
+    tokens = at_once * train.sequence_length // parallel.context
 
     layers = model.num_hidden_layers + model.num_nextn_predict_layers
     kept = 1 + _kept_widths(model) / model.hidden_size
@@ -180,7 +180,7 @@ def _rough(config: Config, topology: Topology, devices: list, state: Any) -> Can
 
     parts = flops_by_part(model, train.sequence_length).values()
     flops = sum(part.forward + part.backward + (0 if model.remat == "products" else part.again) for part in parts)
-    products = flops * sequences * train.sequence_length / (ROUGH_SHARE * machine.bf16_flops)
+    products = flops * sequences * train.sequence_length / parallel.context / (ROUGH_SHARE * machine.bf16_flops)
     times = train.gradient_accumulation_steps
     if parallel.pipe > 1:
         moe, rounds = expert_layers(model), at_once // parallel.microbatch_size
@@ -201,7 +201,7 @@ def _rough(config: Config, topology: Topology, devices: list, state: Any) -> Can
 
     all_weights = sum(leaf.size for leaf in jax.tree.leaves(state.params)) * 2 // (parallel.expert * parallel.pipe)
     traffic = sent("all-gather", along("fsdp"), 3 * all_weights * train.gradient_accumulation_steps)
-    traffic += sent("all-gather", along("data"), 3 * all_weights)
+    traffic += sum(sent("all-gather", along(axis), 3 * all_weights) for axis in ("data", "context"))
     exchanges = (4 if model.remat == "products" else 5) * layers * train.gradient_accumulation_steps
     for hop in hops_of(model, parallel, tokens):
         travelling = tokens * devices_of_a_token(model, model.n_routed_experts // hop.experts) * model.hidden_size * 2

@@ -15,6 +15,7 @@ from deepseek_jax.data.loader import Windows
 from deepseek_jax.data.packing import PreparedData
 from deepseek_jax.model.router import dropless
 from deepseek_jax.model.transformer import DeepseekV3
+from deepseek_jax.parallel.context import devices_of_a_sequence, own_tokens
 from deepseek_jax.parallel.sharding import Division, place_batch
 from deepseek_jax.parallel.weights import collect, gather_unstacked
 from deepseek_jax.training.loss import cross_entropy
@@ -86,7 +87,7 @@ def evaluation_nats(
 
     def of_device(params: Any, router_state: Any, tokens: jax.Array, weights: jax.Array) -> jax.Array:
         params, router_state = collect(division, config.model, params, router_state)
-        params = gather_unstacked(division, config.model, params, tokens[:, :-1].size)
+        params = gather_unstacked(division, config.model, params, tokens[:, :-1].size // devices_of_a_sequence(division))
         return jax.lax.psum(_nats(params, router_state, tokens, weights, config, division), MESH_AXES)
 
     batch, whole = division.batch_spec(axis=0), PartitionSpec()
@@ -103,9 +104,10 @@ def _nats(
     variables = {"params": params, "router_state": router_state}
     end = config.data.end_of_document if config.data.mask_documents else None
     hidden = model.apply(variables, tokens[:, :-1], end, method="hidden_states")
-    targets = tokens[:, 1:].reshape(-1)
+    length = tokens.shape[1] - 1
+    targets = own_tokens(division, tokens, length, ahead=1).reshape(-1)
     head = model.apply(variables, method="head")
-    by_token = jnp.repeat(weights, tokens.shape[1] - 1).astype(hidden.dtype)
+    by_token = jnp.repeat(weights, hidden.shape[1]).astype(hidden.dtype)
     if end is not None:
-        by_token *= tokens[:, :-1].reshape(-1) != end
+        by_token *= own_tokens(division, tokens, length).reshape(-1) != end
     return cross_entropy(hidden.reshape(-1, hidden.shape[-1]), head, targets, by_token, config.train.loss_chunk_tokens)[0]

@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from deepseek_jax.config import Config
+from deepseek_jax.config import MESH_AXES, Config
 from deepseek_jax.data.loader import training_sequences
 from deepseek_jax.data.packing import PreparedData
 from deepseek_jax.errors import UserError
@@ -122,7 +122,9 @@ class Loop:
         if jax.process_count() == 1:
             return own, own
         shape = jax.device_count(), len(own)
-        flags = place_batch(self._division, shape, 0, lambda start, end: np.tile(np.array(own), (end - start, 1)))
+        flags = place_batch(
+            self._division, shape, 0, lambda start, end: np.tile(np.array(own), (end - start, 1)), axes=MESH_AXES
+        )
         return _Wishes(*self._any(flags)), asked
 
     def _interrupt(self, signum: int, frame: object) -> None:

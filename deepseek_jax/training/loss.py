@@ -14,6 +14,7 @@ from deepseek_jax.model.layers import widen
 from deepseek_jax.model.matmul import columns
 from deepseek_jax.model.segments import segments
 from deepseek_jax.model.transformer import DeepseekV3
+from deepseek_jax.parallel.context import devices_of_a_sequence, own_tokens
 from deepseek_jax.parallel.sharding import Division
 from deepseek_jax.parallel.weights import gather_unstacked
 
@@ -48,12 +49,12 @@ def training_loss(
     """
     model, depth = config.model, config.model.num_nextn_predict_layers
     if division is not None:
-        params = gather_unstacked(division, model, params, tokens[:, :-1].size)
+        params = gather_unstacked(division, model, params, tokens[:, :-1].size // devices_of_a_sequence(division))
     variables = {"params": params, "router_state": router_state}
     end = config.data.end_of_document if config.data.mask_documents else None
     output = DeepseekV3(model, division).apply(variables, tokens[:, :-1], end)
-    length = output.hidden.shape[2]
-    targets = jnp.stack([tokens[:, k + 1 : k + 1 + length] for k in range(depth + 1)])
+    length = tokens.shape[1] - 1 - depth
+    targets = jnp.stack([own_tokens(division, tokens, length, ahead=k + 1) for k in range(depth + 1)])
     dtype = widen(output.hidden.dtype)
     depth_weights = jnp.concatenate([jnp.ones((1,), dtype), jnp.full((depth,), mtp_weight.astype(dtype) / max(depth, 1))])
     counted = None if end is None else counts_of_targets(tokens, end, length, depth, division).astype(dtype)
@@ -77,10 +78,11 @@ def counts_of_targets(tokens: jax.Array, end: int, length: int, depth: int, divi
     On a mesh the mean is over all devices' targets, and what is returned this device's share times their number.
 
     Returns:
-        [1 + D, B, T].
+        [1 + D, B, T], or this device's of the T.
     """
     numbers, _ = segments(tokens, end)
-    same = jnp.stack([numbers[:, :length] == numbers[:, k + 1 : k + 1 + length] for k in range(depth + 1)])
+    own, *following = (own_tokens(division, numbers, length, ahead) for ahead in range(depth + 2))
+    same = jnp.stack([own == other for other in following])
     count = jnp.sum(same, axis=(1, 2), keepdims=True)
     if division is not None:
         count = jax.lax.psum(count, MESH_AXES) / division.mesh.size

@@ -1,0 +1,98 @@
+"""Sequences divided over devices: the same numbers as on one, in float64, alone and with every other axis."""
+
+import dataclasses
+from functools import partial
+
+import jax
+import numpy as np
+import pytest
+
+from deepseek_jax.config import Config, ConfigError, load_config
+from deepseek_jax.model import chunked_attention
+from deepseek_jax.parallel.mesh import resolve
+from deepseek_jax.training.step import init_state
+from parity_tests.test_parallel import Stepper, assert_same, config_with
+
+END, LENGTH = 0, 16
+
+
+def config_on(masked: bool, **mesh: int) -> Config:
+    """MTP of depth 2, groups, biases, accumulation, and if `masked` documents that end within and between pieces."""
+    config = config_with(**mesh)
+    return dataclasses.replace(
+        config,
+        model=dataclasses.replace(config.model, num_hidden_layers=4),
+        train=dataclasses.replace(config.train, sequence_length=LENGTH, batch_size=16),
+        data=dataclasses.replace(config.data, mask_documents=masked, end_of_document=END),
+    )
+
+
+@pytest.fixture(autouse=True)
+def small_blocks(monkeypatch):
+    """Several in a piece, and a rest."""
+    monkeypatch.setattr(chunked_attention, "CHUNK", 3)
+
+
+@pytest.fixture(scope="module")
+def runs(start):
+    """What one device computes, with documents apart and without."""
+    found = {}
+
+    def of(masked: bool):
+        if masked not in found:
+            found[masked] = Stepper(config_on(masked), start).run(start)
+        return found[masked]
+
+    return of
+
+
+@pytest.fixture(scope="module")
+def start():
+    with jax.enable_x64(True):
+        state = jax.device_get(jax.jit(partial(init_state, config_on(False)))())
+    rng = np.random.default_rng(0)
+    return state._replace(router_state=jax.tree.map(lambda b: rng.normal(-0.5, 0.1, b.shape), state.router_state))
+
+
+MESHES = [
+    dict(context=2), dict(context=4), dict(context=8),
+    dict(context=2, fsdp=2, expert=2), dict(context=2, data=4), dict(context=4, data=2), dict(context=4, fsdp=2),
+    dict(context=4, expert=2), dict(context=2, expert=4, exchange_groups=2), dict(context=2, data=2, fsdp=2),
+    dict(context=2, data=2, expert=2), dict(pipe=2, context=4), dict(pipe=2, context=2, expert=2),
+    dict(pipe=2, context=2, data=2), dict(pipe=2, context=2, fsdp=2, microbatch_size=2),
+]  # fmt: skip
+IN_CI = [dict(context=2, fsdp=2, expert=2)]
+
+
+@pytest.mark.parametrize("mesh", [
+    pytest.param(mesh, id="-".join(f"{axis}{size}" for axis, size in mesh.items()),
+                 marks=[] if mesh in IN_CI else [pytest.mark.slow])
+    for mesh in MESHES
+])  # fmt: skip
+def test_five_steps_are_those_of_one_device(mesh, start, runs):
+    masked = "pipe" not in mesh
+    assert_same(Stepper(config_on(masked, **mesh), start).run(start), runs(masked))
+
+
+@pytest.mark.slow
+def test_room_is_counted_over_the_whole_sequence(start):
+    """Experts that serve the first tokens of a sequence that come, wherever they are computed."""
+    told = []
+    for mesh in ({}, dict(context=2)):
+        config = config_on(False, **mesh)
+        model = dataclasses.replace(config.model, capacity_factor=1.0, mtp_form="parallel", num_hidden_layers=3)
+        config = dataclasses.replace(config, model=model)
+        with jax.enable_x64(True):
+            state = jax.device_get(jax.jit(partial(init_state, config))())
+        told.append(Stepper(config, state).run(state))
+    assert 0 < told[0]["[1][0].parts.dropped"] < 1
+    assert_same(told[1], told[0])
+
+
+@pytest.mark.parametrize("fields, complaint", [
+    (["train.sequence_length=36"], "train.sequence_length=36: must be a multiple of 8, two pieces .* nearest 32"),
+    (["train.batch_size=3"], "train.batch_size=3: must be a multiple of 2, .* over parallel.context; nearest 4"),
+])  # fmt: skip
+def test_what_cannot_be_divided_is_one_line(fields, complaint):
+    with pytest.raises(ConfigError, match=complaint):
+        resolve(load_config("tiny", ["parallel.data=2", "parallel.context=4", *fields]), 8)
