@@ -123,7 +123,7 @@ def candidates(config: Config, topology: Topology) -> list[Candidate]:
     state = jax.eval_shape(partial(init_state, config))
     whole = _in_parts(config, 1)
     found = []
-    for sizes, remat in itertools.product(_meshes(topology, config.parallel.context), REMATS):
+    for sizes, remat in itertools.product(_meshes(topology, max(config.parallel.context, 1)), REMATS):
         changed = dataclasses.replace(
             whole,
             model=dataclasses.replace(config.model, remat=remat),
