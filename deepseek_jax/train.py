@@ -127,7 +127,7 @@ def train(
     fresh = jax.eval_shape(partial(init_state, config))
     check_trainable(config.train.trainable, flatten_dict(fresh.params))
     division = Division(config.parallel, fresh.params) if jax.device_count() > 1 else None
-    shardings = None if division is None else division.shardings(fresh, make_optimizer(config.train))
+    shardings = None if division is None else division.shardings(fresh, make_optimizer(config.train), config.train.trainable)
     run_dir = Path(config.run_dir)
     if not resume and (run_dir / METRICS_FILE).exists():
         raise ConfigError(f"{run_dir} already holds a run: add --resume to go on with it, or give another run_dir")

@@ -167,12 +167,12 @@ def _encoded(model: DeepseekV3, dtype: str) -> Iterator[tuple[str, torch.Tensor]
     tensors = {name: tensor.detach() for name, tensor in model.state_dict().items()}
     tensors |= {copy: tensors[original] for copy, original in _copies(model.config)}
     for name, tensor in tensors.items():
+        if broken := int((~tensor.isfinite()).sum()):
+            raise CheckpointError(f"{name}: {broken:,} of {tensor.numel():,} numbers are NaN or infinite")
         if name.endswith("e_score_correction_bias"):
             yield name, tensor.float()
         elif dtype == "fp8" and tensor.ndim == 2 and not any(part in name for part in HIGHER_PRECISION):
             codes, scales = quantize_blocks(tensor)
-            if not scales.isfinite().all():
-                raise CheckpointError(f"{name}: NaN or infinity, which float8 codes cannot hold")
             yield name, codes
             yield name + SCALE_SUFFIX, scales
         else:

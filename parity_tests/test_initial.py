@@ -12,11 +12,12 @@ import deepseek_torch.train as in_torch
 from deepseek_jax.checkpoint.layout import layout
 from deepseek_jax.checkpoint.pretrained import load_pretrained
 from deepseek_jax.config import ConfigError, TrainConfig, load_config
-from deepseek_jax.config.trainable import check_trainable
+from deepseek_jax.config.trainable import check_trainable, learning_part, with_part
+from deepseek_jax.planning.figures import checkpoint_bytes, optimizer_bytes
 from deepseek_jax.train import read_config, train
 from deepseek_jax.training.initial import initial_variables, with_tokenizer
 from deepseek_jax.training.metrics import read_metrics
-from deepseek_jax.training.optimizer import make_optimizer, of_learning
+from deepseek_jax.training.step import init_state
 from deepseek_torch.training.step import init_state as init_torch_state
 from parity_tests.checkpoints import TINY, write_huggingface_directory
 
@@ -65,16 +66,25 @@ def test_both_programs_train_on_alike_from_an_export(directory, text_file, tmp_p
 
 
 def test_only_what_is_named_learns(directory):
-    """Both siblings take the same parameters; the others' gradients do not count in the clip, and decay leaves them alone."""
+    """Both siblings take the same parameters, and of the others no moments are there, in memory or in what a plan counts."""
     train = TrainConfig(trainable=["*/self_attn/*", "moe_layers/mlp/experts/up_proj", "lm_head/weight"])
+    config = dataclasses.replace(load_config("tiny"), model=SMALL, train=train)
     params = load_pretrained(directory)[1]["params"]
-    gradients = of_learning(train, jax.tree.map(np.ones_like, params))
-    optimizer = make_optimizer(train)
-    updates, _ = jax.jit(lambda: optimizer.update(gradients, optimizer.init(params), params))()
-    moved = {path for path, update in flatten_dict(updates).items() if np.any(update)}
+    state = jax.eval_shape(lambda: init_state(config, {"params": params, "router_state": {}}))
+    adam = next(part for part in state.optimizer if hasattr(part, "mu"))
+    moved = set(flatten_dict(adam.mu))
     asked = {path for path in moved if "self_attn" in path}
     assert moved - asked == {("moe_layers", "mlp", "experts", "up_proj"), ("lm_head", "weight")} and len(asked) == 14
-    config = dataclasses.replace(load_config("tiny"), model=SMALL, train=train)
+    learning = learning_part(train.trainable, params)
+    assert set(flatten_dict(learning)) == set(flatten_dict(adam.nu)) == moved
+    changed = with_part(params, jax.tree.map(lambda leaf: leaf + 1, learning))
+    assert {path for path, leaf in flatten_dict(changed).items() if (leaf != flatten_dict(params)[path]).any()} == moved
+    numbers = sum(leaf.size for leaf in jax.tree.leaves(learning))
+    everything, some = (
+        checkpoint_bytes(dataclasses.replace(config, train=t))["training state"] for t in (TrainConfig(), train)
+    )
+    assert everything - some == 2 * 4 * (sum(leaf.size for leaf in jax.tree.leaves(params)) - numbers)
+    assert optimizer_bytes(config) == numbers * (4 + 2 * (4 + 4 + 4)) + 2 * 4
     model = init_torch_state(config).model
     paths = {place.name: place.path[1:] for place in layout(SMALL)}
     assert {paths[name] for name, parameter in model.named_parameters() if parameter.requires_grad} == moved

@@ -5,13 +5,15 @@ import dataclasses
 import ml_dtypes
 import numpy as np
 import pytest
+import torch
 
 from deepseek_jax.checkpoint.finite import PIECE, count_not_finite
-from deepseek_jax.checkpoint.pretrained import load_pretrained
+from deepseek_jax.checkpoint.pretrained import load_pretrained, save_pretrained
 from deepseek_jax.checkpoint.safetensors_reader import SafetensorsDirectory
-from deepseek_jax.checkpoint.tensors import DTYPES
+from deepseek_jax.checkpoint.tensors import DTYPES, CheckpointError
 from deepseek_jax.convert import convert, main
 from deepseek_torch.pretrained import load_pretrained as load_torch
+from deepseek_torch.pretrained import save_pretrained as save_torch
 from parity_tests.checkpoints import TINY, random_variables, write_huggingface_directory
 from parity_tests.conversions import fails, make_run, rewritten
 
@@ -99,3 +101,20 @@ def test_what_a_dtype_cannot_hold_is_not_made_infinite(tmp_path):
     with fails("model.norm.weight", "beyond BF16's range"):
         convert(run, tmp_path / "out", dtype="bfloat16")
     assert np.finfo(np.float32).max > float(ml_dtypes.finfo(ml_dtypes.bfloat16).max)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "fp8"])
+def test_what_a_program_holds_is_not_saved_broken(dtype, tmp_path):
+    """Neither sibling writes a directory that the other would refuse."""
+    variables, name = random_variables(SMALL), "model.layers.1.self_attn.o_proj.weight"
+    model = load_torch(write_huggingface_directory(tmp_path / "whole", SMALL))
+    variables["params"]["moe_layers"]["self_attn"]["o_proj"]["weight"][0, 0, 1] = np.nan
+    with torch.no_grad():
+        model.state_dict()[name][0, 0] = torch.inf
+    for save in (
+        lambda: save_pretrained(tmp_path / "jax", SMALL, variables, dtype),
+        lambda: save_torch(tmp_path / "torch", model, dtype),
+    ):
+        with pytest.raises(CheckpointError, match=rf"{name}: 1 of [\d,]+ numbers are NaN or infinite$"):
+            save()
+    assert [path.name for path in tmp_path.iterdir()] == ["whole"]

@@ -68,6 +68,15 @@ def test_changes_are_named_and_refused_until_allowed():
     assert check_changes(saved(then), config("train.steps=8", "train.learning_rate=0.003"), (), position) == []
 
 
+def test_what_learns_is_kept():
+    """Moments are of what learns: no word allows another choice."""
+    now = config("train.trainable=['lm_head/*']")
+    with pytest.raises(
+        ConfigError, match=r"train.trainable was None and is \['lm_head/\*'\], which a run keeps; .*init_from="
+    ):
+        check_changes(saved(config()), now, ["train.trainable"], Position(step=8, tokens=8))
+
+
 def test_a_field_that_a_checkpoint_lacks_had_its_default():
     then = saved(config())
     del then["train"]["weight_decay"]

@@ -10,6 +10,7 @@ from typing import Any
 
 import numpy as np
 
+from deepseek_jax.checkpoint.finite import count_not_finite
 from deepseek_jax.checkpoint.forms import FORMS
 from deepseek_jax.checkpoint.hf_source import HuggingFaceSource
 from deepseek_jax.checkpoint.hf_writer import SHARD_BYTES, write_huggingface
@@ -87,6 +88,8 @@ class _Variables:
     def read(self, place: TensorPlace) -> np.ndarray:
         """See `Source.read`."""
         array = np.asarray(self._arrays[place.path][place.index])
+        if broken := count_not_finite(array):
+            raise CheckpointError(f"variables: {place.name}: {broken:,} of {array.size:,} numbers are NaN or infinite")
         return array.T if place.transposed else array
 
     def scales(self, place: TensorPlace) -> np.ndarray | None:

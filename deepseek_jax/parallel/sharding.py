@@ -6,7 +6,7 @@ to a checkpoint whatever the mesh, any number of layers fits any number of stage
 """
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple, Optional
 
@@ -16,6 +16,7 @@ import optax
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from deepseek_jax.config import ParallelConfig
+from deepseek_jax.config.trainable import learning_part
 from deepseek_jax.parallel.mesh import make_mesh, readers
 
 PIPELINED = "moe_layers"
@@ -89,13 +90,18 @@ class Division:
         """Of the parameters, for `shard_map`."""
         return jax.tree.map(lambda place: place.spec(), self.places)
 
-    def shardings(self, state: Any, optimizer: optax.GradientTransformation) -> Any:
-        """Shardings of a training state, given its shapes; what is no weight or moment is whole on every device."""
+    def shardings(self, state: Any, optimizer: optax.GradientTransformation, trainable: Optional[Sequence[str]] = None) -> Any:
+        """Shardings of a training state, given its shapes; what is no weight or moment is whole on every device.
+
+        Args:
+            trainable: names of the parameters that have moments, as for `learning_part`.
+        """
         of_params = jax.tree.map(lambda spec: NamedSharding(self.mesh, spec), self.param_specs())
         whole = NamedSharding(self.mesh, PartitionSpec())
         moments = optax.tree.map_params(
-            optimizer, lambda _, sharding: sharding, state.optimizer, of_params, transform_non_params=lambda _: whole
-        )
+            optimizer, lambda _, sharding: sharding, state.optimizer, learning_part(trainable, of_params),
+            transform_non_params=lambda _: whole,
+        )  # fmt: skip
         biases = jax.tree.map(lambda _: whole, state.router_state)
         return state._replace(params=of_params, router_state=biases, optimizer=moments)
 
@@ -108,10 +114,15 @@ class Division:
         return readers(self.parallel) * (self.parallel.microbatch_size if self.parallel.pipe > 1 else 1)
 
     def map(self, function: Callable[..., Any], tree: Any, *others: Any) -> Any:
-        """`function(path, place, leaf, ...)` over trees like the parameters, or a subtree by its first name."""
-        return jax.tree_util.tree_map_with_path(
-            lambda path, place, *leaves: function(names(path), place, *leaves), self.places, tree, *others
-        )
+        """`function(path, place, leaf, ...)` over trees like the parameters, or like a part of them."""
+
+        def one(path: tuple[Any, ...], *leaves: Any) -> Any:
+            place = self.places
+            for name in names(path):
+                place = place[name]
+            return function(names(path), place, *leaves)
+
+        return jax.tree_util.tree_map_with_path(one, tree, *others)
 
 
 def place_batch(

@@ -6,7 +6,8 @@ from typing import Any
 import jax
 import numpy as np
 
-from deepseek_jax.config import Config, ModelConfig, expert_layers
+from deepseek_jax.config import Config, expert_layers
+from deepseek_jax.config.trainable import learns
 from deepseek_jax.parallel.exchange import hops_of
 from deepseek_jax.parallel.mesh import readers
 from deepseek_jax.parallel.pipeline import assign_layers, bubble
@@ -34,7 +35,7 @@ def mesh_summary(config: Config, division: Division, state: Any, shardings: Any)
     if division.parallel.pipe > 1:
         lines.append(_pipeline(config, division))
     masters, moments = (bytes_per_device(getattr(state, name), getattr(shardings, name)) for name in ("params", "optimizer"))
-    weights, gradients = bytes_in_step(division, config.model, state.params)
+    weights, gradients = bytes_in_step(division, config, state.params)
     total = sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(state))
     lines.append(
         f"each device holds: parameters {readable_bytes(masters)}, optimizer {readable_bytes(moments)}; in a step also "
@@ -70,20 +71,21 @@ def _pipeline(config: Config, division: Division) -> str:
     )
 
 
-def bytes_in_step(division: Division, config: ModelConfig, params: Any) -> tuple[int, int]:
+def bytes_in_step(division: Division, config: Config, params: Any) -> tuple[int, int]:
     """Of the weights as `collect` gathers them, and of the gradients while they are summed on each device.
 
-    Both are cut where weights are gathered layer by layer, by expert and by stage.
+    Only what learns has gradients. Both are cut where weights are gathered layer by layer, by expert and by stage.
     """
     sizes = division.mesh.shape
 
     def one(path: tuple[str, ...], place: Place, leaf: jax.ShapeDtypeStruct) -> np.ndarray:
+        is_learnt = learns(config.train.trainable, path)
         cut_by = {*layer_axes(division, path), *(("expert",) if "experts" in path else ())}
         cuts = math.prod(sizes[axis] for axis, _ in place.cuts if axis in cut_by)
         size = leaf.size
         if path[0] == PIPELINED and division.parallel.pipe > 1:
             size = size // leaf.shape[0] * assign_layers(leaf.shape[0], division.parallel)[0].size
-        itemsizes = (step_type(division, config, path, place, leaf.dtype).itemsize, leaf.dtype.itemsize)
+        itemsizes = (step_type(division, config.model, path, place, leaf.dtype).itemsize, leaf.dtype.itemsize * is_learnt)
         return size // cuts * np.array(itemsizes)
 
     weights, gradients = np.sum(jax.tree.leaves(division.map(one, params)), axis=0)

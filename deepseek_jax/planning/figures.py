@@ -18,6 +18,7 @@ import jax.numpy as jnp
 
 from deepseek_jax.checkpoint.forms import FORMS, tensor_specs
 from deepseek_jax.config import Config, ModelConfig
+from deepseek_jax.config.trainable import learning_part
 from deepseek_jax.parallel.sharding import names
 from deepseek_jax.parallel.summary import readable_bytes
 from deepseek_jax.training.optimizer import make_optimizer
@@ -187,8 +188,8 @@ def cache_bytes(model: ModelConfig) -> CacheBytes:
 def checkpoint_bytes(config: Config) -> dict[str, int]:
     """Bytes of a Hugging Face checkpoint's tensors in each form, and of a run's own `training state`.
 
-    The former have MTP modules with their copies of embedding and head; the latter is parameters, both moments and the
-    routers' biases.
+    The former have MTP modules with their copies of embedding and head; the latter is parameters, both moments of those
+    that learn, and the routers' biases.
     """
     forms = (form for form in FORMS if form != "float16")  # as large as bfloat16
     sizes = {form: sum(spec.nbytes for spec in tensor_specs(config.model, form)) for form in forms}
@@ -196,8 +197,8 @@ def checkpoint_bytes(config: Config) -> dict[str, int]:
 
 
 def optimizer_bytes(config: Config) -> int:
-    """What all devices together must read and write in an optimizer step: parameters and moments both, gradients once."""
-    parameters = _bytes(_variables(config.model)["params"])
+    """What all devices together must read and write in an optimizer step: what learns and its moments both, gradients once."""
+    parameters = _bytes(_learning(config))
     return 2 * (parameters + _bytes(_moments(config))) + parameters
 
 
@@ -281,7 +282,12 @@ def _weights(model: ModelConfig) -> list[tuple[tuple[str, ...], int]]:
 
 def _moments(config: Config) -> Any:
     """Shapes of the optimizer's state."""
-    return jax.eval_shape(make_optimizer(config.train).init, _variables(config.model)["params"])
+    return jax.eval_shape(make_optimizer(config.train).init, _learning(config))
+
+
+def _learning(config: Config) -> Any:
+    """Shapes of the parameters that learn."""
+    return learning_part(config.train.trainable, _variables(config.model)["params"])
 
 
 def _active(model: ModelConfig, path: Sequence[str], size: int) -> int:

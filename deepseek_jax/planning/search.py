@@ -166,8 +166,8 @@ def _rough(config: Config, topology: Topology, devices: list, state: Any) -> Can
     machine, model, train, parallel = topology.machine, config.model, config.train, config.parallel
     mesh = make_mesh(parallel, devices)
     division = Division(parallel, state.params, mesh)
-    held = bytes_per_device(state, division.shardings(state, make_optimizer(train)))
-    weights, gradients = bytes_in_step(division, model, state.params)
+    held = bytes_per_device(state, division.shardings(state, make_optimizer(train), train.trainable))
+    weights, gradients = bytes_in_step(division, config, state.params)
     sequences = train.batch_size // readers(parallel)
     at_once = sequences // train.gradient_accumulation_steps
     tokens = at_once * train.sequence_length // parallel.context

@@ -41,7 +41,7 @@ def compile_step(config: Config, devices: Sequence[jax.Device]) -> CompiledStep:
     def placed(leaf: jax.ShapeDtypeStruct, sharding: NamedSharding) -> jax.ShapeDtypeStruct:
         return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding)
 
-    state = jax.tree.map(placed, shapes, division.shardings(shapes, make_optimizer(config.train)))
+    state = jax.tree.map(placed, shapes, division.shardings(shapes, make_optimizer(config.train), config.train.trainable))
     parts, length = config.train.gradient_accumulation_steps, config.train.sequence_length
     batch = (parts, config.train.batch_size // parts, length + 1 + config.model.num_nextn_predict_layers)
     tokens = jax.ShapeDtypeStruct(batch, jnp.int32, sharding=NamedSharding(division.mesh, division.batch_spec(axis=1)))

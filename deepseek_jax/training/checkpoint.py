@@ -16,6 +16,7 @@ from deepseek_jax.checkpoint.digests import damaged_file, write_digests
 from deepseek_jax.checkpoint.orbax_step import META, VARIABLES, first_line, read_meta, stacked_arrays, step_meta
 from deepseek_jax.checkpoint.tensors import CheckpointError
 from deepseek_jax.config import HOW_COMPUTED, Config, ModelConfig, RopeScaling
+from deepseek_jax.config.trainable import learning_part
 from deepseek_jax.parallel import processes
 from deepseek_jax.training.optimizer import make_optimizer
 from deepseek_jax.training.resume import saved_sections
@@ -164,7 +165,8 @@ class Checkpoints:
             optimizer = self._read(step, OPTIMIZER, fresh.optimizer, shardings)
         else:
             init = make_optimizer(self._config.train).init
-            optimizer = jax.jit(init, out_shardings=shardings)(variables["params"])
+            learning = learning_part(self._config.train.trainable, variables["params"])
+            optimizer = jax.jit(init, out_shardings=shardings)(learning)
         return TrainState(variables["params"], variables["router_state"], optimizer)
 
     def restore_variables(self, step: int) -> dict[str, Any]:

@@ -1,35 +1,23 @@
 """AdamW as the report sets it (4.2): clipped by global norm, decayed where a weight is a matrix."""
 
-from collections.abc import Sequence
-from functools import partial
-from typing import Any, Optional
+from typing import Any
 
 import jax
-import jax.numpy as jnp
 import optax
 
 from deepseek_jax.config import TrainConfig
-from deepseek_jax.config.trainable import learns
 
 
 def make_optimizer(train: TrainConfig) -> optax.GradientTransformation:
-    """Everything but the learning rate, which the step applies: it changes with the schedule."""
+    """Everything but the learning rate, which the step applies: it changes with the schedule.
+
+    It is of the parameters that learn, as `learning_part` gives them, and knows of no others.
+    """
     return optax.chain(
         optax.clip_by_global_norm(train.gradient_clip),
         _moments_kept_in(train, optax.scale_by_adam(b1=train.beta1, b2=train.beta2, eps=train.adam_eps)),
-        optax.add_decayed_weights(train.weight_decay, mask=partial(decays, trainable=train.trainable)),
+        optax.add_decayed_weights(train.weight_decay, mask=decays),
     )
-
-
-def of_learning(train: TrainConfig, gradients: Any) -> Any:
-    """Gradients of the parameters that learn, and zeros of the others, which XLA then does not compute."""
-    if train.trainable is None:
-        return gradients
-
-    def kept(path: tuple, gradient: jax.Array) -> jax.Array:
-        return gradient if learns(train.trainable, (key.key for key in path)) else jnp.zeros_like(gradient)
-
-    return jax.tree_util.tree_map_with_path(kept, gradients)
 
 
 def _moments_kept_in(train: TrainConfig, adam: optax.GradientTransformation) -> optax.GradientTransformation:
@@ -52,11 +40,11 @@ def _moments_kept_in(train: TrainConfig, adam: optax.GradientTransformation) -> 
     return optax.GradientTransformation(lambda params: narrowed(adam.init(params)), update)
 
 
-def decays(params: Any, trainable: Optional[Sequence[str]] = None) -> Any:
-    """Tree of booleans: weight decay acts on everything that learns but norms and biases."""
+def decays(params: Any) -> Any:
+    """Tree of booleans: weight decay acts on everything but norms and biases."""
 
     def is_matrix(path: tuple, leaf: jax.Array) -> bool:
         names = [key.key for key in path]
-        return learns(trainable, names) and names[-1] != "bias" and not any(name.endswith("norm") for name in names)
+        return names[-1] != "bias" and not any(name.endswith("norm") for name in names)
 
     return jax.tree_util.tree_map_with_path(is_matrix, params)

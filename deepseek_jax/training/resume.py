@@ -14,6 +14,8 @@ FREE = (
     "train.hang_after", "train.profile",
 )  # fmt: skip
 """Fields that may change without a word: where and how a step is computed, what is saved and told. So may the mesh."""
+FIXED = ("train.trainable",)
+"""Fields that a run keeps: its moments are of what learns."""
 SCHEDULED = ("learning_rate", "bias_update_speed", "mtp_loss_weight", "batch_size")
 SECTIONS = ("model", "data", "train")
 
@@ -47,6 +49,11 @@ def check_changes(saved: dict[str, Any], config: Config, allowed: Collection[str
     if position.step == 0:  # a converted model: nothing was trained here
         return []
     changed = changed_fields(saved, config)
+    for name in FIXED:
+        if name in changed:
+            then, now = changed[name]
+            raise ConfigError(f"{config.run_dir}: {name} was {then} and is {now}, which a run keeps; begin another from its "
+                              f"weights, by init_from={config.run_dir}")  # fmt: skip
     refused = [name for name in changed if name not in allowed]
     if refused:
         told = ", ".join(f"{name} was {changed[name][0]} and is {changed[name][1]}" for name in refused)

@@ -10,13 +10,14 @@ from jax.sharding import PartitionSpec
 
 from deepseek_jax.compilation import compiler_options
 from deepseek_jax.config import MESH_AXES, Config, ModelConfig
+from deepseek_jax.config.trainable import learning_part, with_part
 from deepseek_jax.model.layers import param_dtype
 from deepseek_jax.model.router import updated_bias
 from deepseek_jax.model.transformer import DeepseekV3
 from deepseek_jax.parallel.sharding import PIPELINED, Division
 from deepseek_jax.parallel.weights import collect, deliver, sum_of_layers
 from deepseek_jax.training.loss import LossParts, training_loss
-from deepseek_jax.training.optimizer import make_optimizer, of_learning
+from deepseek_jax.training.optimizer import make_optimizer
 
 
 class TrainState(NamedTuple):
@@ -25,7 +26,7 @@ class TrainState(NamedTuple):
     params: Any
     router_state: Any
     optimizer: Any
-    """Adam's moments and counter."""
+    """Adam's moments, of the parameters that learn, and its counter."""
 
 
 class Scalars(NamedTuple):
@@ -61,7 +62,8 @@ def init_state(config: Config, variables: Optional[dict[str, Any]] = None) -> Tr
     """Zero moments beside fresh parameters from train.seed, or beside a copy of `variables`."""
     variables = init_variables(config.model, config.train.seed) if variables is None else jax.tree.map(jnp.copy, variables)
     params = variables["params"]
-    return TrainState(params, variables["router_state"], make_optimizer(config.train).init(params))
+    moments = make_optimizer(config.train).init(learning_part(config.train.trainable, params))
+    return TrainState(params, variables["router_state"], moments)
 
 
 def make_step(config: Config, division: Optional[Division] = None) -> jax.stages.Wrapped:
@@ -85,14 +87,15 @@ def train_step(
         gradients, metrics = _accumulated(state.params, state.router_state, tokens, scalars, config)
     else:
         gradients, metrics = _on_mesh(state, tokens, scalars, config, division)
-    gradients = of_learning(config.train, gradients)
+    learning = learning_part(config.train.trainable, state.params)
     with jax.named_scope("optimizer"):
         squares = jax.tree.map(lambda gradient: jnp.sum(jnp.square(gradient)), gradients)
         norm = jnp.sqrt(sum(jax.tree.leaves(squares)))
         skipped = ~(jnp.isfinite(metrics.loss) & jnp.isfinite(norm))
         metrics = metrics._replace(grad_norm=norm, skipped=skipped, squares=squares)
-        updates, optimizer = make_optimizer(config.train).update(gradients, state.optimizer, state.params)
-        params = jax.tree.map(lambda p, u: p - scalars.learning_rate.astype(p.dtype) * u, state.params, updates)
+        updates, optimizer = make_optimizer(config.train).update(gradients, state.optimizer, learning)
+        learnt = jax.tree.map(lambda p, u: p - scalars.learning_rate.astype(p.dtype) * u, learning, updates)
+        params = with_part(state.params, learnt)
     speed = scalars.bias_update_speed
     router_state = {
         name: jax.tree.map(lambda bias, c=metrics.parts.counts[name]: updated_bias(bias, c, speed), biases)
@@ -101,7 +104,9 @@ def train_step(
     advanced = TrainState(params, router_state, optimizer)
     state = jax.tree.map(lambda new, old: jnp.where(skipped, old, new), advanced, state)
     if division is not None:
-        state = jax.lax.with_sharding_constraint(state, division.shardings(state, make_optimizer(config.train)))
+        state = jax.lax.with_sharding_constraint(
+            state, division.shardings(state, make_optimizer(config.train), config.train.trainable)
+        )
     return state, metrics
 
 
@@ -132,7 +137,7 @@ def _on_mesh(
     whole, cut = PartitionSpec(), division.param_specs()
     sharded = jax.shard_map(
         of_device, mesh=division.mesh, in_specs=(cut, whole, division.batch_spec(axis=1), whole),
-        out_specs=(cut, whole), check_vma=False,
+        out_specs=(learning_part(config.train.trainable, cut), whole), check_vma=False,
     )  # fmt: skip
     return sharded(state.params, state.router_state, tokens, scalars)
 
@@ -140,13 +145,17 @@ def _on_mesh(
 def _accumulated(
     params: Any, router_state: Any, tokens: jax.Array, scalars: Scalars, config: Config, division: Optional[Division] = None
 ) -> tuple[Any, StepMetrics]:
-    """Gradients and metrics of the whole batch: means over its parts, but sums of the expert counts."""
+    """Gradients of what learns and metrics of the whole batch: means over its parts, but sums of the expert counts."""
+    learning = learning_part(config.train.trainable, params)
     wide = param_dtype(config.model)
 
     @partial(jax.jit, inline=True)  # traced once, for its shapes and for the loop; the program is the same
     def one(part: jax.Array) -> tuple[Any, jax.Array, LossParts]:
-        loss_of = partial(training_loss, config=config, mtp_weight=scalars.mtp_loss_weight, division=division)
-        (loss, parts), gradients = jax.value_and_grad(loss_of, has_aux=True)(params, router_state, part)
+        def loss_of(learning: Any) -> tuple[jax.Array, LossParts]:
+            every = with_part(params, learning)
+            return training_loss(every, router_state, part, config, scalars.mtp_loss_weight, division)
+
+        (loss, parts), gradients = jax.value_and_grad(loss_of, has_aux=True)(learning)
         return jax.tree.map(lambda gradient: gradient.astype(wide), gradients), loss, parts
 
     count = tokens.shape[0]
