@@ -9,9 +9,11 @@ import pytest
 
 from deepseek_jax.config import Config, ConfigError, load_config
 from deepseek_jax.model import chunked_attention
-from deepseek_jax.parallel.mesh import resolve
-from deepseek_jax.training.step import init_state
-from parity_tests.test_parallel import Stepper, assert_same, config_with
+from deepseek_jax.parallel.mesh import make_mesh, resolve
+from deepseek_jax.parallel.sharding import Division
+from deepseek_jax.training.evaluation import evaluation_nats
+from deepseek_jax.training.step import init_state, init_variables
+from parity_tests.test_parallel import Stepper, assert_same, batch, config_with
 
 END, LENGTH = 0, 16
 
@@ -72,6 +74,21 @@ IN_CI = [dict(context=2, fsdp=2, expert=2)]
 def test_five_steps_are_those_of_one_device(mesh, start, runs):
     masked = "pipe" not in mesh
     assert_same(Stepper(config_on(masked, **mesh), start).run(start), runs(masked))
+
+
+def test_evaluation_counts_every_token_once(start):
+    """Nats of held-out sequences whose documents are apart, of which one is there for its length alone."""
+    config = config_on(True, context=2)
+    model = dataclasses.replace(config.model, num_hidden_layers=2, num_nextn_predict_layers=0)
+    config = dataclasses.replace(config, model=model)
+    tokens, weights = batch(config, 0)[0, :3, : LENGTH + 1], np.array([1.0, 0.0, 1.0])
+    with jax.enable_x64(True):
+        variables = jax.jit(partial(init_variables, model, 0))()
+        params, state = variables["params"], variables["router_state"]
+        division = Division(config.parallel, params, make_mesh(config.parallel, jax.devices()[:2]))
+        nats = [float(jax.jit(partial(evaluation_nats, config=config, division=each))(params, state, tokens, weights))
+                for each in (division, None)]  # fmt: skip
+    assert nats[0] == pytest.approx(nats[1], rel=1e-12) and nats[1] > 0
 
 
 @pytest.mark.slow

@@ -14,6 +14,7 @@ import pytest
 import torch
 
 from deepseek_jax.config import RopeScaling, load_config
+from deepseek_jax.model.transformer import DeepseekV3
 from deepseek_jax.training.loss import cross_entropy
 from parity_tests.comparison import assert_close, relative_difference
 from parity_tests.modules import COMPILE_QUICKLY
@@ -101,6 +102,28 @@ def test_jax_sibling(name, precision):
         (loss, logits), gradients = jax.device_get(both(params, *state))
     ours = {"logits": logits, "loss": loss} | to_torch({"params": gradients}, pair.config)
     assert_close(ours, judged(pair, tokens), TOLERANCES[precision])
+
+
+def test_yarn_at_four_times_the_original_length():
+    """Logits of both siblings with the report's scaling (4.3: s 40, alpha 1, beta 32), at every position."""
+    original = 16
+    scaling = RopeScaling(factor=40.0, original_max_position_embeddings=original, beta_fast=32.0, beta_slow=1.0)
+    config = dataclasses.replace(CONFIGS[GROUPS], rope_scaling=scaling, precision="float64", num_hidden_layers=2)
+    pair, tokens = Siblings(config), random_tokens(config, 2, 4 * original)
+    with float64_islands(), torch.no_grad():
+        expected = Oracle(config, pair.torch.state_dict()).main(torch.from_numpy(tokens).long()).logits
+        ours = pair.torch.hidden_states(torch.from_numpy(tokens)) @ pair.torch.head()
+    plain = dataclasses.replace(config, rope_scaling=None)
+    with jax.enable_x64(True):
+
+        def logits(variables, config):
+            model = DeepseekV3(config)
+            return model.apply(variables, tokens, method="hidden_states") @ model.apply(variables, method="head")
+
+        forward = jax.jit(logits, static_argnums=1, compiler_options=COMPILE_QUICKLY)
+        theirs, unscaled = (np.asarray(forward(pair.variables, each)) for each in (config, plain))
+    assert_close({"torch": ours, "jax": theirs}, {"torch": expected, "jax": expected}, 1e-12)
+    assert relative_difference(unscaled, expected) > 1e-3, "the scaling is to matter"
 
 
 @pytest.mark.parametrize("precision", TOLERANCES)
