@@ -9,7 +9,7 @@ print(model.tokenizer.decode(ids))
 """
 
 import dataclasses
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Mapping
 from functools import partial
 from pathlib import Path
 from typing import Any, Optional
@@ -17,21 +17,22 @@ from typing import Any, Optional
 import jax
 from tokenizers import Tokenizer
 
-from deepseek_jax.checkpoint.hf_config import CONFIG_JSON
 from deepseek_jax.checkpoint.hub import local_directory
-from deepseek_jax.checkpoint.pretrained import load_pretrained, save_pretrained
-from deepseek_jax.checkpoint.tokenizer_files import TOKENIZER_JSON
+from deepseek_jax.checkpoint.pretrained import save_pretrained
 from deepseek_jax.config import ModelConfig
 from deepseek_jax.config.sizes import model_from
-from deepseek_jax.data.texts import as_prompts, continued
+from deepseek_jax.data.texts import as_prompts
 from deepseek_jax.data.tokenizer import end_of_document_id, load_tokenizer
 from deepseek_jax.generate import check_sampling
+from deepseek_jax.generation.continuation import Continuation
 from deepseek_jax.generation.generator import Generator
+from deepseek_jax.generation.sampling import Sampling
+from deepseek_jax.parallel.sharding import Division
 from deepseek_jax.planning.figures import ParameterCount, count_parameters
 from deepseek_jax.precision.fp8 import require_fp8
 from deepseek_jax.train import train
 from deepseek_jax.training.fitting import History, plan_run, trainer_fields
-from deepseek_jax.training.loading import load_run
+from deepseek_jax.training.loading import load_model, load_run
 from deepseek_jax.training.loop import Interrupted
 from deepseek_jax.training.step import init_variables
 
@@ -42,7 +43,15 @@ class DeepSeekModel:
     Attributes:
         config: its sizes and forms.
         tokenizer: of the library `tokenizers`; None before there is one.
+        accepted_share: of the drafts of the last `generate`, those that the main model took; None where none drafted.
     """
+
+    accepted_share: Optional[float] = None
+    _variables: Optional[dict[str, Any]]
+    _make: Callable[[], dict[str, Any]]
+    """The variables, where there are none yet."""
+    _on_mesh: Optional[tuple[dict[str, Any], Division]]
+    _generators: dict[tuple[int, bool], Generator]
 
     def __init__(self, preset: Optional[str] = None, *, seed: int = 0, **sizes: Any):
         """A model with fresh weights, which are drawn when they are first needed.
@@ -57,37 +66,37 @@ class DeepSeekModel:
         """
         self.config: ModelConfig = model_from(preset, sizes)
         self.tokenizer: Optional[Tokenizer] = None
-        self._tokenizer_files: Optional[Path] = None
-        self._seed = seed
-        self._variables: Optional[dict[str, Any]] = None
-        self._generators: dict[Any, Generator] = {}
         self._fits_vocabulary = preset is None and "vocab_size" not in sizes
+        self._take(None, None, None)
+        self._make = jax.jit(partial(init_variables, self.config, seed))
 
     @classmethod
-    def from_pretrained(cls, path: str | Path) -> "DeepSeekModel":
+    def from_pretrained(cls, path: str | Path, parallel: Optional[Mapping[str, int]] = None) -> "DeepSeekModel":
         """The model in a Hugging Face directory, or in a run of `deepseek_jax.train` or `DeepSeekTrainer`.
 
         A name on the hub, `org/name` or `org/name@revision`, is fetched.
+
+        Args:
+            parallel: fields of `ParallelConfig`, such as {"expert": 8}, to `generate` on a mesh of all devices: the weights
+                go straight to them, and to the host only if something else asks for them.
 
         Raises:
             UserError: one line naming what cannot be read.
         """
         path, model = local_directory(path), cls.__new__(cls)
-        if (path / CONFIG_JSON).is_file():
-            config, variables = load_pretrained(path)
-            has_tokenizer = (path / TOKENIZER_JSON).is_file()
-            tokenizer = load_tokenizer(path) if has_tokenizer else None
-        else:
-            config, tokenizer, variables = load_run(path)
-        model.config, model._seed, model._fits_vocabulary = config, 0, False
-        model._take(variables, tokenizer, path if tokenizer else None)
+        loaded = load_model(path, parallel=[f"parallel.{name}={size}" for name, size in (parallel or {}).items()])
+        model.config, model._fits_vocabulary = loaded.config, False
+        model._take(None if loaded.division else loaded.variables, loaded.tokenizer, path if loaded.tokenizer else None)
+        model._make = lambda: load_model(path).variables
+        if loaded.division is not None:
+            model._on_mesh = loaded.variables, loaded.division
         return model
 
     @property
     def variables(self) -> dict[str, Any]:
         """The weights as the module `DeepseekV3` takes them: {"params": ..., "router_state": ...}."""
         if self._variables is None:
-            self._variables = jax.device_get(jax.jit(partial(init_variables, self.config, self._seed))())
+            self._variables = jax.device_get(self._make())
         return self._variables
 
     def count_parameters(self) -> ParameterCount:
@@ -95,7 +104,13 @@ class DeepSeekModel:
         return count_parameters(self.config)
 
     def generate(
-        self, ids: Any, max_new_tokens: int = 100, temperature: float = 0.8, top_p: float = 0.95, seed: int = 0
+        self,
+        ids: Any,
+        max_new_tokens: int = 100,
+        temperature: float = 0.8,
+        top_p: float = 0.95,
+        seed: int = 0,
+        speculative: bool = False,
     ) -> list[Any]:
         """Go on from a prompt, or from several at once.
 
@@ -103,24 +118,33 @@ class DeepSeekModel:
             ids: token ids of a prompt, or several such: lists or arrays.
             temperature: 0 always takes the likeliest token.
             top_p: sample among the likeliest tokens of this total.
+            speculative: let the MTP modules draft and the main model check: greedily the same tokens, else the same
+                distribution; see `accepted_share`.
 
         Returns:
             The prompt's ids and those after it, as a list; of several a list of lists. The token that ends a document
             ends a sequence.
 
         Raises:
-            UserError: when the ids are none, or do not fit the context.
+            UserError: when the ids are none, or do not fit the context; or when there are no MTP modules that could draft.
         """
         if self.config.precision == "fp8":
             require_fp8()
         check_sampling(max_new_tokens, temperature, top_p)
         prompts, is_batch = as_prompts(ids, self.config.vocab_size)
         end = None if self.tokenizer is None else end_of_document_id(self.tokenizer)
-        if len(prompts) not in self._generators:
-            self._generators = {len(prompts): Generator(self.config, self.variables, len(prompts))}
+        if (kind := (len(prompts), speculative)) not in self._generators:
+            variables, division = self._on_mesh or (self.variables, None)
+            self._generators = {kind: Generator(self.config, variables, *kind, division=division)}
+        generator, ends = self._generators[kind], () if end is None else (end,)
+        generator.drafted = generator.accepted = 0
+        limit = min(max_new_tokens, self.config.max_position_embeddings + 1 - max(map(len, prompts)))
+        rows = [Continuation(prompt, limit, ends) for prompt in prompts]
         with jax.default_matmul_precision("highest"):
-            steps = self._generators[len(prompts)].generate(prompts, max_new_tokens, end, temperature, top_p, seed)
-            sequences = continued(prompts, steps, end)
+            for _ in generator.run(rows, Sampling(temperature=temperature, top_p=top_p), seed):
+                pass
+        self.accepted_share = generator.accepted / generator.drafted if generator.drafted else None
+        sequences = [row.prompt + row.tokens for row in rows]
         return sequences if is_batch else sequences[0]
 
     def save_pretrained(self, directory: str | Path, dtype: str = "float32") -> None:
@@ -133,9 +157,11 @@ class DeepSeekModel:
         """
         save_pretrained(directory, self.config, self.variables, dtype, self._tokenizer_files)
 
-    def _take(self, variables: dict[str, Any], tokenizer: Optional[Tokenizer], tokenizer_files: Optional[Path]) -> None:
+    def _take(
+        self, variables: Optional[dict[str, Any]], tokenizer: Optional[Tokenizer], tokenizer_files: Optional[Path]
+    ) -> None:
         """Be the model of these weights and this tokenizer, whose files are in that directory."""
-        self._variables, self._generators = variables, {}
+        self._variables, self._on_mesh, self._generators = variables, None, {}
         self.tokenizer, self._tokenizer_files = tokenizer, tokenizer_files
 
 

@@ -56,7 +56,8 @@ def main() -> None:
         epilog="example: python -m deepseek_jax.evaluate runs/mine held_out.txt more.jsonl",
     )  # fmt: skip
     parser.add_argument("run", help="run directory of deepseek_jax.train, or Hugging Face directory")
-    parser.add_argument("file", nargs="+", help="text, .jsonl or .parquet files (a document a line), directories or globs")
+    files = "text, .jsonl or .parquet files (a document a line), directories or globs; and parallel.FIELD=N to use a mesh"
+    parser.add_argument("file", nargs="+", help=files)
     context = f"tokens to look back on, at most ({DEFAULT_CONTEXT}, or the model's own)"
     parser.add_argument("--context", type=int, metavar="N", help=context)
     stride = "of longer texts: new tokens of each window (all of the context); fewer look back further"
@@ -68,14 +69,15 @@ def main() -> None:
 
 def evaluate(args: argparse.Namespace) -> None:
     """Score each file and print a line for it."""
-    files = find_files(args.file)
+    parallel = [word for word in args.file if word.startswith("parallel.") and "=" in word]
+    files = find_files([word for word in args.file if word not in parallel])
     jax.config.update("jax_default_matmul_precision", "highest")
-    model = load_model(Path(args.run), args.step)
+    model = load_model(Path(args.run), args.step, parallel, stacked=True)
     if model.tokenizer is None:
         raise UserError(f"{args.run}: has no tokenizer.json, which turns text into its tokens")
     context = _within(args.context, "--context", model.config.max_position_embeddings, DEFAULT_CONTEXT)
     stride = _within(args.stride, "--stride", context, context)
-    scorer = Scorer(model.config, model.variables, context, stride, max(BATCH_TOKENS // context, 1))
+    scorer = Scorer(model.config, model.variables, context, stride, max(BATCH_TOKENS // context, 1), model.division)
     first, total = first_token(model), Score()
     width = min(max(len(_shown(file)) for file in files) + 2, 60)
     print(f"{'file':{width}}{'documents':>10}{'tokens':>12}{'bytes':>12}{'bits/byte':>11}{'perplexity':>12}", flush=True)

@@ -33,6 +33,7 @@ def main() -> None:
             '  python -m deepseek_jax.generate runs/mine --prompt "def " --temperature 0.8 --top-p 0.95\n'
             '  python -m deepseek_jax.generate my-model --chat --prompt "What is a monad?" --speculative\n'
             "  python -m deepseek_jax.generate runs/mine --input prompts.jsonl --output out.jsonl --batch-size 16\n"
+            "  python -m deepseek_jax.generate my-model --input prompts.jsonl --output out.jsonl parallel.expert=8\n"
             '  where a line of prompts.jsonl is {"prompt": "..."}, {"messages": [...]} or {"prompt_ids": [...]}'
         ),
     )  # fmt: skip
@@ -61,8 +62,17 @@ def main() -> None:
         help="the MTP modules draft and the main model checks: the same distribution, greedily the same tokens",
     )  # fmt: skip
     parser.add_argument("--step", type=int, help="checkpoint of the run to use instead of the last")
-    args = parser.parse_args()
+    add_mesh(parser)
+    args = parser.parse_intermixed_args()
     run_command(lambda: write(args))
+
+
+def add_mesh(parser: argparse.ArgumentParser) -> None:
+    """Take the fields of a mesh after all other words."""
+    parser.add_argument(
+        "parallel", nargs="*", metavar="parallel.FIELD=N",
+        help="divide sequences and weights over all devices, as in training: data, fsdp, expert; for models that none holds",
+    )  # fmt: skip
 
 
 def write(args: argparse.Namespace) -> None:
@@ -71,7 +81,7 @@ def write(args: argparse.Namespace) -> None:
     sampling = Sampling(args.temperature, args.top_k, args.top_p, args.min_p, args.repetition_penalty, args.log_probabilities)
     _check_words(args)
     jax.config.update("jax_default_matmul_precision", "highest")
-    model = load_model(Path(args.run), args.step)
+    model = load_model(Path(args.run), args.step, args.parallel)
     prompts = _Prompts(model, args.chat, args.system)
     if args.input is None:
         _write_prompts(args, model, prompts, sampling)
@@ -157,7 +167,7 @@ def _write_prompts(args: argparse.Namespace, model: LoadedModel, prompts: _Promp
     if args.chat:
         titles = ["" for _ in titles]
     rows = [Continuation(ids, args.max_new_tokens, model.ends, model.tokenizer, args.stop) for ids in tokens]
-    generator = Generator(model.config, model.variables, len(rows), args.speculative)
+    generator = Generator(model.config, model.variables, len(rows), args.speculative, division=model.division)
     print(titles[0], end="", flush=True)
     for _ in generator.run(rows, sampling, args.seed):
         print(rows[0].news(), end="", flush=True)
@@ -194,7 +204,7 @@ def _write_file(args: argparse.Namespace, model: LoadedModel, prompts: _Prompts,
     requests = read_requests(args.input, prompts.of_fields, model.config.max_position_embeddings)
     size = min(args.batch_size, len(requests))
     multiple = LENGTH_MULTIPLE if size == len(requests) else FILE_LENGTH_MULTIPLE
-    generator = Generator(model.config, model.variables, size, args.speculative, multiple)
+    generator = Generator(model.config, model.variables, size, args.speculative, multiple, model.division)
 
     def continuation(prompt: Iterable[int]) -> Continuation:
         return Continuation(list(prompt), args.max_new_tokens, model.ends, model.tokenizer, args.stop)

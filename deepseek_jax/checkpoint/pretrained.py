@@ -62,17 +62,17 @@ def save_pretrained(
     """
     if dtype not in FORMS:
         raise CheckpointError(f"dtype={dtype}: choose one of {', '.join(FORMS)}")
-    source = _Variables(config, variables, dtype)
+    source = VariablesSource(config, variables, dtype)
     with staged_directory(directory) as partial:
         write_huggingface(partial, source, dtype, None if tokenizer is None else Path(tokenizer), max_shard_bytes)
 
 
-class _Variables:
-    """See `source.Source`."""
+class VariablesSource:
+    """See `source.Source`; of what is in memory already."""
 
     summary = "variables in memory"
 
-    def __init__(self, config: ModelConfig, variables: Mapping[str, Any], form: str):
+    def __init__(self, config: ModelConfig, variables: Mapping[str, Any], form: str = "float32"):
         self.config, self.form = config, form
         self.dtypes: dict[str, str] = {}
         self._arrays = {}

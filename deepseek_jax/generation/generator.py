@@ -28,7 +28,8 @@ from deepseek_jax.generation.sampling import (
     sequence_keys,
 )  # fmt: skip
 from deepseek_jax.generation.speculative import Drafted, Written
-from deepseek_jax.model.decoding import Cache, Weights, decode, prefill, prepare
+from deepseek_jax.model.decoding import Cache, Weights, decode, prefill, prepare, spread
+from deepseek_jax.parallel.sharding import Division
 
 LENGTH_MULTIPLE = 32
 """Prompts and caches are padded to a multiple of this, so that few lengths are compiled."""
@@ -48,14 +49,16 @@ class Generator:
         sequences: int = 1,
         speculative: bool = False,
         length_multiple: int = LENGTH_MULTIPLE,
+        division: Optional[Division] = None,
     ):
         """Arrange the weights.
 
         Args:
-            variables: of a `DeepseekV3`.
+            variables: of a `DeepseekV3`; on a mesh as `checkpoint.on_mesh` loads them.
             sequences: prompts to be continued at once; more or fewer are right too, but slower.
             speculative: whether the MTP modules draft and the main model checks.
             length_multiple: see LENGTH_MULTIPLE; larger for prompts of many lengths.
+            division: the mesh whose devices share sequences, caches and experts; null is one device.
 
         Raises:
             UserError: when there is no module that could draft.
@@ -64,13 +67,16 @@ class Generator:
         if speculative and not self._depth:
             raise UserError("--speculative: this model has no MTP modules (num_nextn_predict_layers is 0) that could draft")
         self._config, self._sequences, self._multiple = config, sequences, length_multiple
-        self._weights = prepare(config, variables, sequences * (self._depth + 1), speculative)
+        self._unit = 1 if division is None else division.mesh.size
+        self._weights = prepare(config, variables, sequences * (self._depth + 1), speculative, division)
         begin, go_on = (_begin_drafts, _check_drafts) if speculative else (_first, _following)
         self._first = jax.jit(
-            partial(begin, config), static_argnames=("form", "cache_length"),
+            spread(partial(begin, config), self._weights), static_argnames=("form", "cache_length"),
             compiler_options=compiler_options(jax.default_backend()),
         )  # fmt: skip
-        self._following = jax.jit(partial(go_on, config), static_argnames="form", donate_argnames="state")
+        self._following = jax.jit(
+            spread(partial(go_on, config), self._weights), static_argnames="form", donate_argnums=2
+        )  # fmt: skip
         self.drafted = self.accepted = 0
 
     def run(
@@ -97,7 +103,8 @@ class Generator:
                                 f"the context (max_position_embeddings) is {context}")  # fmt: skip
             continuation.limit = min(continuation.limit, context + 1 - len(continuation.prompt))
         # Rows too few are filled up with the first: its program may be there already.
-        rows = [*continuations, *[continuations[0]] * (self._sequences - len(continuations))]
+        count = -(-max(self._sequences, len(continuations)) // self._unit) * self._unit
+        rows = [*continuations, *[continuations[0]] * (count - len(continuations))]
         lengths = np.array([len(row.prompt) for row in rows], np.int32)
         tokens = np.zeros((len(rows), self._rounded_up(lengths.max())), np.int32)
         for row, continuation in zip(tokens, rows):
@@ -109,12 +116,12 @@ class Generator:
         seen = _seen(rows, self._config.vocab_size) if form.penalizes else None
 
         written, state = self._first(
-            self._weights, tokens, lengths, seen, settings, keys, form=form, cache_length=cache_length
+            self._weights, settings, tokens, lengths, seen, keys, form=form, cache_length=cache_length
         )
         self._take(continuations, written, 0)
         yield
         while not all(continuation.finish for continuation in continuations):
-            written, state = self._following(self._weights, state=state, settings=settings, keys=keys, form=form)
+            written, state = self._following(self._weights, settings, state, keys, form=form)
             self._take(continuations, written, self._depth)
             yield
 
@@ -181,8 +188,8 @@ def _seen(rows: Sequence[Continuation], vocab_size: int) -> np.ndarray:
 
 
 def _first(
-    config: ModelConfig, weights: Weights, tokens: jax.Array, lengths: jax.Array, seen: Optional[jax.Array],
-    settings: Settings, keys: jax.Array, *, form: Form, cache_length: int,
+    config: ModelConfig, weights: Weights, settings: Settings, tokens: jax.Array, lengths: jax.Array,
+    seen: Optional[jax.Array], keys: jax.Array, *, form: Form, cache_length: int,
 ) -> tuple[Written, _State]:  # fmt: skip
     """Read the prompts [B, P] and choose the first new token of each."""
     logits, cache = prefill(config, weights, tokens, lengths, cache_length)
@@ -190,7 +197,7 @@ def _first(
 
 
 def _following(
-    config: ModelConfig, weights: Weights, *, state: _State, settings: Settings, keys: jax.Array, form: Form
+    config: ModelConfig, weights: Weights, settings: Settings, state: _State, keys: jax.Array, *, form: Form
 ) -> tuple[Written, _State]:
     """Take in the tokens and choose the ones after them."""
     logits, cache = decode(config, weights, state.cache, state.token, state.positions)
@@ -209,13 +216,13 @@ def _chosen(
 
 
 def _begin_drafts(
-    config: ModelConfig, weights: Weights, tokens: jax.Array, lengths: jax.Array, seen: Optional[jax.Array],
-    settings: Settings, keys: jax.Array, *, form: Form, cache_length: int,
+    config: ModelConfig, weights: Weights, settings: Settings, tokens: jax.Array, lengths: jax.Array,
+    seen: Optional[jax.Array], keys: jax.Array, *, form: Form, cache_length: int,
 ) -> tuple[Written, Drafted]:  # fmt: skip
     return speculative.begin(config, form, weights, tokens, lengths, seen, settings, keys, cache_length)
 
 
 def _check_drafts(
-    config: ModelConfig, weights: Weights, *, state: Drafted, settings: Settings, keys: jax.Array, form: Form
+    config: ModelConfig, weights: Weights, settings: Settings, state: Drafted, keys: jax.Array, *, form: Form
 ) -> tuple[Written, Drafted]:
     return speculative.check(config, form, weights, state, settings, keys)

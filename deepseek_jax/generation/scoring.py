@@ -2,15 +2,18 @@
 
 from collections.abc import Iterable, Iterator, Sequence
 from functools import partial
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Optional
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import PartitionSpec
 
 from deepseek_jax.config import ModelConfig
 from deepseek_jax.model.router import dropless
 from deepseek_jax.model.transformer import DeepseekV3
+from deepseek_jax.parallel.sharding import Division
+from deepseek_jax.parallel.weights import gather_unstacked
 from deepseek_jax.training.loss import cross_entropy
 
 SHORTEST, CHUNK_TOKENS = 32, 1024
@@ -42,16 +45,22 @@ class Scorer:
     """A model ready to score.
 
     Args:
-        variables: of a `DeepseekV3`.
+        variables: of a `DeepseekV3`; on a mesh as `checkpoint.on_mesh` loads them, stacked.
         context: tokens that a target may look back on, at most; sequences beyond it are read in windows.
         stride: new targets of each window after the first; fewer leave each of them more to look back on.
-        batch_size: windows read at once.
+        batch_size: windows read at once; on a mesh rounded up to a multiple of its devices.
+        division: the mesh whose devices share windows and experts; null is one device.
     """
 
-    def __init__(self, config: ModelConfig, variables: dict[str, Any], context: int, stride: int, batch_size: int):
-        self.context, self._stride, self._batch_size = context, stride, batch_size
-        self._variables = jax.device_put(variables)
-        self._score = jax.jit(partial(_score, config))
+    def __init__(
+        self, config: ModelConfig, variables: dict[str, Any], context: int, stride: int, batch_size: int,
+        division: Optional[Division] = None,
+    ):  # fmt: skip
+        self.context, self._stride = context, stride
+        unit = 1 if division is None else division.mesh.size
+        self._batch_size = -(-batch_size // unit) * unit
+        self._variables = jax.device_put(variables) if division is None else variables
+        self._score = jax.jit(partial(_score, config, division))
 
     def score(self, sequences: Iterable[Sequence[int]]) -> Iterator[Scored]:
         """Every target of every sequence, in their order.
@@ -109,9 +118,29 @@ def _joined(parts: list[Scored]) -> Scored:
     return Scored(*map(np.concatenate, zip(*parts))) if parts else empty
 
 
-def _score(config: ModelConfig, variables: dict[str, Any], tokens: jax.Array) -> tuple[jax.Array, jax.Array]:
+def _score(
+    config: ModelConfig, division: Optional[Division], variables: dict[str, Any], tokens: jax.Array
+) -> tuple[jax.Array, jax.Array]:
     """Of the targets of sequences [B, T + 1]: nats, and whether they are the likeliest, both [B, T]."""
-    model = DeepseekV3(dropless(config))
+    if division is None:
+        return _score_own(config, None, variables, tokens)
+
+    def of_device(variables: dict[str, Any], tokens: jax.Array) -> tuple[jax.Array, jax.Array]:
+        params = gather_unstacked(division, config, variables["params"], tokens[:, :-1].size)
+        return _score_own(config, division, variables | {"params": params}, tokens)
+
+    specs = {"params": division.param_specs(), "router_state": PartitionSpec()}
+    batch = division.batch_spec(axis=0)
+    return jax.shard_map(of_device, mesh=division.mesh, in_specs=(specs, batch), out_specs=batch, check_vma=False)(
+        variables, tokens
+    )
+
+
+def _score_own(
+    config: ModelConfig, division: Optional[Division], variables: dict[str, Any], tokens: jax.Array
+) -> tuple[jax.Array, jax.Array]:
+    """`_score` of this device's sequences."""
+    model = DeepseekV3(dropless(config), division)
     hidden = model.apply(variables, tokens[:, :-1], method="hidden_states")
     head, targets = model.apply(variables, method="head"), tokens[:, 1:]
     flat = hidden.reshape(-1, hidden.shape[-1])

@@ -177,7 +177,7 @@ def _draft(
     for k in range(depth):
         ahead = _at(tokens, positions + k + 1)
         state, normed, cache = run_mtp(config, weights, k, state, ahead, written_at, drafted.mtp[k])
-        logits = head_of(weights, _at(normed, before[:, None]))[:, 0]
+        logits = head_of(config, weights, _at(normed, before[:, None]))[:, 0]
         position = drafted.newest + k + 1
         token = sample_token(logits, seen, form, settings, keys_at(keys, position, DRAFT))
         if not form.greedy:

@@ -5,13 +5,15 @@ handful of tokens, so that slicing a stack, a copy of all weights for each token
 much as the arithmetic; here each layer has its own arrays.
 """
 
-from collections.abc import Iterator, Sequence
+import dataclasses
+from collections.abc import Callable, Iterator, Sequence
 from functools import partial
-from typing import Any, NamedTuple, Optional
+from typing import Any, Optional
 
 import jax
 import jax.numpy as jnp
 from flax.traverse_util import flatten_dict, unflatten_dict
+from jax.sharding import PartitionSpec
 
 from deepseek_jax.config import ModelConfig, has_experts, stretches
 from deepseek_jax.model.attention import ABSORBED, Latents, absorbed_weights
@@ -21,6 +23,9 @@ from deepseek_jax.model.mtp import MTP_FORMS
 from deepseek_jax.model.panels import COLUMNS, PANELS, Panels, cut, times, whole
 from deepseek_jax.model.rope import rope_angles
 from deepseek_jax.model.router import dropless
+from deepseek_jax.parallel.embedding import look_up
+from deepseek_jax.parallel.sharding import Division
+from deepseek_jax.parallel.weights import gather_layer
 
 LINEAR = (
     "q_proj", "q_a_proj", "q_b_proj", "kv_a_proj_with_mqa", "o_proj", "gate_proj", "up_proj", "down_proj", "eh_proj", "proj",
@@ -35,22 +40,33 @@ Cache = list[Latents]
 """Each layer's latents, [B, S, ...]."""
 
 
-class Weights(NamedTuple):
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Weights:
     """A model's variables with every layer on its own, arranged for decoding."""
 
     embedding: jax.Array
     layers: list[dict[str, Any]]
     """Besides the variables of a `Block`, what attention to a cache prepares of them; see `cut_layer`, too."""
     norm: dict[str, Any]
-    head: jax.Array | Panels
+    head: Optional[jax.Array | Panels]
+    """Null where on a mesh it is the embedding."""
     mtp: list[dict[str, Any]]
     """As `layers`, of the modules that draft; empty where none does."""
+    division: Optional[Division] = dataclasses.field(metadata={"static": True}, default=None)
+    """The mesh, inside `shard_map` over which all functions here are then called: for a device's own sequences."""
 
 
-def prepare(config: ModelConfig, variables: dict[str, Any], sequences: int, drafts: bool = False) -> Weights:
-    """Unstack the variables of a `DeepseekV3` and arrange them for so many sequences at once, with MTP modules that draft."""
+def prepare(
+    config: ModelConfig, variables: dict[str, Any], sequences: int, drafts: bool = False, division: Optional[Division] = None
+) -> Weights:
+    """Unstack the variables of a `DeepseekV3` and arrange them for so many sequences at once, with MTP modules that draft.
+
+    On a mesh they are those of `checkpoint.on_mesh` and stay where they are.
+    """
     params = variables["params"]
-    cuts = jax.default_backend() == "cpu" and config.precision != "fp8"
+    cuts = jax.default_backend() == "cpu" and config.precision != "fp8" and division is None
+    absorbs = division is None or division.parallel.fsdp == 1
 
     def unstacked(stack: str, first: int, end: int) -> Iterator[dict[str, Any]]:
         trees = {kind: tree[stack] for kind, tree in variables.items() if stack in tree}
@@ -58,7 +74,7 @@ def prepare(config: ModelConfig, variables: dict[str, Any], sequences: int, draf
             layer = jax.tree.map(lambda x, i=i: x[i], trees)
             absorbed = {
                 (*path[:-2], "weights"): absorbed_weights(config, weight)
-                for path, weight in flatten_dict(layer["params"]).items() if path[-2] == "kv_b_proj"
+                for path, weight in flatten_dict(layer["params"]).items() if path[-2] == "kv_b_proj" and absorbs
             }  # fmt: skip
             layer[ABSORBED] = unflatten_dict(absorbed)
             yield cut_layer(config, layer, sequences) if cuts else layer
@@ -66,9 +82,32 @@ def prepare(config: ModelConfig, variables: dict[str, Any], sequences: int, draf
     layers = [layer for part in stretches(config) for layer in unstacked(*part)]
     mtp = list(unstacked("mtp_layers", 0, config.num_nextn_predict_layers)) if drafts else []
     embedding = params["embed_tokens"]["weight"]
-    head = embedding.T if config.tie_word_embeddings else params["lm_head"]["weight"]
-    head = cut(head) if cuts and head.shape[1] % COLUMNS == 0 else head
-    return Weights(embedding, layers, {"params": params["norm"]}, head, mtp)
+    head = None if config.tie_word_embeddings else params["lm_head"]["weight"]
+    if division is None:
+        head = embedding.T if head is None else head
+        head = cut(head) if cuts and head.shape[1] % COLUMNS == 0 else head
+    return Weights(embedding, layers, {"params": params["norm"]}, head, mtp, division)
+
+
+def spread(function: Callable[..., Any], weights: Weights) -> Callable[..., Any]:
+    """`function(weights, settings, *of_sequences, **static)`, on a mesh with each device at its own sequences.
+
+    Of all arrays that come after the settings, and of all results, the first axis has the sequences: a multiple of
+    the devices.
+    """
+    division = weights.division
+    if division is None:
+        return function
+    places, own = jax.tree.map(lambda leaf: leaf.sharding.spec, weights), division.batch_spec(axis=0)
+
+    def on_all(weights: Weights, settings: Any, *of_sequences: Any, **static: Any) -> Any:
+        specs = places, PartitionSpec(), *(own for _ in of_sequences)
+        on_one = partial(function, **static)
+        return jax.shard_map(on_one, mesh=division.mesh, in_specs=specs, out_specs=own, check_vma=False)(
+            weights, settings, *of_sequences
+        )
+
+    return on_all
 
 
 def cut_layer(config: ModelConfig, layer: dict[str, Any], sequences: int) -> dict[str, Any]:
@@ -121,7 +160,9 @@ def read(config: ModelConfig, weights: Weights, tokens: jax.Array, cache_length:
     """Prompts [B, P] -> hidden states [B, P, d] before the final norm, and the cache; see `prefill`."""
     positions = jnp.broadcast_to(jnp.arange(tokens.shape[1]), tokens.shape)
     layers = [whole_layer(config, layer) for layer in weights.layers]
-    hidden, cache = run(config, weights._replace(layers=layers), tokens, positions, [None] * config.num_hidden_layers)
+    hidden, cache = run(
+        config, dataclasses.replace(weights, layers=layers), tokens, positions, [None] * config.num_hidden_layers
+    )
     return hidden, jax.tree.map(partial(with_room, length=cache_length), cache)
 
 
@@ -153,11 +194,12 @@ def run(
     What lies beyond a cache's positions is not written.
     """
     rope = rope_angles(config, positions)
-    x = weights.embedding[tokens].astype(compute_dtype(config))
+    x = _embedded(config, weights, tokens)
     latents = []
     for index, (layer, cached) in enumerate(zip(weights.layers, cache)):
-        block = Block(dropless(config), moe=has_experts(config, index))
-        x, output = block.apply(layer, x, rope, positions, cached)
+        moe = has_experts(config, index)
+        layer, x = _gathered(config, weights.division, "moe_layers" if moe else "dense_layers", layer, x)
+        x, output = Block(dropless(config), moe, weights.division).apply(layer, x, rope, positions, cached)
         latents.append(output.latents)
     return x, latents
 
@@ -176,9 +218,10 @@ def run_mtp(
     Returns:
         The state for the next depth and the normed state for the output head, [B, T, d]; and latents or cache as `run`.
     """
-    module: Any = MTP_FORMS[config.mtp_form](dropless(config))
-    embedded = weights.embedding[tokens].astype(compute_dtype(config))
+    module: Any = MTP_FORMS[config.mtp_form](dropless(config), weights.division)
+    embedded = _embedded(config, weights, tokens)
     variables = whole_layer(config, weights.mtp[depth]) if cache is None else weights.mtp[depth]
+    variables, previous = _gathered(config, weights.division, "mtp_layers", variables, previous)
     rope = rope_angles(config, positions)
     state, (normed, output) = module.apply(variables, previous, rope, positions, embedded, cache=cache)
     return state, normed, output.latents
@@ -186,14 +229,42 @@ def run_mtp(
 
 def final_norm(config: ModelConfig, weights: Weights, hidden: jax.Array) -> jax.Array:
     """[..., d] -> the same."""
-    return RMSNorm(config, config.rms_norm_eps).apply(weights.norm, hidden)
+    norm = _whole(config, weights.division, "norm", weights.norm["params"])
+    return RMSNorm(config, config.rms_norm_eps).apply({"params": norm}, hidden)
 
 
 def logits_of(config: ModelConfig, weights: Weights, hidden: jax.Array) -> jax.Array:
     """Hidden states [..., d] before the final norm -> logits [..., V] in at least float32."""
-    return head_of(weights, final_norm(config, weights, hidden))
+    return head_of(config, weights, final_norm(config, weights, hidden))
 
 
-def head_of(weights: Weights, normed: jax.Array) -> jax.Array:
+def head_of(config: ModelConfig, weights: Weights, normed: jax.Array) -> jax.Array:
     """Normed states [..., d] -> logits [..., V] in at least float32."""
-    return times(normed, weights.head, widen(normed.dtype))
+    if weights.head is None:
+        head = _whole(config, weights.division, "embed_tokens", {"weight": weights.embedding})["weight"].T
+    else:
+        head = _whole(config, weights.division, "lm_head", {"weight": weights.head})["weight"]
+    return times(normed, head, widen(normed.dtype))
+
+
+def _embedded(config: ModelConfig, weights: Weights, tokens: jax.Array) -> jax.Array:
+    """Vectors of tokens [B, T], [B, T, d]."""
+    table, dtype = weights.embedding, compute_dtype(config)
+    if weights.division is not None and len(table) < config.vocab_size:
+        return look_up(weights.division, table, tokens, dtype)
+    return _whole(config, weights.division, "embed_tokens", {"weight": table})["weight"][tokens].astype(dtype)
+
+
+def _whole(config: ModelConfig, division: Optional[Division], name: str, params: Any) -> Any:
+    """The parameters called `name`, which are in no stack, put together."""
+    return params if division is None else gather_layer(division, config, (name,), params, stacked=False)
+
+
+def _gathered(
+    config: ModelConfig, division: Optional[Division], stack: str, layer: dict[str, Any], x: jax.Array
+) -> tuple[dict[str, Any], jax.Array]:
+    """A layer of a stack put together, but not before x, its input, is there: one layer at a time is whole."""
+    if division is None or division.parallel.fsdp == 1:
+        return layer, x
+    params, x = jax.lax.optimization_barrier((layer["params"], x))
+    return layer | {"params": gather_layer(division, config, (stack,), params, stacked=True)}, x

@@ -9,7 +9,7 @@ import jax
 from jax.experimental import mesh_utils
 from jax.sharding import AxisType, Mesh
 
-from deepseek_jax.config import MESH_AXES, Config, ConfigError, ParallelConfig, expert_layers
+from deepseek_jax.config import MESH_AXES, Config, ConfigError, ModelConfig, ParallelConfig, expert_layers
 
 ALONE = ParallelConfig(data=1)
 """One device."""
@@ -22,10 +22,8 @@ def resolve(config: Config, devices: int) -> ParallelConfig:
         ConfigError: the mesh has another number of devices, or the model or the batch cannot be divided by it; names
             the nearest sizes that work.
     """
-    parallel = _filled(config, devices)
     model, train = config.model, config.train
-    _divides("parallel.expert", parallel.expert, "model.n_routed_experts", model.n_routed_experts)
-    _divides("parallel.exchange_groups", parallel.exchange_groups, "parallel.expert", parallel.expert)
+    parallel = _with_experts(config.parallel, model, train.sequence_length, devices)
     if parallel.pipe > 1 and model.moe_layer_freq > 1:
         raise ConfigError(
             f"parallel.pipe={parallel.pipe}: stages are of mixture-of-experts layers alone, and with "
@@ -61,6 +59,18 @@ def resolve(config: Config, devices: int) -> ParallelConfig:
     return parallel
 
 
+def resolve_serving(parallel: ParallelConfig, model: ModelConfig, devices: int) -> ParallelConfig:
+    """`parallel` with its open axis filled in, for a model that only writes or scores on so many devices.
+
+    Raises:
+        ConfigError: as `resolve`, and for axes that divide what a token at a time has not: stages and sequences.
+    """
+    for axis in ("pipe", "context"):
+        if (size := getattr(parallel, axis)) != 1:
+            raise ConfigError(f"parallel.{axis}={size}: does not write or score; divide by expert, fsdp and data")
+    return _with_experts(parallel, model, 1, devices)
+
+
 def make_mesh(parallel: ParallelConfig, devices: Sequence[jax.Device] | None = None) -> Mesh:
     """The mesh of a resolved config.
 
@@ -82,8 +92,14 @@ def readers(parallel: ParallelConfig) -> int:
     return math.prod(mesh_shape(parallel)) // parallel.context
 
 
-def _filled(config: Config, devices: int) -> ParallelConfig:
-    parallel = config.parallel
+def _with_experts(parallel: ParallelConfig, model: ModelConfig, length: int, devices: int) -> ParallelConfig:
+    parallel = _filled(parallel, model, length, devices)
+    _divides("parallel.expert", parallel.expert, "model.n_routed_experts", model.n_routed_experts)
+    _divides("parallel.exchange_groups", parallel.exchange_groups, "parallel.expert", parallel.expert)
+    return parallel
+
+
+def _filled(parallel: ParallelConfig, model: ModelConfig, length: int, devices: int) -> ParallelConfig:
     shape = mesh_shape(parallel)
     known = math.prod(size for size in shape if size != -1)
     if -1 in shape and devices % known == 0:
@@ -92,13 +108,14 @@ def _filled(config: Config, devices: int) -> ParallelConfig:
     if known == devices:
         return parallel
     asked = " x ".join(f"{axis} {'rest' if size == -1 else size}" for axis, size in zip(MESH_AXES, shape))
-    nearest = " ".join(f"parallel.{axis}={size}" for axis, size in zip(MESH_AXES, _nearest_shape(config, devices)))
+    nearest = " ".join(
+        f"parallel.{axis}={size}" for axis, size in zip(MESH_AXES, _nearest_shape(parallel, model, length, devices))
+    )
     raise ConfigError(f"parallel: {asked} does not make the {devices} devices that are here; nearest {nearest}")
 
 
-def _nearest_shape(config: Config, devices: int) -> tuple[int, ...]:
+def _nearest_shape(parallel: ParallelConfig, model: ModelConfig, length: int, devices: int) -> tuple[int, ...]:
     """The mesh of that many devices whose sizes are the fewest doublings away from those asked for."""
-    model, length = config.model, config.train.sequence_length
     layers = expert_layers(model)
 
     def shapes(devices: int, axes: int) -> list[tuple[int, ...]]:
@@ -108,7 +125,7 @@ def _nearest_shape(config: Config, devices: int) -> tuple[int, ...]:
         return [(size, *others) for size in sizes for others in shapes(devices // size, axes - 1)]
 
     def distance(shape: tuple[int, ...]) -> float:
-        pairs = zip(shape, mesh_shape(config.parallel))
+        pairs = zip(shape, mesh_shape(parallel))
         return sum(abs(math.log2(size / asked)) for size, asked in pairs if asked != -1)
 
     possible = [shape for shape in shapes(devices, len(MESH_AXES))

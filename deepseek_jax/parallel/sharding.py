@@ -40,6 +40,8 @@ TABLE = {
     "features": Row(("fsdp", "pipe", "data", "context", "expert"), "inputs and outputs are the only axes that all weights "
                                                                    "have; what a step gathers last is cut first"),
     "layers": Row((), "any number of layers must fit; a step deals them out to the pipeline's stages"),
+    "served": Row(("fsdp",), "features of a model that only writes or scores: it has no moments, and what `data` and `expert` "
+                             "cut would be gathered for every token"),
 }  # fmt: skip
 """Logical axis -> mesh axes. A mesh axis cuts the first axis of an array that allows it and that it divides."""
 
@@ -68,16 +70,19 @@ class Division:
         parallel: as `resolve` gives it.
         params: tree of the parameters or of their shapes.
         mesh: null makes it of this program's devices.
+        served: whether the model only writes or scores; see `TABLE`.
     """
 
-    def __init__(self, parallel: ParallelConfig, params: Any, mesh: Mesh | None = None):
+    def __init__(self, parallel: ParallelConfig, params: Any, mesh: Mesh | None = None, served: bool = False):
         self.parallel = parallel
+        self._features = "served" if served else "features"
         self.mesh = make_mesh(parallel) if mesh is None else mesh
         self.places = jax.tree_util.tree_map_with_path(lambda path, leaf: self._place(names(path), leaf.shape), params)
 
     def _place(self, path: tuple[str, ...], shape: tuple[int, ...]) -> Place:
         rest, cuts = list(shape), []
-        axes = [TABLE[logical].mesh_axes for logical in logical_axes(path, len(shape))]
+        logical_of = logical_axes(path, len(shape))
+        axes = [TABLE[self._features if logical == "features" else logical].mesh_axes for logical in logical_of]
         for mesh_axis in TABLE["features"].mesh_axes:
             size = self.mesh.shape[mesh_axis]
             dim = next((d for d, allowed in enumerate(axes) if mesh_axis in allowed and rest[d] % size == 0), None)

@@ -67,7 +67,7 @@ def gather_layer(division: Division, config: ModelConfig, path: tuple[str, ...],
     def one(key_path: tuple, place: Place, leaf: jax.Array) -> jax.Array:
         names = (*path, *(key.key for key in key_path))
         cuts = tuple((axis, dim - stacked) for axis, dim in _cuts(place, layer_axes(division, names)))
-        return _gather(leaf, cuts, _product_type(config, names, leaf.dtype)) if cuts else leaf
+        return _gather(leaf, cuts, product_type(config, names, leaf.dtype)) if cuts else leaf
 
     with jax.named_scope("weights"):
         return jax.tree_util.tree_map_with_path(one, places, params)
@@ -85,7 +85,7 @@ def gradient_type(division: Division | None, config: ModelConfig, path: tuple[st
             place = place[name]
         if _cuts(place, layer_axes(division, path)):
             return dtype
-    return jnp.dtype("bfloat16") if config.precision == "fp8" and _is_product(path) else _product_type(config, path, dtype)
+    return jnp.dtype("bfloat16") if config.precision == "fp8" and _is_product(path) else product_type(config, path, dtype)
 
 
 def gather_unstacked(division: Division, config: ModelConfig, params: Any, tokens: int) -> Any:
@@ -114,11 +114,22 @@ def layer_axes(division: Division, path: tuple[str, ...]) -> tuple[str, ...]:
     return ("fsdp",) if _is_dealt(division, path) else ("fsdp", "pipe")
 
 
+def product_type(config: ModelConfig, path: tuple[str, ...], dtype: jnp.dtype) -> jnp.dtype:
+    """The type in which a parameter is next used: products with weights are all that narrow them.
+
+    float8 codes are made from the master weights themselves. Embeddings are narrow when used, but the gradient of one
+    that many tokens share is a sum.
+    """
+    if path[0] == "lm_head" and config.precision == "fp8":
+        return jnp.dtype("bfloat16")
+    return jnp.dtype("bfloat16") if _is_product(path) and config.precision == "bfloat16" else dtype
+
+
 def step_type(division: Division, config: ModelConfig, path: tuple[str, ...], place: Place, dtype: jnp.dtype) -> jnp.dtype:
     """In which `collect` returns a parameter: as products take it, if it travels and is whole then."""
     travels = _is_dealt(division, path) or _cuts(place, _step_axes(division, path))
     whole = not _cuts(place, layer_axes(division, path))
-    return _product_type(config, path, dtype) if travels and whole else dtype
+    return product_type(config, path, dtype) if travels and whole else dtype
 
 
 def sum_of_layers(division: Division, config: ModelConfig, dealt: jax.Array) -> jax.Array:
@@ -136,17 +147,6 @@ def _cuts(place: Place, axes: tuple[str, ...]) -> Cuts:
 
 def _is_dealt(division: Division, path: tuple[str, ...]) -> bool:
     return division.parallel.pipe > 1 and path[0] == PIPELINED
-
-
-def _product_type(config: ModelConfig, path: tuple[str, ...], dtype: jnp.dtype) -> jnp.dtype:
-    """The type in which a parameter is next used: products with weights are all that narrow them.
-
-    float8 codes are made from the master weights themselves. Embeddings are narrow when used, but the gradient of one
-    that many tokens share is a sum.
-    """
-    if path[0] == "lm_head" and config.precision == "fp8":
-        return jnp.dtype("bfloat16")
-    return jnp.dtype("bfloat16") if _is_product(path) and config.precision == "bfloat16" else dtype
 
 
 def _is_product(path: tuple[str, ...]) -> bool:

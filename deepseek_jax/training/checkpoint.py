@@ -13,6 +13,7 @@ import jax
 import orbax.checkpoint as ocp
 
 from deepseek_jax.checkpoint.digests import damaged_file, write_digests
+from deepseek_jax.checkpoint.orbax_source import OrbaxSource
 from deepseek_jax.checkpoint.orbax_step import META, VARIABLES, first_line, read_meta, stacked_arrays, step_meta
 from deepseek_jax.checkpoint.tensors import CheckpointError
 from deepseek_jax.config import HOW_COMPUTED, Config, ModelConfig, RopeScaling
@@ -177,13 +178,22 @@ class Checkpoints:
                                 for tree in (fresh, self._shardings))  # fmt: skip
         return self._read(step, VARIABLES, variables, shardings)
 
+    def source(self, step: int) -> OrbaxSource:
+        """The same, to be read tensor by tensor; raises as `restore` does."""
+        self._check_model(step)
+        self._check_files(step, VARIABLES)
+        return OrbaxSource(self._folder / str(step))
+
+    def _check_files(self, step: int, name: str) -> None:
+        damaged = damaged_file(self._folder / str(step), name) if processes.is_first() else None
+        if processes.of_first(damaged is not None):
+            raise DamagedCheckpoint(f"{self._folder / str(step)}: {damaged or 'a file'} is not as it was written")
+
     def _read(self, step: int, name: str, abstract: Any, shardings: Any) -> Any:
         """One item of a checkpoint, given an abstract tree of it and where its arrays go."""
         if shardings is None:
             shardings = jax.tree.map(lambda _: jax.sharding.SingleDeviceSharding(jax.devices()[0]), abstract)
-        damaged = damaged_file(self._folder / str(step), name) if processes.is_first() else None
-        if processes.of_first(damaged is not None):
-            raise DamagedCheckpoint(f"{self._folder / str(step)}: {damaged or 'a file'} is not as it was written")
+        self._check_files(step, name)
         abstract = jax.tree.map(
             lambda leaf, sharding: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding), abstract, shardings
         )

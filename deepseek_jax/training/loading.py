@@ -1,5 +1,7 @@
 """A model with all that says how it speaks, out of a run or of a Hugging Face directory."""
 
+import sys
+from collections.abc import Sequence
 from contextlib import suppress
 from pathlib import Path
 from typing import Any, NamedTuple, Optional
@@ -7,15 +9,19 @@ from typing import Any, NamedTuple, Optional
 from tokenizers import Tokenizer
 
 from deepseek_jax.checkpoint.hf_config import CONFIG_JSON
+from deepseek_jax.checkpoint.hf_source import HuggingFaceSource
 from deepseek_jax.checkpoint.hub import local_directory
+from deepseek_jax.checkpoint.on_mesh import load_on_mesh, serving_division, summary
 from deepseek_jax.checkpoint.pretrained import load_pretrained
 from deepseek_jax.checkpoint.run_writer import COMPANIONS_FOLDER
+from deepseek_jax.checkpoint.source import Source
 from deepseek_jax.checkpoint.tokenizer_files import GENERATION_CONFIG, TOKENIZER_JSON
 from deepseek_jax.checkpoint.untrusted import file_inside, is_count, read_object, shown
 from deepseek_jax.config import Config, ModelConfig, load_config
 from deepseek_jax.data.documents import DataError
 from deepseek_jax.data.tokenizer import end_of_document_id, load_tokenizer
 from deepseek_jax.errors import UserError
+from deepseek_jax.parallel.sharding import Division
 from deepseek_jax.precision.fp8 import require_fp8
 from deepseek_jax.training.checkpoint import Checkpoints
 
@@ -26,11 +32,12 @@ class LoadedModel(NamedTuple):
     """What was read.
 
     Attributes:
-        variables: {"params": ..., "router_state": ...}.
+        variables: {"params": ..., "router_state": ...}; on a mesh as `load_on_mesh` gives them.
         tokenizer: None where there is no tokenizer.json; token ids are then all that can be given.
         ends: tokens that end a text.
         begin: the token that texts are read after: the one that begins a text, or else ends one.
         directory: of the tokenizer's other files, where there are any.
+        division: the mesh; None is one device.
     """
 
     config: ModelConfig
@@ -39,31 +46,57 @@ class LoadedModel(NamedTuple):
     ends: tuple[int, ...]
     begin: Optional[int]
     directory: Path
+    division: Optional[Division] = None
 
 
-def load_model(path: Path, step: Optional[int] = None) -> LoadedModel:
+def load_model(path: Path, step: Optional[int] = None, parallel: Sequence[str] = (), stacked: bool = False) -> LoadedModel:
     """Read a Hugging Face directory or a name on its hub, or a run's checkpoint, by default the last.
 
+    Args:
+        parallel: fields such as "parallel.expert=8", by which the weights go straight to the devices of a mesh.
+        stacked: as for `load_on_mesh`.
+
     Raises:
-        UserError: one line naming what is missing or cannot be read.
+        UserError: one line naming what is missing or cannot be read, or the field at fault.
     """
     path = local_directory(path)
     if (path / CONFIG_JSON).is_file():
         if step is not None:
             raise UserError(f"--step {step}: {path} is a Hugging Face directory, which has no steps")
-        config, variables = load_pretrained(path)
         directory = texts = path
     else:
-        run = run_config(path)
-        config, variables = run.model, run_variables(path, run, step)
         directory = path / COMPANIONS_FOLDER if (path / COMPANIONS_FOLDER).is_dir() else path
         texts = path
+    config, variables, division = _weights(path, step, parallel, stacked)
+    if division is not None:
+        print(summary(division, variables), file=sys.stderr, flush=True)
     tokenizer = load_tokenizer(texts) if (texts / TOKENIZER_JSON).is_file() else None
     ends, begins = (_named_tokens(directory, name) for name in ("eos_token_id", "bos_token_id"))
     if not ends and tokenizer is not None:
         with suppress(DataError):  # then a limit alone ends a text
             ends = (end_of_document_id(tokenizer),)
-    return LoadedModel(config, variables, tokenizer, ends, next(iter(begins + ends), None), directory)
+    return LoadedModel(config, variables, tokenizer, ends, next(iter(begins + ends), None), directory, division)
+
+
+def _weights(
+    path: Path, step: Optional[int], parallel: Sequence[str], stacked: bool
+) -> tuple[ModelConfig, dict[str, Any], Optional[Division]]:
+    """Config, variables and mesh of what is at `path`."""
+    if not parallel:
+        if (path / CONFIG_JSON).is_file():
+            return *load_pretrained(path), None
+        run = run_config(path)
+        return run.model, run_variables(path, run, step), None
+    if (path / CONFIG_JSON).is_file():
+        source: Source = HuggingFaceSource(path)
+        config = source.config
+    else:
+        run = run_config(path)
+        checkpoints = Checkpoints(path, run)
+        source, config = checkpoints.source(_last(path, checkpoints, step)), run.model
+    division = serving_division(config, parallel)
+    assert division is not None
+    return config, load_on_mesh(source, config, division, stacked), division
 
 
 def load_run(run_dir: Path, step: int | None = None) -> tuple[ModelConfig, Tokenizer, dict[str, Any]]:
@@ -86,10 +119,15 @@ def run_config(run_dir: Path) -> Config:
 def run_variables(run_dir: Path, config: Config, step: int | None = None) -> dict[str, Any]:
     """Of a run's checkpoint, the last one by default."""
     checkpoints = Checkpoints(run_dir, config)
+    return checkpoints.restore_variables(_last(run_dir, checkpoints, step))
+
+
+def _last(run_dir: Path, checkpoints: Checkpoints, step: Optional[int]) -> int:
+    """The last step, if none is given."""
     step = checkpoints.latest() if step is None else step
     if step is None:
         raise UserError(f"{run_dir}: no checkpoint yet")
-    return checkpoints.restore_variables(step)
+    return step
 
 
 def _named_tokens(directory: Path, field: str) -> tuple[int, ...]:
