@@ -22,7 +22,7 @@ from deepseek_jax.compilation import keep_programs
 from deepseek_jax.config import Config, ConfigError, load_config, presets, to_yaml
 from deepseek_jax.config.trainable import check_trainable
 from deepseek_jax.data.eval_sets import check_sets, make_sets, open_sets
-from deepseek_jax.data.packing import PreparedData, is_prepared, open_prepared, prepare
+from deepseek_jax.data.packing import PreparedData, open_prepared, prepare
 from deepseek_jax.errors import report, run_command, write_atomically
 from deepseek_jax.implementations import choose
 from deepseek_jax.parallel import processes
@@ -38,7 +38,7 @@ from deepseek_jax.training.loop import Loop
 from deepseek_jax.training.metrics import METRICS_FILE
 from deepseek_jax.training.optimizer import make_optimizer
 from deepseek_jax.training.plot import plot_schedule
-from deepseek_jax.training.resume import check_changes
+from deepseek_jax.training.resume import check_changes, check_same_text
 from deepseek_jax.training.schedules import Position, plan_steps
 from deepseek_jax.training.step import TrainState, init_state
 
@@ -160,12 +160,7 @@ def _resumed(
     config: Config, run_dir: Path, shardings: Optional[TrainState], allowed: Collection[str]
 ) -> tuple[Position, TrainState] | None:
     """Where the run's last checkpoint that can be read left off, or None without any; those after it are set aside."""
-    if config.data.tokenizer is None and not is_prepared(config, run_dir):
-        given = f"data.path={config.data.path}" if config.data.path else f"data.input={config.data.input}"
-        raise ConfigError(
-            f"{given}: not the text that {run_dir} was trained on; to go on with other text "
-            f"keep its tokenizer, data.tokenizer={run_dir}/tokenizer.json, or else start a new run_dir"
-        )
+    check_same_text(config, run_dir)
     if not (run_dir / CHECKPOINTS).is_dir():
         return None
     checkpoints, damaged = Checkpoints(run_dir, config, shardings), None

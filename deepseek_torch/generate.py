@@ -18,7 +18,8 @@ from deepseek_jax.errors import UserError, run_command
 from deepseek_torch.model.decoding import decode, prefill
 from deepseek_torch.model.transformer import DeepseekV3
 from deepseek_torch.pretrained import load_pretrained
-from deepseek_torch.train import MODELS, saved_steps
+from deepseek_torch.train import MODELS
+from deepseek_torch.training.checkpoint import saved_steps
 
 
 def main() -> None:
@@ -63,7 +64,7 @@ def model_directory(path: Path) -> Path:
     """`path` itself if it is a Hugging Face directory, else that of the last model of the run at `path`."""
     if (path / CONFIG_JSON).is_file():
         return path
-    steps = saved_steps(path)
+    steps = saved_steps(path / MODELS)
     if not steps:
         raise UserError(f"{path}: neither a Hugging Face directory nor a run of deepseek_torch.train with a saved model")
     return path / MODELS / str(steps[-1])

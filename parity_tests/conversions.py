@@ -38,9 +38,9 @@ def make_run(path, model, step=7, variables=None):
     return path
 
 
-def turn_a_bit(step):
-    """In the largest file of a checkpoint's variables; its path within the checkpoint."""
-    files = (path for path in (step / "variables").rglob("*") if path.is_file())
+def turn_a_bit(step, item="variables"):
+    """In the largest file of an item of a checkpoint; its path within the checkpoint."""
+    files = (path for path in (step / item).rglob("*") if path.is_file())
     victim = max(files, key=lambda path: path.stat().st_size)
     content = bytearray(victim.read_bytes())
     content[len(content) // 2] ^= 1

@@ -104,6 +104,23 @@ def is_prepared(config: Config, directory: Path) -> bool:
     return _agrees(Path(directory), _fingerprint(config))
 
 
+def changed_files(config: Config, directory: Path) -> list[str]:
+    """What is not as it was when `directory`'s tokens were made, file by file, in words."""
+    try:
+        then = json.loads((directory / FINGERPRINT).read_text(encoding="utf-8")).get("files", [])
+        was = {path: state for path, *state in then}
+    except (OSError, ValueError, AttributeError):
+        return []
+    now = {path: state for path, *state in _fingerprint(config).get("files", [])}
+    told = [f"{path} is gone" for path in was if path not in now] + [f"{path} is new" for path in now if path not in was]
+    for path, (size, _) in now.items():
+        if path in was and was[path] != now[path]:
+            told.append(
+                f"{path} has {size:,} bytes and had {was[path][0]:,}" if size != was[path][0] else f"{path} has changed"
+            )
+    return told
+
+
 def write_tokens(texts: Texts | Collection[str], tokenizer: Tokenizer, path: Path, title: str = "tokenizing") -> int:
     """Write the tokens of `texts`, an end-of-document token after each, to one flat .npy file.
 

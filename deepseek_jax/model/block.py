@@ -23,6 +23,8 @@ class BlockOutput(NamedTuple):
     balance_loss: Optional[jax.Array] = None
     dropped: Optional[jax.Array] = None
     """Share of the choices that found no room, where that is limited."""
+    bad: Optional[jax.Array] = None
+    """Which modules made what is no number, if `training.culprit` looks."""
 
 
 class Block(nn.Module):

@@ -5,6 +5,7 @@ import math
 import signal
 import sys
 import time
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple, Optional
 
@@ -19,11 +20,13 @@ from deepseek_jax.errors import UserError
 from deepseek_jax.parallel import processes
 from deepseek_jax.parallel.sharding import Division, place_batch
 from deepseek_jax.training.checkpoint import Checkpoints
+from deepseek_jax.training.culprit import Search
 from deepseek_jax.training.evaluation import Evaluation
 from deepseek_jax.training.metrics import MetricsFile, Progress, evaluation_line, evaluation_text
 from deepseek_jax.training.plot import PLOT_FILE, plot_run
 from deepseek_jax.training.schedules import Position, StepPlan, plan_steps
 from deepseek_jax.training.step import Scalars, StepMetrics, TrainState, make_step
+from deepseek_jax.training.where import MOST, too_many_skips
 
 TRACE = "trace"
 """Folder of a run directory."""
@@ -65,14 +68,15 @@ class Loop:
                 self._watch(plan.step)
                 state, metrics = self._step(state, self._batch(plan), _scalars(plan, self._config))
                 # Telling of the step before keeps the device busy while the host reads its metrics.
-                self._tell(told)
+                self._tell(told, state)
                 told = (plan, metrics)
                 self._position = self._position.after(plan, len(self._windows))
                 asked, wishes = self._wishes(asked)
                 end = plan.step == train.steps or bool(wishes.stop)
                 saves = end or plan.step % train.checkpoint_every == 0 or bool(wishes.save)
-                if saves or plan.step % train.eval_every == 0:
-                    self._tell(told)
+                # The step that ends the run is made again from the state as it was: none may come after it.
+                if saves or plan.step % train.eval_every == 0 or self._skipped + 1 >= train.max_skips:
+                    self._tell(told, state)
                     told = None
                 with self._progress.aside():
                     if plan.step % train.eval_every == 0 or plan.step == train.steps:
@@ -138,20 +142,23 @@ class Loop:
         parts = self._config.train.gradient_accumulation_steps
         size = plan.batch_size // parts
 
-        def read(start: int, end: int) -> np.ndarray:
-            firsts = (plan.first_sequence + part * size + start for part in range(parts))
-            return np.stack([self._windows.take(first, end - start) for first in firsts])
+        return place_batch(self._division, (parts, size, self._windows.window), 1, partial(self._sequences, plan))
 
-        return place_batch(self._division, (parts, size, self._windows.window), 1, read)
+    def _sequences(self, plan: StepPlan, start: int, end: int) -> np.ndarray:
+        """Of each part of a batch the sequences from `start` to `end`."""
+        parts = self._config.train.gradient_accumulation_steps
+        size = plan.batch_size // parts
+        firsts = (plan.first_sequence + part * size + start for part in range(parts))
+        return np.stack([self._windows.take(first, end - start) for first in firsts])
 
-    def _tell(self, told: tuple[StepPlan, StepMetrics] | None) -> None:
+    def _tell(self, told: tuple[StepPlan, StepMetrics] | None, state: TrainState) -> None:
         """Write and show a step's metrics."""
         if told is None:
             return
         plan, metrics = told
         metrics = jax.device_get(metrics)
         if metrics.skipped:
-            self._skip(plan, metrics)
+            self._skip(plan, metrics, state)
             return
         self._skipped = 0
         first, *further = (float(nats) for nats in metrics.parts.cross_entropy)
@@ -174,19 +181,19 @@ class Loop:
         worst = {"load": max(load)} if load else {}
         self._progress.step(plan.step, plan.tokens, loss=first, **mtp, grad=norm, lr=rate, **worst, **dropped)
 
-    def _skip(self, plan: StepPlan, metrics: StepMetrics) -> None:
+    def _skip(self, plan: StepPlan, metrics: StepMetrics, state: TrainState) -> None:
         """Tell of a step that changed nothing; raises `UserError` when there were too many in a row."""
         self._skipped += 1
         self._metrics.write(step=plan.step, tokens=plan.tokens, skipped=self._skipped)
-        loss, norm, where = metrics.loss, metrics.grad_norm, _not_finite(metrics.squares)
-        told = f"step {plan.step}: no update: loss {loss:.4g}, gradient norm {norm:.4g}; not finite: {where}"
+        numbers = f"loss {metrics.loss:.4g}, gradient norm {metrics.grad_norm:.4g}"
+        told = f"step {plan.step}: no update: {numbers}; not finite: {_not_finite(metrics.squares)}"
         if self._skipped < self._config.train.max_skips:
             self._progress.note(told)
             return
-        raise UserError(
-            f"{told}; {self._skipped} such steps in a row are train.max_skips: lower train.learning_rate, look at the data, "
-            f"and go on from the last checkpoint"
-        )
+        self._progress.note(f"{told}; looking where it began")
+        batch = self._sequences(plan, 0, plan.batch_size // self._config.train.gradient_accumulation_steps)
+        where = Search(self._config, self._division).find(state, batch, _scalars(plan, self._config))
+        raise UserError(too_many_skips(plan.step, numbers, where, self._skipped))
 
     def _evaluate(self, plan: StepPlan, state: TrainState) -> None:
         bits = self._evaluation.by_set(state)
@@ -211,7 +218,8 @@ def _not_finite(squares: Any) -> str:
     names = [".".join(key.key for key in path) for path, square in leaves if not math.isfinite(square)]
     if len(names) == len(leaves):
         return "every gradient, so it began on the way to the loss"
-    return ", ".join(names) if names else "the loss alone"
+    more = f" and {len(names) - MOST} more" if len(names) > MOST else ""
+    return ", ".join(names[:MOST]) + more if names else "the loss alone"
 
 
 def _scalars(plan: StepPlan, config: Config) -> Scalars:

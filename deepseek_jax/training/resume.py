@@ -2,9 +2,11 @@
 
 import dataclasses
 from collections.abc import Collection, Iterable
+from pathlib import Path
 from typing import Any
 
 from deepseek_jax.config import Config, ConfigError, TrainConfig, from_mapping
+from deepseek_jax.data.packing import changed_files, is_prepared
 from deepseek_jax.training.schedules import Position, StepPlan, plan_step, plan_steps
 
 FREE = (
@@ -17,7 +19,29 @@ FREE = (
 FIXED = ("train.trainable",)
 """Fields that a run keeps: its moments are of what learns."""
 SCHEDULED = ("learning_rate", "bias_update_speed", "mtp_loss_weight", "batch_size")
+MOST_FILES = 3
+"""That are named."""
 SECTIONS = ("model", "data", "train")
+
+
+def check_same_text(config: Config, run_dir: Path) -> None:
+    """Say if a run's tokens are not of this text, or no longer, and the files that changed.
+
+    Raises:
+        ConfigError: they are not, and the tokenizer would be another, too.
+    """
+    if is_prepared(config, run_dir):
+        return
+    given = f"data.path={config.data.path}" if config.data.path else f"data.input={config.data.input}"
+    files = changed_files(config, run_dir)
+    changes = f" ({', '.join(files[:MOST_FILES])}{', ...' * (len(files) > MOST_FILES)})" if files else ""
+    told = f"{given}: not the text that {run_dir} was trained on{changes}"
+    if config.data.tokenizer is None:
+        raise ConfigError(
+            f"{told}; to go on with other text keep its tokenizer, data.tokenizer={run_dir}/tokenizer.json, or else start a "
+            f"new run_dir"
+        )
+    print(f"{told}; from now on it is trained on what is there", flush=True)
 
 
 def saved_sections(config: Config) -> dict[str, Any]:

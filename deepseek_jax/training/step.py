@@ -83,10 +83,7 @@ def train_step(
         config: static.
         division: the mesh whose devices share the work, and the arrays of `state`; null is one device.
     """
-    if division is None:
-        gradients, metrics = _accumulated(state.params, state.router_state, tokens, scalars, config)
-    else:
-        gradients, metrics = _on_mesh(state, tokens, scalars, config, division)
+    gradients, metrics = gradients_of(state, tokens, scalars, config, division)
     learning = learning_part(config.train.trainable, state.params)
     with jax.named_scope("optimizer"):
         squares = jax.tree.map(lambda gradient: jnp.sum(jnp.square(gradient)), gradients)
@@ -108,6 +105,15 @@ def train_step(
             state, division.shardings(state, make_optimizer(config.train), config.train.trainable)
         )
     return state, metrics
+
+
+def gradients_of(
+    state: TrainState, tokens: jax.Array, scalars: Scalars, config: Config, division: Optional[Division] = None
+) -> tuple[Any, StepMetrics]:
+    """Gradients of a whole batch and what is told of it; arguments as for `train_step`."""
+    if division is None:
+        return _accumulated(state.params, state.router_state, tokens, scalars, config)
+    return _on_mesh(state, tokens, scalars, config, division)
 
 
 def _on_mesh(

@@ -9,6 +9,9 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 from deepseek_jax.config import Phase, TrainConfig
+from deepseek_jax.training.schedules import Position
+
+START = Position()
 
 
 @dataclass(frozen=True)
@@ -28,15 +31,14 @@ class StepPlan:
     """Seen when it is done."""
 
 
-def plan_steps(train: TrainConfig) -> Iterator[StepPlan]:
-    """Every step of a run, in order; tokens are counted before the step."""
-    sizes = batch_sizes(train)
-    end = sum(sizes) * train.sequence_length
+def plan_steps(train: TrainConfig, since: Position = START) -> Iterator[StepPlan]:
+    """Every step of a run after `since`, in order; tokens are counted before the step."""
+    sizes = batch_sizes(train, since)
+    end = since.tokens + sum(sizes) * train.sequence_length
     first_size = train.batch_size if train.batch_size_start is None else train.batch_size_start
     warmup_tokens = train.warmup_steps * first_size * train.sequence_length
-    seen = 0
-    for number, size in enumerate(sizes, start=1):
-        tokens = seen * train.sequence_length
+    seen, tokens = since.sequences, since.tokens
+    for number, size in enumerate(sizes, start=since.step + 1):
         decay = value_at(train.learning_rate_decay, tokens, end, start=1.0, since=warmup_tokens)
         learning_rate = train.learning_rate * decay
         if number < train.warmup_steps:
@@ -45,12 +47,13 @@ def plan_steps(train: TrainConfig) -> Iterator[StepPlan]:
         mtp_weight = value_at(train.mtp_loss_weight, tokens, end)
         yield StepPlan(number, seen, size, learning_rate, gamma, mtp_weight, tokens + size * train.sequence_length)
         seen += size
+        tokens += size * train.sequence_length
 
 
-def batch_sizes(train: TrainConfig) -> list[int]:
+def batch_sizes(train: TrainConfig, since: Position = START) -> list[int]:
     """Sequences of every step: growing in a straight line over the ramp's tokens, by multiples of the first size."""
-    sizes, tokens = [], 0
-    for _ in range(train.steps):
+    sizes, tokens = [], since.tokens
+    for _ in range(since.step, train.steps):
         size = train.batch_size
         if train.batch_size_start is not None and tokens < train.batch_size_ramp_tokens:
             first, share = train.batch_size_start, tokens / train.batch_size_ramp_tokens
