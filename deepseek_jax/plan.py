@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from deepseek_jax.config import Config, ConfigError, load_config, presets
+from deepseek_jax.config.stages import stage_configs
 from deepseek_jax.errors import run_command, write_atomically
 from deepseek_jax.planning.topologies import KNOWN, Topology, prepare_environment, read_topology
 
@@ -36,6 +37,7 @@ def main() -> None:
     )
     parser.add_argument("--config", required=True, help=f"a .yaml file or a preset ({', '.join(presets())})")
     parser.add_argument("--topology", metavar="KIND:SHAPE", help="the devices, such as v5p:8x8x8 or h100:8")
+    parser.add_argument("--stage", type=int, default=1, metavar="N", help="of a config's stages, the one to plan (1)")
     parser.add_argument("--layers", type=int, metavar="N", help="compile for N and N - 1 layers and extrapolate to all")
     parser.add_argument("--search", action="store_true", help="try meshes, rematerialisations, parts and hops; rank them")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write everything that was found")
@@ -53,7 +55,7 @@ def plan(args: argparse.Namespace) -> None:
     for name in ("layers", "search", "plot"):
         if getattr(args, name) and args.topology is None:
             raise ConfigError(f"--{name}: needs --topology; known are {KNOWN}")
-    config = load_config(args.config, args.overrides)
+    config = _stage(load_config(args.config, args.overrides), args.stage)
     topology = read_topology(args.topology) if args.topology else None
     prepare_environment(topology or read_topology("cpu:1"))  # before anything imports JAX
     from deepseek_jax.planning import figures
@@ -65,6 +67,13 @@ def plan(args: argparse.Namespace) -> None:
         content |= _plan_step(args, config, topology)
     if args.json is not None:
         write_atomically(args.json, json.dumps(content, indent=1) + "\n")
+
+
+def _stage(config: Config, number: int) -> Config:
+    stages = stage_configs(config)
+    if not 1 <= number <= len(stages):
+        raise ConfigError(f"--stage {number}: the config has {len(stages)}")
+    return stages[number - 1]
 
 
 def _plan_step(args: argparse.Namespace, config: Config, topology: Topology) -> dict[str, Any]:

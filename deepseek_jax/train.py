@@ -40,9 +40,8 @@ from deepseek_jax.training.optimizer import make_optimizer
 from deepseek_jax.training.plot import plot_schedule
 from deepseek_jax.training.resume import check_changes, check_same_text
 from deepseek_jax.training.schedules import Position, plan_steps
+from deepseek_jax.training.stages import CONFIG_FILE, train_stages
 from deepseek_jax.training.step import TrainState, init_state
-
-CONFIG_FILE = "config.yaml"
 
 
 def main() -> None:
@@ -83,7 +82,11 @@ def start(args: argparse.Namespace) -> None:
     with processes.together():
         if not processes.is_first():
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        train(read_config(args.config, args.resume, args.overrides), args.resume, allowed=args.allow)
+        config = read_config(args.config, args.resume, args.overrides)
+        if config.stages:
+            train_stages(train, config, args.resume, args.allow)
+        else:
+            train(config, args.resume, allowed=args.allow)
 
 
 def read_config(source: str | None, resume: bool, overrides: list[str]) -> Config:

@@ -83,6 +83,10 @@ def train(config: Config, model: Optional[DeepseekV3] = None, resume: bool = Fal
     Raises:
         UserError: for anything the user can mend; models saved before stay usable.
     """
+    if config.stages:
+        raise ConfigError(
+            "stages: this sibling trains one at a time; give stages=[], and to the next init_from=RUN/models/STEP"
+        )
     run_dir = Path(config.run_dir)
     if not resume and (run_dir / METRICS_FILE).exists():
         raise ConfigError(f"{run_dir} already holds a run: add --resume to go on with it, or give another run_dir")

@@ -5,6 +5,7 @@ from pathlib import Path
 
 from deepseek_jax.checkpoint.hf_files import has_weights
 from deepseek_jax.checkpoint.tensors import CheckpointError
+from deepseek_jax.config.stages import last_stage
 
 _NAME = re.compile(r"(?P<repository>[\w.-]{1,96}/[\w.-]{1,96})(@(?P<revision>[\w./-]{1,200}))?", re.ASCII)
 _TEXTS = ["*.json", "*.jinja", "*.model", "merges.txt"]
@@ -16,6 +17,7 @@ _WEIGHTS = (["*.safetensors"], ["*.bin", "*.pt", "*.pth"])
 def local_directory(path: str | Path) -> Path:
     """`path` itself if there is such a thing here, or the directory in the cache to which a name on the hub was fetched.
 
+    A run in stages stands for the last stage that has a checkpoint.
     Only the files that a model is read from are fetched; what an earlier attempt left is taken up. Without a network, or
     with HF_HUB_OFFLINE=1, what is in the cache is all there is.
 
@@ -25,7 +27,7 @@ def local_directory(path: str | Path) -> Path:
     path = Path(path).expanduser()
     match = _NAME.fullmatch(str(path))
     if path.exists() or match is None or Path(path.parts[0]).exists():
-        return path
+        return last_stage(path)
     repository, revision = match["repository"], match["revision"]
     for weights in _WEIGHTS:
         directory = _fetched(str(path), repository, revision, [*_TEXTS, *weights])

@@ -127,6 +127,8 @@ def _canonical(kind: Any, value: Any, name: str, where: str) -> Any:
 
     A single value stands for a list of one, and a number for a `Phase` that is constant.
     """
+    if kind is Any:  # a stage's, which are checked when they are put together
+        return value
     optional = typing.get_origin(kind) in (typing.Union, types.UnionType)
     if optional:
         if value is None:

@@ -5,7 +5,7 @@ Fields of `ModelConfig` have the names that Hugging Face's `deepseek_v3` gives t
 """
 
 from dataclasses import dataclass, field
-from typing import Optional
+from typing import Any, Optional
 
 from deepseek_jax.errors import UserError
 
@@ -305,6 +305,10 @@ class Config:
     train: TrainConfig = field(default_factory=TrainConfig)
     parallel: ParallelConfig = field(default_factory=ParallelConfig)
     prepare: PrepareConfig = field(default_factory=PrepareConfig)
+    stages: list[dict[str, Any]] = field(default_factory=list)
+    """What comes after: each entry is one more stage, from the weights of the one before, and holds the fields of `model`
+    (rope_scaling, max_position_embeddings), `train`, `data` and `parallel` that change from there on. It has an optimizer and
+    schedules of its own."""
     run_dir: str = "runs/default"
     init_from: Optional[str] = None
     """Weights that a new run starts from, with a fresh optimizer: a run, a Hugging Face directory or a name on its hub."""

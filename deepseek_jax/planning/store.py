@@ -50,6 +50,7 @@ def _key(config: Config, topology_name: str, versions: dict[str, str]) -> str:
     fields = dataclasses.asdict(config)
     fields.pop("data")
     fields.pop("run_dir")
+    fields.pop("stages")
     for name in ("steps", "seed", "eval_every", "eval_sequences", "checkpoint_every", "keep_checkpoints"):
         fields["train"].pop(name)
     content = json.dumps([fields, topology_name, versions, _code()], sort_keys=True, default=str)

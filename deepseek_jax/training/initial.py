@@ -14,6 +14,7 @@ from deepseek_jax.checkpoint.run_writer import COMPANIONS_FOLDER
 from deepseek_jax.checkpoint.tokenizer_files import TOKENIZER_JSON, keep_companions
 from deepseek_jax.config import HOW_COMPUTED, Config, ConfigError, ModelConfig, from_mapping
 from deepseek_jax.config.sizes import to_go_on
+from deepseek_jax.config.stages import STRETCHED
 from deepseek_jax.training.loading import run_config, run_variables
 
 MTP = "num_nextn_predict_layers"
@@ -89,7 +90,7 @@ def _model_of(source: Path) -> ModelConfig:
 def _check_same(found: ModelConfig, asked: ModelConfig, source: Path) -> None:
     for name, value in dataclasses.asdict(found).items():
         wanted = dataclasses.asdict(asked)[name]
-        fits = wanted <= value if name == MTP else name in HOW_COMPUTED or wanted == value
+        fits = wanted <= value if name == MTP else name in (*HOW_COMPUTED, *STRETCHED) or wanted == value
         if not fits:
             raise ConfigError(
                 f"init_from={source}: its model.{name} is {json.dumps(value)}, and here it is {json.dumps(wanted)}; leave "
