@@ -223,6 +223,8 @@ def _save(config: Config, run_dir: Path, state: TrainState, position: Position) 
 def metrics_line(plan: StepPlan, metrics: StepMetrics, config: Config) -> dict[str, Any]:
     """What metrics.jsonl says of a step, as `deepseek_jax.train` does."""
     first, *further = metrics.parts.cross_entropy.tolist()
+    dropped, scores = metrics.parts.dropped, metrics.parts.largest_scores
+    limited = {"dropped": dropped, "max_attention_score": None if scores is None else scores.max()}
     load = [(counts / counts.mean(-1, True, dtype=torch.float64)).max() for counts in metrics.parts.counts.values()]
     return {
         "step": plan.step,
@@ -234,7 +236,7 @@ def metrics_line(plan: StepPlan, metrics: StepMetrics, config: Config) -> dict[s
         "grad_norm": metrics.grad_norm.item(),
         "learning_rate": plan.learning_rate,
         "max_expert_load": max((value.item() for value in load), default=1.0),
-    } | ({} if metrics.parts.dropped is None else {"dropped": metrics.parts.dropped.item()})
+    } | {name: value.item() for name, value in limited.items() if value is not None}
 
 
 if __name__ == "__main__":

@@ -10,8 +10,8 @@ from jax.experimental.pallas.ops.tpu import splash_attention as splash
 
 from deepseek_jax.errors import UserError
 from deepseek_jax.kernels.splash_attention import block_size
-from deepseek_jax.model import chunked_attention
-from deepseek_jax.model.causal_attention import causal_attention
+from deepseek_jax.model import attention_scores, chunked_attention
+from deepseek_jax.model.causal_attention import causal_attention, causal_attention_and_scores
 from deepseek_jax.model.products import policy
 
 SUPPORTED = [
@@ -35,6 +35,7 @@ DOCUMENTS = [[1, 62, 3, 150, 84], [299, 1]]
 def small_and_emulated(monkeypatch):
     """Several chunks in a short sequence, and the TPU's kernel interpreted."""
     monkeypatch.setattr(chunked_attention, "CHUNK", 64)
+    monkeypatch.setattr(attention_scores, "CHUNK", 64)
     emulated = partial(splash.make_splash_mha_single_device, interpret=True)
     monkeypatch.setattr(splash, "make_splash_mha_single_device", emulated)
 
@@ -103,6 +104,23 @@ def test_whole_sequences(implementation, length):
     with jax.enable_x64(implementation != "splash"):
         operands = arrays(length, "float32" if implementation == "splash" else "float64")
         check(output_and_gradients(*operands, None, implementation), expected(*operands, [[length]] * BATCH))
+
+
+@pytest.mark.parametrize("implementation, documents", [("blocked", DOCUMENTS), ("chunked", DOCUMENTS), ("reference", None)])
+def test_the_largest_scores_are_told_beside_the_same_output(implementation, documents):
+    """Of what a token sees alone: the largest of all are between documents, or of what comes later."""
+    with jax.enable_x64(True):
+        q, k, v, _ = arrays(LENGTH, "float64")
+        ids = documents and jnp.asarray([np.repeat(np.arange(len(lengths)), lengths) for lengths in documents], jnp.int32)
+        same, (out, largest) = (
+            jax.jit(partial(attend, scale=SCALE, segment_ids=ids, implementation=implementation))(q, k, v)
+            for attend in (causal_attention, causal_attention_and_scores)
+        )
+        scores = np.einsum("bthd,bshd->bhts", q, k) * SCALE
+        seen = np.tri(LENGTH, dtype=bool)[None] & (True if ids is None else np.asarray(ids[:, :, None] == ids[:, None]))
+        right = np.where(seen[:, None], scores, -np.inf).max(axis=(0, 2, 3))
+        assert np.allclose(largest, right, rtol=1e-14) and (right < scores.max(axis=(0, 2, 3))).all()
+        assert np.allclose(out, same, rtol=0, atol=1e-15)
 
 
 def test_the_check_finds_a_leak_between_documents():

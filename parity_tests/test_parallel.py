@@ -19,11 +19,11 @@ from deepseek_jax.training.optimizer import make_optimizer
 from deepseek_jax.training.step import Scalars, TrainState, init_state, train_step
 from parity_tests.comparison import difference
 
-DEVICES, STEPS, TOLERANCE = 8, 5, 1e-10
+DEVICES, STEPS, TOLERANCE, QK_CLIP = 8, 5, 1e-10, 1e-3
 
 
 def config_with(**parallel: int) -> Config:
-    """MTP of depth 2, groups, accumulation, a clip that bites; nine layers of experts, which no number of stages divides."""
+    """MTP of depth 2, groups, accumulation, clips that bite; nine layers of experts, which no number of stages divides."""
     tiny = load_config("tiny")
     model = dataclasses.replace(
         tiny.model, precision="float64", num_hidden_layers=10, num_nextn_predict_layers=2, hidden_size=32,
@@ -32,6 +32,7 @@ def config_with(**parallel: int) -> Config:
     train = dataclasses.replace(
         tiny.train, sequence_length=6, batch_size=32, gradient_accumulation_steps=2, gradient_clip=0.5,
         sequence_balance_weight=1e-2, bias_update_speed=[Phase(1e-2)], loss_chunk_tokens=10,
+        qk_clip=QK_CLIP,
     )  # fmt: skip
     return dataclasses.replace(tiny, model=model, train=train, parallel=ParallelConfig(**{"data": 1} | parallel))
 
@@ -127,6 +128,10 @@ IN_CI = [dict(data=8), dict(pipe=2, fsdp=2, data=2, pipe_interleave=3, microbatc
 def test_five_steps_are_those_of_one_device(mesh, start, one_device):
     """Losses, gradient norms, counts, and in the end parameters, moments and biases."""
     assert_same(Stepper(config_with(**mesh), start).run(start), one_device["start"])
+    scores = [leaf for name, leaf in one_device["start"].items() if "largest_scores" in name]
+    assert 0 < sum((of > QK_CLIP).sum() for of in scores) < sum(of.size for of in scores), (
+        "the clip is to be part of the proof"
+    )
 
 
 def test_all_axes_that_tokens_cross_and_the_worst_routing(start, favoured, one_device):
@@ -136,6 +141,34 @@ def test_all_axes_that_tokens_cross_and_the_worst_routing(start, favoured, one_d
     assert_same(stepper.run(favoured), one_device["favoured"])
     counts = one_device["favoured"]["[1][0].parts.counts['moe_layers']"]
     assert (counts[:, :3] > 0).all() and (counts[:, 3:] == 0).all(), "the test is to be of the worst routing"
+
+
+@pytest.mark.parametrize("mesh", [
+    dict(pipe=2, data=2, expert=2),
+    *(pytest.param(mesh, marks=pytest.mark.slow)
+      for mesh in (dict(fsdp=8), dict(pipe=2, fsdp=2, data=2), dict(fsdp=2, expert=4))),
+])  # fmt: skip
+def test_muon_makes_whole_matrices_orthogonal_on_any_mesh(mesh, start):
+    """Three updates by the same gradients, whose matrices the devices have in parts."""
+    told = []
+    rng = np.random.default_rng(0)
+    gradients = [jax.tree.map(lambda p: rng.standard_normal(p.shape), start.params) for _ in range(3)]
+    for parallel in ({}, mesh):
+        config = config_with(**parallel)
+        config = dataclasses.replace(config, train=dataclasses.replace(config.train, optimizer="muon"))
+        with jax.enable_x64(True):
+            division = Division(resolve(config, DEVICES), start.params) if parallel else None
+            optimizer = make_optimizer(config.train, config.model, division)
+            state, params = optimizer.init(start.params), start.params
+            if division is not None:
+                places = division.shardings(start._replace(optimizer=state), optimizer)
+                state, params = jax.device_put((state, params), (places.optimizer, places.params))
+            update = jax.jit(optimizer.update)
+            for gradient in gradients:
+                updates, state = update(gradient, state, params)
+            found = jax.device_get((updates, state))
+        told.append({jax.tree_util.keystr(path): leaf for path, leaf in jax.tree_util.tree_leaves_with_path(found)})
+    assert_same(told[1], told[0])
 
 
 def test_a_wrong_sum_would_be_found(start, one_device):
@@ -289,6 +322,7 @@ def test_layers_of_stages():
      "parallel.exchange_groups=3: must divide parallel.expert=4; nearest 2 or 4"),
     (["parallel.exchange_room=0.5"], "parallel.exchange_room=0.5: must be at least 1"),
     (["parallel.exchange=letters"], "parallel.exchange=letters: choose one of auto, rounds, ragged"),
+    (["parallel.data=4", "parallel.context=2", "train.qk_clip=100"], "train.qk_clip=100.0: .* give parallel.context=1"),
     (["parallel.experts=2"], "unknown field parallel.experts; did you mean expert?"),
 ])  # fmt: skip
 def test_a_mesh_that_cannot_work_is_one_line(fields, complaint):

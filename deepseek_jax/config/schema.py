@@ -15,6 +15,7 @@ GROUPED_MATMULS = ("auto", "reference", "blocked", "megablox", "triton")
 ATTENTIONS = ("auto", "reference", "blocked", "chunked", "splash", "cudnn")
 HOW_COMPUTED = ("precision", "remat", "grouped_matmul", "attention", "capacity_factor")
 """Fields of `ModelConfig` that a checkpoint says nothing of: how it is computed, and what training alone limits."""
+OPTIMIZERS = ("adamw", "muon")
 MOMENT_DTYPES = ("float32", "bfloat16")
 EXCHANGES = ("auto", "rounds", "ragged")
 SCORING_FUNCS = ("sigmoid", "softmax")
@@ -226,12 +227,20 @@ class TrainConfig:
     warmup_steps: int = 0
     learning_rate_decay: list[Phase] = field(default_factory=lambda: [Phase(0.1, shape="cosine")])
     """After the warm-up; `to` is a multiple of learning_rate."""
+    optimizer: str = "adamw"
+    """`adamw`; or `muon` for the matrices (of attention by head, of experts by expert) and AdamW for embedding, head, routers,
+    norms and biases, both with the same rate and decay."""
+    muon_momentum: float = 0.95
+    qk_clip: Optional[float] = None
+    """Largest attention score (after its scale) that a head may reach: one above it in a step has its query and key weights
+    scaled down after that step (Kimi K2, arXiv 2507.20534); null never."""
     beta1: float = 0.9
     beta2: float = 0.95
     adam_eps: float = 1e-8
     adam_moment_dtype: str = "float32"
-    """How both of Adam's moments are kept between steps: float32 (or wider, as the parameters), or bfloat16 (report
-    3.3.3), which halves their memory. bfloat16 rounds to 1/256, so that beta1 and beta2 should stay below 0.99."""
+    """How both of Adam's moments, and Muon's momentum, are kept between steps: float32 (or wider, as the parameters), or
+    bfloat16 (report 3.3.3), which halves their memory. bfloat16 rounds to 1/256, so that beta1 and beta2 should stay below
+    0.99."""
     weight_decay: float = 0.1
     gradient_clip: float = 1.0
 

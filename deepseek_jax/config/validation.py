@@ -13,6 +13,7 @@ from deepseek_jax.config.schema import (
     MESH_AXES,
     MOMENT_DTYPES,
     MTP_FORMS,
+    OPTIMIZERS,
     PHASE_SHAPES,
     PRECISIONS,
     REMAT_CHOICES,
@@ -156,8 +157,13 @@ def _validate_train(t: TrainConfig, m: ModelConfig) -> None:
     _require(t.profile is None or re.fullmatch(r"[1-9]\d*-[1-9]\d*", t.profile) is not None, "train.profile", t.profile,
              "write it as first-last, two numbers of steps")  # fmt: skip
     _above_zero("train", t, "learning_rate", "adam_eps", "gradient_clip")
+    if t.qk_clip is not None:
+        _above_zero("train", t, "qk_clip")
+        _require(t.trainable is None, "train.qk_clip", t.qk_clip,
+                 "scales weights of queries and keys, which train.trainable may hold fast; give one of the two")  # fmt: skip
+    _choice("train.optimizer", t.optimizer, OPTIMIZERS)
     _choice("train.adam_moment_dtype", t.adam_moment_dtype, MOMENT_DTYPES)
-    for name in ("beta1", "beta2"):
+    for name in ("beta1", "beta2", "muon_momentum"):
         _require(0 <= getattr(t, name) < 1, f"train.{name}", getattr(t, name), "must be in [0, 1)")
     _require(t.sequence_length <= m.max_position_embeddings, "train.sequence_length", t.sequence_length,
              f"must be at most model.max_position_embeddings={m.max_position_embeddings}")  # fmt: skip

@@ -13,7 +13,7 @@ import jax
 import jax.numpy as jnp
 
 from deepseek_jax.config import ModelConfig
-from deepseek_jax.model.causal_attention import causal_attention
+from deepseek_jax.model.causal_attention import causal_attention, causal_attention_and_scores
 from deepseek_jax.model.context_attention import context_attention
 from deepseek_jax.model.layers import Linear, RMSNorm, widen
 from deepseek_jax.model.products import WAYPOINT, keep, products
@@ -25,6 +25,10 @@ LATENT_NORM_EPS = 1e-6
 
 ABSORBED = "absorbed"
 """Collection of what decoding may prepare once: each layer's `AbsorbedWeights`."""
+
+
+SCORES = "intermediates"
+"""Collection, by flax' own name for such, into which attention tells each head's largest score if `apply` makes it mutable."""
 
 
 class AbsorbedWeights(NamedTuple):
@@ -127,7 +131,11 @@ class MultiHeadLatentAttention(nn.Module):
             expand, weight = partial(keys_and_values, c), self.kv_b_proj.weight
             return context_attention(expand, softmax_scale(c), q, tuple(latents), weight, segment_ids)
         k, v = keys_and_values(c, self.kv_b_proj.weight, latents)
-        return causal_attention(q, k, v, softmax_scale(c), segment_ids, implementation=c.attention)
+        if not self.is_mutable_collection(SCORES):
+            return causal_attention(q, k, v, softmax_scale(c), segment_ids, implementation=c.attention)
+        out, largest = causal_attention_and_scores(q, k, v, softmax_scale(c), segment_ids, implementation=c.attention)
+        self.sow(SCORES, "largest_scores", largest)
+        return out
 
     def _absorbed(self, q: jax.Array, cache: Latents, positions: jax.Array) -> jax.Array:
         """Attention in the latent space: W_uk goes into the query, W_uv into the output."""

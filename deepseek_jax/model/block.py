@@ -25,6 +25,8 @@ class BlockOutput(NamedTuple):
     """Share of the choices that found no room, where that is limited."""
     bad: Optional[jax.Array] = None
     """Which modules made what is no number, if `training.culprit` looks."""
+    largest_scores: Optional[jax.Array] = None
+    """Of each attention head, [H], where they are asked for."""
 
 
 class Block(nn.Module):

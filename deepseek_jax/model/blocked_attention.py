@@ -22,20 +22,30 @@ Residuals = tuple[Any, ...]
 
 def blocked_attention(q: jax.Array, k: jax.Array, v: jax.Array, scale: float, segment_ids: Optional[jax.Array]) -> jax.Array:
     """What `causal_attention` says, in any floating type."""
+    return blocked_attention_and_scores(q, k, v, scale, segment_ids)[0]
+
+
+def blocked_attention_and_scores(
+    q: jax.Array, k: jax.Array, v: jax.Array, scale: float, segment_ids: Optional[jax.Array]
+) -> tuple[jax.Array, jax.Array]:
+    """The same, and each head's largest score [H], through which no gradient flows."""
     heads_first = [x.swapaxes(1, 2) for x in (q, k, v)]
-    return _attend(*heads_first, segment_ids, scale).swapaxes(1, 2)
+    out, largest = _attend(*heads_first, segment_ids, scale)
+    return out.swapaxes(1, 2), largest
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(4,))
-def _attend(q: jax.Array, k: jax.Array, v: jax.Array, segment_ids: Optional[jax.Array], scale: float) -> jax.Array:
+def _attend(
+    q: jax.Array, k: jax.Array, v: jax.Array, segment_ids: Optional[jax.Array], scale: float
+) -> tuple[jax.Array, jax.Array]:
     return _forward(q, k, v, segment_ids, scale)[0]
 
 
 def _forward(
     q: jax.Array, k: jax.Array, v: jax.Array, segment_ids: Optional[jax.Array], scale: float
-) -> tuple[jax.Array, Residuals]:
-    """Output [B, H, T, V], and what the backward pass needs."""
-    outputs, normalizers = [], []
+) -> tuple[tuple[jax.Array, jax.Array], Residuals]:
+    """Output [B, H, T, V] with the largest scores [H], and what the backward pass needs."""
+    outputs, normalizers, maxima = [], [], []
     for start, end in _blocks(q.shape[2]):
         scores = _scores(q[:, :, start:end], k[:, :, :end], _seen(start, end, segment_ids), scale)
         largest = jnp.max(scores, axis=-1, keepdims=True)
@@ -44,13 +54,18 @@ def _forward(
         attended = jnp.einsum("bhts,bhsv->bhtv", weights.astype(v.dtype), v[:, :, :end], preferred_element_type=total.dtype)
         outputs.append((attended / total).astype(v.dtype))
         normalizers.append(largest + jnp.log(total))
+        maxima.append(jnp.max(largest, axis=(0, 2, 3)))
     out = keep(jnp.concatenate(outputs, axis=2), ATTENDED)
     normalizer = keep(jnp.concatenate(normalizers, axis=2), ATTENDED)
-    return out, (keep(q), keep(k), keep(v), segment_ids, out, normalizer)
+    told = out, jnp.max(jnp.stack(maxima), axis=0)
+    return told, (keep(q), keep(k), keep(v), segment_ids, out, normalizer)
 
 
-def _backward(scale: float, kept: Residuals, gradient: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array, None]:
+def _backward(
+    scale: float, kept: Residuals, gradients: tuple[jax.Array, jax.Array]
+) -> tuple[jax.Array, jax.Array, jax.Array, None]:
     q, k, v, segment_ids, out, normalizer = kept
+    gradient, _ = gradients
     wide = normalizer.dtype
     # What the softmax takes off every weight's gradient.
     mean = jnp.sum(gradient.astype(wide) * out.astype(wide), axis=-1, keepdims=True)

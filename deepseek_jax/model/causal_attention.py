@@ -9,7 +9,8 @@ import jax.numpy as jnp
 from deepseek_jax.config import ATTENTIONS
 from deepseek_jax.errors import UserError
 from deepseek_jax.implementations import best
-from deepseek_jax.model.blocked_attention import blocked_attention
+from deepseek_jax.model.attention_scores import largest_scores
+from deepseek_jax.model.blocked_attention import blocked_attention, blocked_attention_and_scores
 from deepseek_jax.model.chunked_attention import chunked_attention
 from deepseek_jax.model.layers import widen
 
@@ -38,11 +39,30 @@ def causal_attention(
     Raises:
         UserError: the implementation is unknown, or cannot compute here or in q's dtype.
     """
+    return _IMPLEMENTATIONS[_resolved(implementation, q.dtype)](q, k, v, scale, segment_ids)
+
+
+def causal_attention_and_scores(
+    q: jax.Array,
+    k: jax.Array,
+    v: jax.Array,
+    scale: float,
+    segment_ids: Optional[jax.Array] = None,
+    implementation: str = "auto",
+) -> tuple[jax.Array, jax.Array]:
+    """`causal_attention`, and the largest score of each head among those that a token sees, scaled: [H].
+
+    The scores cost nothing where they are at hand, and a product of queries and keys more beside other implementations.
+    """
+    if _resolved(implementation, q.dtype) == "blocked":
+        return blocked_attention_and_scores(q, k, v, scale, segment_ids)
+    return causal_attention(q, k, v, scale, segment_ids, implementation), largest_scores(q, k, scale, segment_ids)
+
+
+def _resolved(implementation: str, dtype: jnp.dtype) -> str:
     if implementation not in ATTENTIONS:
         raise UserError(f"model.attention={implementation}: choose one of {', '.join(ATTENTIONS)}")
-    if implementation == "auto":
-        implementation = best("attention", is_float64=q.dtype == jnp.float64)
-    return _IMPLEMENTATIONS[implementation](q, k, v, scale, segment_ids)
+    return best("attention", is_float64=dtype == jnp.float64) if implementation == "auto" else implementation
 
 
 def _reference(q: jax.Array, k: jax.Array, v: jax.Array, scale: float, segment_ids: Optional[jax.Array]) -> jax.Array:

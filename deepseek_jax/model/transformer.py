@@ -12,6 +12,7 @@ import jax
 import jax.numpy as jnp
 
 from deepseek_jax.config import ModelConfig, expert_layers, stretches
+from deepseek_jax.model.attention import SCORES
 from deepseek_jax.model.block import Block, BlockOutput
 from deepseek_jax.model.layer_loop import begin_sums, end_sums, run_chunk, run_layers
 from deepseek_jax.model.layers import Embedding, Linear, RMSNorm, compute_dtype, param_dtype
@@ -39,6 +40,8 @@ class ModelOutput(NamedTuple):
     """Sum over those layers, before its weight."""
     dropped: Optional[jax.Array]
     """Share of the choices that found no room, mean over those layers; None where there is always room."""
+    largest_scores: dict[str, jax.Array]
+    """Of each attention head, [layers, H] by stack, if `DeepseekV3.tells_scores`."""
 
 
 class Shared(NamedTuple):
@@ -58,10 +61,12 @@ class DeepseekV3(nn.Module):
     Attributes:
         division: the mesh, inside `shard_map` over it; the variables are then those of `parallel.weights.collect` and
             `gather_unstacked`, and tokens, counts and losses are this device's own.
+        tells_scores: whether the largest attention scores are to be told.
     """
 
     config: ModelConfig
     division: Optional[Division] = None
+    tells_scores: bool = False
 
     def setup(self):
         c = self.config
@@ -98,7 +103,8 @@ class DeepseekV3(nn.Module):
             ahead = jnp.stack([joined(embedded, depth, ahead=k) for k in range(1, depth + 1)])
             _, (mtp_states, outputs["mtp_layers"]) = self._run("mtp_layers", previous, shared, ahead)
             states = jnp.concatenate([states, mtp_states])
-        return ModelOutput(states, self.head(), *_routing(c, outputs))
+        scores = {name: output.largest_scores for name, output in outputs.items() if output.largest_scores is not None}
+        return ModelOutput(states, self.head(), *_routing(c, outputs), scores)
 
     def hidden_states(self, tokens: jax.Array, end_of_document: Optional[int] = None) -> jax.Array:
         """Normed states [B, T / C, hidden_size] of the main model for this device's of tokens [B, T]."""
@@ -160,19 +166,20 @@ class DeepseekV3(nn.Module):
         )
         layer = self._layer(PIPELINED, jax.tree.map(lambda leaf: leaf[:size], shared))
 
-        def chunk(number: jax.Array, state: jax.Array, sums: Any) -> tuple[jax.Array, Any, tuple[jax.Array, Any]]:
+        def chunk(number: jax.Array, state: jax.Array, sums: Any) -> tuple[jax.Array, Any, tuple[Any, Any]]:
             own = jax.tree.map(lambda leaf: leaf[number], biases)
             state, sums, output = run_chunk(layer, self._again, params, sums, number, state, own, None)
             means = output.balance_loss, output.dropped
-            return state, sums, (output.counts, jax.tree.map(lambda mean: jnp.where(present[number], mean, 0), means))
+            means = jax.tree.map(lambda mean: jnp.where(present[number], mean, 0), means)
+            return state, sums, ((output.counts, means), output.largest_scores)
 
         inputs = x.reshape(rounds, size, *x.shape[1:])
-        outputs, sums, (counts, means) = run_pipeline(chunk, inputs, begin_sums(params, param_dtype(c)), parallel)
+        outputs, sums, (counts, means), largest = run_pipeline(chunk, inputs, begin_sums(params, param_dtype(c)), parallel)
         outputs = end_sums(outputs, sums)
         own_layers = partial(jax.tree.map, lambda leaf: leaf.reshape(-1, *leaf.shape[2:]))
         # Each of the rounds brought one micro-batch of every stage's: that many shares of the mean over sequences.
-        counts, means = own_layers((counts, jax.tree.map(lambda mean: mean / rounds, means)))
-        return outputs.reshape(x.shape), BlockOutput(None, counts, *means)
+        counts, means, largest = own_layers((counts, jax.tree.map(lambda mean: mean / rounds, means), largest))
+        return outputs.reshape(x.shape), BlockOutput(None, counts, *means)._replace(largest_scores=largest)
 
     def _run(
         self, name: str, x: jax.Array, shared: Shared, each: Any = None, part: Optional[tuple[int, int]] = None
@@ -204,9 +211,11 @@ class DeepseekV3(nn.Module):
             if division is not None:
                 params = gather_layer(division, c, (name,), params, stacked=True)
             with jax.named_scope(name):
-                return module.apply(
-                    {"params": params, ROUTER_STATE: biases}, x, shared.rope, shared.positions, each, shared.segment_ids
-                )
+                (x, output), told = module.apply(
+                    {"params": params, ROUTER_STATE: biases}, x, shared.rope, shared.positions, each, shared.segment_ids,
+                    mutable=[SCORES] if self.tells_scores else [],
+                )  # fmt: skip
+                return x, _with_scores(output, told)
 
         return layer
 
@@ -230,6 +239,15 @@ class DeepseekV3(nn.Module):
         if name == "mtp_layers":
             return MTP_FORMS[self.config.mtp_form], fields
         return Block, fields | {"moe": name == "moe_layers"}
+
+
+def _with_scores(output: Any, told: Any) -> Any:
+    """A layer's output with what its attention told of its scores, if it has one and was asked."""
+    largest = next(iter(jax.tree.leaves(told)), None)
+    if isinstance(output, BlockOutput):
+        return output._replace(largest_scores=largest)
+    state, of_block = output
+    return state, of_block._replace(largest_scores=largest)
 
 
 def _routing(

@@ -46,18 +46,18 @@ def run_pipeline(
     inputs: jax.Array,
     kept: Any,
     parallel: ParallelConfig,
-) -> tuple[jax.Array, Any, Any]:
+) -> tuple[jax.Array, Any, Any, Any]:
     """Send micro-batches through all stages; inside `shard_map` over the axis `pipe`.
 
     Args:
         chunk: (number of this device's chunk, state of a micro-batch, what the device keeps) -> (state after its
-            layers, what the device keeps, statistics).
+            layers, what the device keeps, (statistics to be summed, statistics of which the largest count)).
         inputs: [rounds, ...] micro-batches that this device read.
         kept: at first.
 
     Returns:
-        What comes out at the end for these micro-batches, what the device keeps, and the statistics summed over all
-        micro-batches by chunk: [pipe_interleave, ...].
+        What comes out at the end for these micro-batches, what the device keeps, and over all micro-batches by chunk,
+        [pipe_interleave, ...], the sums of the former statistics and the maxima of the latter.
     """
     stages, chunks, rounds = parallel.pipe, parallel.pipe_interleave, inputs.shape[0]
     stage, period = jax.lax.axis_index(AXIS), stages * chunks
@@ -66,27 +66,29 @@ def run_pipeline(
     last_chunk_ends = (chunks - 1) * stages + 2 * (stages - 1)
 
     def tick(carry: tuple, time: jax.Array) -> tuple[tuple, None]:
-        passed, arriving, leaving, outputs, totals, kept = carry
+        passed, arriving, leaving, outputs, totals, peaks, kept = carry
         work = time - stage
         busy = (work >= 0) & (work < rounds * period)
         number = work % period // stages
         # Every device offers its next micro-batch at the same time; it reaches the first stage when its turn comes.
         offered = inputs[jnp.clip(time // period, 0, rounds - 1)]
         arriving = jnp.where(time % period == 0, offered, jax.lax.ppermute(arriving, AXIS, back))
-        state, kept, told = chunk(number, jnp.where((stage == 0) & (number == 0), arriving, passed), kept)
-        totals = jax.tree.map(lambda total, new: total.at[number].add(jnp.where(busy, new, 0)), totals, told)
+        state, kept, (counted, reached) = chunk(number, jnp.where((stage == 0) & (number == 0), arriving, passed), kept)
+        totals = jax.tree.map(lambda total, new: total.at[number].add(jnp.where(busy, new, 0)), totals, counted)
+        peaks = jax.tree.map(lambda peak, new: peak.at[number].max(jnp.where(busy, new, -jnp.inf)), peaks, reached)
         leaving = jnp.where(stage == stages - 1, state, jax.lax.ppermute(leaving, AXIS, back))
         done, home = jnp.divmod(time - last_chunk_ends, period)
         place = jnp.clip(done, 0, rounds - 1)
         outputs = outputs.at[place].set(jnp.where((home == 0) & (done >= 0), leaving, outputs[place]))
-        return (jax.lax.ppermute(state, AXIS, onward), arriving, leaving, outputs, totals, kept), None
+        return (jax.lax.ppermute(state, AXIS, onward), arriving, leaving, outputs, totals, peaks, kept), None
 
     nothing = jnp.zeros_like(inputs[0])
-    told = jax.eval_shape(lambda state: chunk(jnp.int32(0), state, kept)[2], nothing)
-    totals = jax.tree.map(lambda leaf: jnp.zeros((chunks, *leaf.shape), leaf.dtype), told)
+    counted, reached = jax.eval_shape(lambda state: chunk(jnp.int32(0), state, kept)[2], nothing)
+    totals = jax.tree.map(lambda leaf: jnp.zeros((chunks, *leaf.shape), leaf.dtype), counted)
+    peaks = jax.tree.map(lambda leaf: jnp.full((chunks, *leaf.shape), -jnp.inf, leaf.dtype), reached)
     # Until work comes a stage computes on what is like it: zeros would all go to the same experts.
-    start = (inputs[0], nothing, nothing, jnp.zeros_like(inputs), totals, kept)
+    start = (inputs[0], nothing, nothing, jnp.zeros_like(inputs), totals, peaks, kept)
     times = jnp.arange(rounds * period + stages - 1)
     # The last micro-batch is home stages - 1 ticks after it left the last stage.
-    (_, _, _, outputs, totals, kept), _ = jax.lax.scan(tick, start, times)
-    return outputs, kept, totals
+    (_, _, _, outputs, totals, peaks, kept), _ = jax.lax.scan(tick, start, times)
+    return outputs, kept, totals, peaks

@@ -104,8 +104,8 @@ class Division:
         of_params = jax.tree.map(lambda spec: NamedSharding(self.mesh, spec), self.param_specs())
         whole = NamedSharding(self.mesh, PartitionSpec())
         moments = optax.tree.map_params(
-            optimizer, lambda _, sharding: sharding, state.optimizer, learning_part(trainable, of_params),
-            transform_non_params=lambda _: whole,
+            optimizer, lambda moment, sharding: moment if _is_left_out(moment) else sharding, state.optimizer,
+            learning_part(trainable, of_params), transform_non_params=lambda _: whole, is_leaf=_is_left_out,
         )  # fmt: skip
         biases = jax.tree.map(lambda _: whole, state.router_state)
         return state._replace(params=of_params, router_state=biases, optimizer=moments)
@@ -128,6 +128,11 @@ class Division:
             return function(names(path), place, *leaves)
 
         return jax.tree_util.tree_map_with_path(one, tree, *others)
+
+
+def _is_left_out(moment: Any) -> bool:
+    """Whether it stands for a parameter that another rule moves."""
+    return isinstance(moment, optax.MaskedNode)
 
 
 def place_batch(

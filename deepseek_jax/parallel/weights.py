@@ -137,6 +137,11 @@ def sum_of_layers(division: Division, config: ModelConfig, dealt: jax.Array) -> 
     return jax.lax.psum(_undeal(division, config, Place(()), dealt), ("data", "fsdp", "context", "expert"))
 
 
+def largest_of_layers(division: Division, config: ModelConfig, dealt: jax.Array) -> jax.Array:
+    """As `sum_of_layers`, the largest of each statistic."""
+    return jax.lax.pmax(_undeal(division, config, Place(()), dealt), ("data", "fsdp", "context", "expert"))
+
+
 def _step_axes(division: Division, path: tuple[str, ...]) -> tuple[str, ...]:
     return ("data", "context") if "experts" in path else ("data", "context", "expert")
 

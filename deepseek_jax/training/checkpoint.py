@@ -16,7 +16,7 @@ from deepseek_jax.checkpoint.digests import damaged_file, write_digests
 from deepseek_jax.checkpoint.orbax_source import OrbaxSource
 from deepseek_jax.checkpoint.orbax_step import META, VARIABLES, first_line, read_meta, stacked_arrays, step_meta
 from deepseek_jax.checkpoint.tensors import CheckpointError
-from deepseek_jax.config import HOW_COMPUTED, Config, ModelConfig, RopeScaling
+from deepseek_jax.config import HOW_COMPUTED, Config, ModelConfig, RopeScaling, TrainConfig
 from deepseek_jax.config.trainable import learning_part
 from deepseek_jax.parallel import processes
 from deepseek_jax.training.optimizer import make_optimizer
@@ -155,14 +155,15 @@ class Checkpoints:
         return CheckpointError(f"{self._folder}: could not save: {reason}; {good}")
 
     def restore(self, step: int) -> TrainState:
-        """The training state saved at `step`, with fresh moments if only a model was saved.
+        """The training state saved at `step`, with fresh moments if only a model was saved, or those of another optimizer.
 
         Raises:
             CheckpointError: if it is of another model or cannot be read.
         """
         fresh = jax.eval_shape(lambda: init_state(self._config))
         variables, shardings = self.restore_variables(step), self._shardings and self._shardings.optimizer
-        if (self._folder / str(step) / OPTIMIZER).is_dir():
+        trained_by = self.meta(step).get("train", {}).get("optimizer", TrainConfig.optimizer)
+        if (self._folder / str(step) / OPTIMIZER).is_dir() and trained_by == self._config.train.optimizer:
             optimizer = self._read(step, OPTIMIZER, fresh.optimizer, shardings)
         else:
             init = make_optimizer(self._config.train).init

@@ -162,7 +162,9 @@ class Loop:
             return
         self._skipped = 0
         first, *further = (float(nats) for nats in metrics.parts.cross_entropy)
-        dropped = {} if metrics.parts.dropped is None else {"dropped": float(metrics.parts.dropped)}
+        limited = {} if metrics.parts.dropped is None else {"dropped": float(metrics.parts.dropped)}
+        if metrics.parts.largest_scores is not None:
+            limited["max_attention_score"] = max(float(scores.max()) for scores in metrics.parts.largest_scores.values())
         load = [float((counts / counts.mean(axis=-1, keepdims=True)).max()) for counts in metrics.parts.counts.values()]
         self._metrics.write(
             step=plan.step,
@@ -174,12 +176,12 @@ class Loop:
             grad_norm=float(metrics.grad_norm),
             learning_rate=plan.learning_rate,
             max_expert_load=max(load, default=1.0),
-            **dropped,
+            **limited,
         )
         mtp = {"mtp": sum(further) / len(further)} if further else {}
         norm, rate = metrics.grad_norm, plan.learning_rate
         worst = {"load": max(load)} if load else {}
-        self._progress.step(plan.step, plan.tokens, loss=first, **mtp, grad=norm, lr=rate, **worst, **dropped)
+        self._progress.step(plan.step, plan.tokens, loss=first, **mtp, grad=norm, lr=rate, **worst, **limited)
 
     def _skip(self, plan: StepPlan, metrics: StepMetrics, state: TrainState) -> None:
         """Tell of a step that changed nothing; raises `UserError` when there were too many in a row."""

@@ -30,6 +30,8 @@ class LossParts(NamedTuple):
     """Tokens that chose each expert, [layers, E] for each stack with experts."""
     dropped: Optional[jax.Array] = None
     """Share of the choices that found no room, where that is limited."""
+    largest_scores: Optional[dict[str, jax.Array]] = None
+    """Of each attention head, [layers, H] by stack, where train.qk_clip limits them."""
 
 
 def training_loss(
@@ -52,7 +54,8 @@ def training_loss(
         params = gather_unstacked(division, model, params, tokens[:, :-1].size // devices_of_a_sequence(division))
     variables = {"params": params, "router_state": router_state}
     end = config.data.end_of_document if config.data.mask_documents else None
-    output = DeepseekV3(model, division).apply(variables, tokens[:, :-1], end)
+    module = DeepseekV3(model, division, tells_scores=config.train.qk_clip is not None)
+    output = module.apply(variables, tokens[:, :-1], end)
     length = tokens.shape[1] - 1 - depth
     targets = jnp.stack([own_tokens(division, tokens, length, ahead=k + 1) for k in range(depth + 1)])
     dtype = widen(output.hidden.dtype)
@@ -69,7 +72,8 @@ def training_loss(
     if counted is not None:
         by_depth = jnp.sum(nats.reshape(counted.shape) * counted, axis=(1, 2))
     loss = weighted + config.train.sequence_balance_weight * output.balance_loss
-    return loss, LossParts(by_depth, output.balance_loss, output.counts, output.dropped)
+    scores = output.largest_scores or None
+    return loss, LossParts(by_depth, output.balance_loss, output.counts, output.dropped, scores)
 
 
 def counts_of_targets(tokens: jax.Array, end: int, length: int, depth: int, division: Optional[Division]) -> jax.Array:

@@ -15,9 +15,10 @@ from deepseek_jax.model.layers import param_dtype
 from deepseek_jax.model.router import updated_bias
 from deepseek_jax.model.transformer import DeepseekV3
 from deepseek_jax.parallel.sharding import PIPELINED, Division
-from deepseek_jax.parallel.weights import collect, deliver, sum_of_layers
+from deepseek_jax.parallel.weights import collect, deliver, largest_of_layers, sum_of_layers
 from deepseek_jax.training.loss import LossParts, training_loss
 from deepseek_jax.training.optimizer import make_optimizer
+from deepseek_jax.training.qk_clip import clipped_heads
 
 
 class TrainState(NamedTuple):
@@ -26,7 +27,7 @@ class TrainState(NamedTuple):
     params: Any
     router_state: Any
     optimizer: Any
-    """Adam's moments, of the parameters that learn, and its counter."""
+    """Moments of the parameters that learn, and what counts steps."""
 
 
 class Scalars(NamedTuple):
@@ -90,20 +91,21 @@ def train_step(
         norm = jnp.sqrt(sum(jax.tree.leaves(squares)))
         skipped = ~(jnp.isfinite(metrics.loss) & jnp.isfinite(norm))
         metrics = metrics._replace(grad_norm=norm, skipped=skipped, squares=squares)
-        updates, optimizer = make_optimizer(config.train).update(gradients, state.optimizer, learning)
+        optimizer = make_optimizer(config.train, config.model, division)
+        updates, moments = optimizer.update(gradients, state.optimizer, learning)
         learnt = jax.tree.map(lambda p, u: p - scalars.learning_rate.astype(p.dtype) * u, learning, updates)
         params = with_part(state.params, learnt)
+        if config.train.qk_clip is not None and metrics.parts.largest_scores is not None:
+            params = clipped_heads(config.model, config.train.qk_clip, params, metrics.parts.largest_scores)
     speed = scalars.bias_update_speed
     router_state = {
         name: jax.tree.map(lambda bias, c=metrics.parts.counts[name]: updated_bias(bias, c, speed), biases)
         for name, biases in state.router_state.items()
     }
-    advanced = TrainState(params, router_state, optimizer)
+    advanced = TrainState(params, router_state, moments)
     state = jax.tree.map(lambda new, old: jnp.where(skipped, old, new), advanced, state)
     if division is not None:
-        state = jax.lax.with_sharding_constraint(
-            state, division.shardings(state, make_optimizer(config.train), config.train.trainable)
-        )
+        state = jax.lax.with_sharding_constraint(state, division.shardings(state, optimizer, config.train.trainable))
     return state, metrics
 
 
@@ -137,7 +139,12 @@ def _on_mesh(
             if name == PIPELINED and division.parallel.pipe > 1 else jax.lax.psum(own, MESH_AXES)
             for name, own in metrics.parts.counts.items()
         }  # fmt: skip
-        parts = mean(metrics.parts._replace(counts={}))._replace(counts=counts)
+        scores = metrics.parts.largest_scores and {
+            name: largest_of_layers(division, config.model, own)
+            if name == PIPELINED and division.parallel.pipe > 1 else jax.lax.pmax(own, MESH_AXES)
+            for name, own in metrics.parts.largest_scores.items()
+        }  # fmt: skip
+        parts = mean(metrics.parts._replace(counts={}, largest_scores=None))._replace(counts=counts, largest_scores=scores)
         return gradients, StepMetrics(mean(metrics.loss), parts)
 
     whole, cut = PartitionSpec(), division.param_specs()
@@ -169,9 +176,16 @@ def _accumulated(
         gradients, loss, parts = one(tokens[0])
     else:
         zeros = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), jax.eval_shape(one, tokens[0]))
-        totals, _ = jax.lax.scan(lambda sums, part: (jax.tree.map(jnp.add, sums, one(part)), None), zeros, tokens)
-        gradients, loss, parts = totals
+
+        def add(sums: Any, part: jax.Array) -> tuple[Any, Any]:
+            *summed, parts = one(part)
+            summed.append(parts._replace(largest_scores=None))
+            return jax.tree.map(jnp.add, sums, tuple(summed)), parts.largest_scores
+
+        start = *zeros[:2], zeros[2]._replace(largest_scores=None)
+        (gradients, loss, parts), scores = jax.lax.scan(add, start, tokens)
         mean = partial(jax.tree.map, lambda total: total / count)
         gradients, loss = mean(gradients), mean(loss)
-        parts = mean(parts._replace(counts={}))._replace(counts=parts.counts)
+        scores = jax.tree.map(lambda of_parts: jnp.max(of_parts, axis=0), scores)
+        parts = mean(parts._replace(counts={}))._replace(counts=parts.counts, largest_scores=scores)
     return gradients, StepMetrics(loss, parts)

@@ -29,7 +29,13 @@ class Latents(NamedTuple):
 
 
 class MultiHeadLatentAttention(nn.Module):
-    """Causal attention over the tokens given, or over a cache and the tokens given."""
+    """Causal attention over the tokens given, or over a cache and the tokens given.
+
+    Attributes:
+        largest_scores: of each head in the last batch, [H].
+    """
+
+    largest_scores: torch.Tensor
 
     def __init__(self, config: ModelConfig):
         super().__init__()
@@ -82,7 +88,7 @@ class MultiHeadLatentAttention(nn.Module):
         seen = torch.arange(k.shape[1], device=x.device) <= rows[:, :, None]
         if segment_ids is not None:
             seen = seen & (segment_ids[:, :, None] == segment_ids[:, None])
-        out = attention(q, k, v, softmax_scale(self.config), seen)
+        out, self.largest_scores = attention(q, k, v, softmax_scale(self.config), seen)
         return self.o_proj(out.flatten(-2)), latents
 
     def _project(self, x: torch.Tensor, rope: tuple[torch.Tensor, torch.Tensor]) -> tuple[torch.Tensor, torch.Tensor, Latents]:
@@ -108,7 +114,9 @@ class MultiHeadLatentAttention(nn.Module):
         return k_nope, v
 
 
-def attention(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, scale: float, seen: torch.Tensor) -> torch.Tensor:
+def attention(
+    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, scale: float, seen: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor]:
     """Softmax attention of every token to the positions it sees.
 
     Args:
@@ -119,10 +127,10 @@ def attention(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, scale: float, s
         seen: [B, T, S] booleans.
 
     Returns:
-        [B, T, H, V]. Scores and softmax are computed in at least float32.
+        [B, T, H, V], and the largest score of each head [H]. Scores and softmax are computed in at least float32.
     """
     wide = widen(q.dtype)
     scores = torch.einsum("bthd,bshd->bhts", q.to(wide), k.to(wide)) * scale
     scores = scores.masked_fill(~seen[:, None], float("-inf"))
     weights = torch.softmax(scores, dim=-1).to(q.dtype)
-    return torch.einsum("bhts,bshv->bthv", weights, v)
+    return torch.einsum("bhts,bshv->bthv", weights, v), scores.detach().amax(dim=(0, 2, 3))

@@ -10,6 +10,7 @@ from deepseek_jax.config import Config
 from deepseek_torch.model.layers import widen
 from deepseek_torch.model.segments import segments
 from deepseek_torch.model.transformer import DeepseekV3
+from deepseek_torch.training.qk_clip import largest_scores
 
 
 class LossParts(NamedTuple):
@@ -23,6 +24,8 @@ class LossParts(NamedTuple):
     """Tokens that chose each expert, [layers, E] for each stack with experts."""
     dropped: Optional[torch.Tensor] = None
     """Share of the choices that found no room, where that is limited."""
+    largest_scores: Optional[torch.Tensor] = None
+    """Of each attention head, [layers, H] with those of MTP modules last, where train.qk_clip limits them."""
 
 
 def training_loss(
@@ -49,7 +52,8 @@ def training_loss(
     loss = next_token + config.train.sequence_balance_weight * output.balance_loss
     if further:
         loss = loss + mtp_weight * sum(further) / len(further)
-    parts = LossParts(torch.stack(losses).detach(), output.balance_loss.detach(), output.counts, output.dropped)
+    scores = None if config.train.qk_clip is None else largest_scores(model)
+    parts = LossParts(torch.stack(losses).detach(), output.balance_loss.detach(), output.counts, output.dropped, scores)
     return loss, parts
 
 

@@ -1,20 +1,27 @@
-"""AdamW as the report sets it (4.2): clipped by global norm, decayed where a weight is a matrix."""
+"""AdamW as the report sets it (4.2), or Muon beside it: clipped by global norm, decayed where a weight is a matrix."""
 
 from collections.abc import Iterable
+from typing import Any
 
 import torch
 from torch import nn
 
 from deepseek_jax.config import TrainConfig
+from deepseek_torch.training.muon import Muon, is_orthogonalised, muon_group
 
 
 def make_optimizer(train: TrainConfig, model: nn.Module) -> torch.optim.AdamW:
-    """PyTorch's own AdamW; the learning rate is set by each step."""
+    """PyTorch's own AdamW, with Muon for the matrices where asked for; the learning rate is set by each step."""
     named = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
+    groups: list[dict[str, Any]] = []
+    if train.optimizer == "muon":
+        groups.append(muon_group(model, named, momentum=train.muon_momentum, weight_decay=train.weight_decay))
+        named = [(name, p) for name, p in named if not is_orthogonalised(name)]
     matrices = [p for name, p in named if decays(name)]
     norms = [p for name, p in named if not decays(name)]
-    groups = [{"params": matrices, "weight_decay": train.weight_decay}, {"params": norms, "weight_decay": 0.0}]
-    optimizer = torch.optim.AdamW(groups, lr=0.0, betas=(train.beta1, train.beta2), eps=train.adam_eps)
+    groups += [{"params": matrices, "weight_decay": train.weight_decay}, {"params": norms, "weight_decay": 0.0}]
+    kind = Muon if train.optimizer == "muon" else torch.optim.AdamW
+    optimizer = kind(groups, lr=0.0, betas=(train.beta1, train.beta2), eps=train.adam_eps)
     if train.adam_moment_dtype == "bfloat16":
         optimizer.register_step_pre_hook(lambda *_: _keep_moments_in(None, optimizer))
         optimizer.register_step_post_hook(lambda *_: _keep_moments_in(torch.bfloat16, optimizer))
@@ -22,9 +29,9 @@ def make_optimizer(train: TrainConfig, model: nn.Module) -> torch.optim.AdamW:
 
 
 def _keep_moments_in(dtype: torch.dtype | None, optimizer: torch.optim.AdamW) -> None:
-    """Convert both moments to `dtype` (report 3.3.3), or to their parameters' where that is None, for a step."""
+    """Convert all moments to `dtype` (report 3.3.3), or to their parameters' where that is None, for a step."""
     for parameter, state in optimizer.state.items():
-        for moment in ("exp_avg", "exp_avg_sq"):
+        for moment in {"exp_avg", "exp_avg_sq", "momentum"} & state.keys():
             state[moment] = state[moment].to(dtype or parameter.dtype)
 
 

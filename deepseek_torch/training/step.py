@@ -11,6 +11,7 @@ from deepseek_torch.model.router import updated_bias
 from deepseek_torch.model.transformer import DeepseekV3
 from deepseek_torch.training.loss import LossParts, training_loss
 from deepseek_torch.training.optimizer import clip_by_global_norm, make_optimizer
+from deepseek_torch.training.qk_clip import clip_heads
 from deepseek_torch.training.schedules import StepPlan
 
 
@@ -65,6 +66,8 @@ def train_step(state: TrainState, tokens: torch.Tensor, plan: StepPlan, config: 
     for group in state.optimizer.param_groups:
         group["lr"] = plan.learning_rate
     state.optimizer.step()
+    if config.train.qk_clip is not None and parts.largest_scores is not None:
+        clip_heads(state.model, config.train.qk_clip, parts.largest_scores)
     for stack, counts in parts.counts.items():
         for layer, of_layer in zip(getattr(state.model, stack), counts, strict=True):
             bias = layer.mlp.gate.e_score_correction_bias
@@ -88,4 +91,6 @@ def _accumulated(state: TrainState, tokens: torch.Tensor, mtp_weight: float, con
     counts = {stack: torch.stack([part.counts[stack] for part in parts]).sum(dim=0) for stack in parts[0].counts}
     shares = [part.dropped for part in parts if part.dropped is not None]
     dropped = torch.stack(shares).mean() if shares else None
-    return torch.stack(losses).mean(), LossParts(cross_entropy, balance_loss, counts, dropped)
+    scores = [part.largest_scores for part in parts if part.largest_scores is not None]
+    largest = torch.stack(scores).amax(dim=0) if scores else None
+    return torch.stack(losses).mean(), LossParts(cross_entropy, balance_loss, counts, dropped, largest)

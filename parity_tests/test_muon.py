@@ -1,0 +1,126 @@
+"""Muon: which matrices it makes orthogonal, as PyTorch's own Muon does, in both siblings and on a mesh."""
+
+import dataclasses
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import torch
+
+from deepseek_jax.checkpoint.layout import layout
+from deepseek_jax.config import TrainConfig, load_config
+from deepseek_jax.training.muon import is_orthogonalised
+from deepseek_jax.training.optimizer import make_optimizer
+from deepseek_jax.training.step import Scalars, TrainState, train_step
+from deepseek_torch.model.transformer import DeepseekV3
+from deepseek_torch.training.muon import is_orthogonalised as is_orthogonalised_in_torch
+from deepseek_torch.training.optimizer import make_optimizer as make_torch_optimizer
+from deepseek_torch.training.schedules import plan_steps
+from deepseek_torch.training.step import TrainState as TorchTrainState
+from deepseek_torch.training.step import train_step as torch_train_step
+from parity_tests.comparison import assert_close
+from parity_tests.modules import COMPILE_QUICKLY
+from parity_tests.siblings import Siblings
+from parity_tests.test_training import few_words, lockstep_config
+from parity_tests.weights import to_torch
+
+TINY = dataclasses.replace(load_config("tiny").model, precision="float64", num_hidden_layers=2)
+TRAIN = TrainConfig(optimizer="muon", gradient_clip=1e9, weight_decay=0.3, muon_momentum=0.9)
+
+
+@pytest.fixture
+def wide_oracle(monkeypatch):
+    """`torch.optim.Muon` in the parameters' own type."""
+    monkeypatch.setattr(torch.Tensor, "bfloat16", torch.Tensor.clone)
+
+
+def test_every_head_and_every_expert_is_moved_as_a_matrix_of_its_own_by_torchs_muon(wide_oracle):
+    """Five steps in float64: queries by head, keys and values of each head apart, experts one by one, the rest whole.
+
+    Gradients are large, so that the two's epsilons, added here and a limit there, say nothing.
+    """
+    c, rng = TINY, np.random.default_rng(0)
+    nope, rope, v, heads = c.qk_nope_head_dim, c.qk_rope_head_dim, c.v_head_dim, c.num_attention_heads
+    names = {
+        "q_b_proj": ("self_attn", "q_b_proj", "weight"), "kv_b_proj": ("self_attn", "kv_b_proj", "weight"),
+        "o_proj": ("self_attn", "o_proj", "weight"), "up_proj": ("mlp", "experts", "up_proj"),
+    }  # fmt: skip
+    shapes = {"q_b_proj": (2, 24, heads * (nope + rope)), "kv_b_proj": (2, 16, heads * (nope + v)), "o_proj": (2, 9, 16),
+              "up_proj": (2, 3, 8, 12)}  # fmt: skip
+    start = {name: rng.standard_normal(shape) for name, shape in shapes.items()}
+
+    def matrices(name: str, of_layers: np.ndarray) -> list[np.ndarray]:
+        widths = {"q_b_proj": [nope + rope] * heads, "kv_b_proj": [nope, v] * heads}.get(name, [of_layers.shape[-1]])
+        flat = of_layers.reshape(-1, *of_layers.shape[-2:])
+        return [part for matrix in flat for part in np.split(matrix, np.cumsum(widths)[:-1], axis=-1)]
+
+    def tree(by_name: dict) -> dict:
+        layers: dict = {}
+        for name, leaf in by_name.items():
+            stack, module, last = names[name]
+            layers.setdefault(stack, {}).setdefault(module, {})[last] = leaf
+        return {"moe_layers": layers}
+
+    oracle = {name: [torch.nn.Parameter(torch.from_numpy(m.copy()).T) for m in matrices(name, x)] for name, x in start.items()}
+    muon = torch.optim.Muon([p for of in oracle.values() for p in of], lr=0.01, weight_decay=0.3, momentum=0.9,
+                            adjust_lr_fn="match_rms_adamw")  # fmt: skip
+    with jax.enable_x64(True):
+        params, optimizer = tree({name: jnp.asarray(x) for name, x in start.items()}), make_optimizer(TRAIN, c)
+        state, update = optimizer.init(params), jax.jit(optimizer.update, compiler_options=COMPILE_QUICKLY)
+        for _ in range(5):
+            gradients = {name: 1e5 * rng.standard_normal(shape) for name, shape in shapes.items()}
+            updates, state = update(tree(gradients), state, params)
+            params = jax.tree.map(lambda p, u: p - 0.01 * u, params, updates)
+            for name, of in oracle.items():
+                for parameter, gradient in zip(of, matrices(name, gradients[name]), strict=True):
+                    parameter.grad = torch.from_numpy(gradient.copy()).T
+            muon.step()
+        for name, of in oracle.items():
+            stack, module, last = names[name]
+            ours = matrices(name, np.asarray(params["moe_layers"][stack][module][last]))
+            assert_close(dict(enumerate(ours)), {i: p.detach().T for i, p in enumerate(of)}, 1e-12)
+
+
+def test_both_siblings_choose_the_same_parameters():
+    """All matrices of attention, feed-forwards, experts and the MTP modules' joining projection."""
+    chosen = {place.name for place in layout(TINY) if place.path[0] == "params" and is_orthogonalised(place.path)}
+    own = {name for name, _ in DeepseekV3(TINY).named_parameters() if is_orthogonalised_in_torch(name)}
+    assert own == chosen
+    kinds = {".".join(word for word in name.split(".")[3:-1] if not word.isdecimal()) for name in own}
+    attention = {f"self_attn.{name}" for name in ("q_a_proj", "q_b_proj", "kv_a_proj_with_mqa", "kv_b_proj", "o_proj")}
+    entering = [f"mlp.{kind}{name}" for kind in ("", "experts.", "shared_experts.") for name in ("gate_proj", "up_proj")]
+    assert kinds == attention | {*entering, "eh_proj"} | {name.replace("up_", "down_") for name in entering[1::2]}
+
+
+LIMIT = 0.02
+
+
+def test_six_steps_in_lockstep():
+    """Muon, and scores that reach the limit: losses, scores and every parameter after every step."""
+    config = lockstep_config()
+    train = dataclasses.replace(config.train, optimizer="muon", qk_clip=LIMIT, steps=6)
+    model = dataclasses.replace(config.model, first_k_dense_replace=0, num_hidden_layers=1, num_nextn_predict_layers=1)
+    config = dataclasses.replace(config, train=train, model=model)
+    pair = Siblings(config.model)
+    params, router_state = pair.variables["params"], pair.variables["router_state"]
+    in_torch = TorchTrainState(pair.torch, make_torch_optimizer(train, pair.torch))
+    clipped = 0
+    with jax.enable_x64(True):
+        in_jax = TrainState(params, router_state, make_optimizer(train).init(params))
+        step = jax.jit(partial(train_step, config=config), compiler_options=COMPILE_QUICKLY)
+        for plan in plan_steps(train):
+            tokens = few_words(config, seed=plan.step)
+            scalars = Scalars(*map(jnp.float64, (plan.learning_rate, plan.bias_update_speed, plan.mtp_loss_weight)))
+            in_jax, ours = step(in_jax, tokens, scalars)
+            theirs = torch_train_step(in_torch, torch.from_numpy(tokens).long(), plan, config)
+            scores = ours.parts.largest_scores
+            scores = np.concatenate([scores[stack] for stack in ("moe_layers", "mtp_layers")])
+            told = {"loss": ours.loss, "norm": ours.grad_norm, "scores": scores}
+            assert_close(told, {"loss": theirs.loss, "norm": theirs.grad_norm, "scores": theirs.parts.largest_scores}, 1e-12)
+            variables = {"params": in_jax.params, "router_state": in_jax.router_state}
+            assert_close(to_torch(variables, config.model), in_torch.model.state_dict(), 1e-12)
+            clipped += int((scores > LIMIT).sum())
+    heads = 2 * config.model.num_attention_heads
+    assert 0 < clipped < 6 * heads, clipped
