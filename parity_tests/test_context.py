@@ -24,7 +24,7 @@ def config_on(masked: bool, **mesh: int) -> Config:
     return dataclasses.replace(
         config,
         model=dataclasses.replace(config.model, num_hidden_layers=4),
-        train=dataclasses.replace(config.train, sequence_length=LENGTH, batch_size=16),
+        train=dataclasses.replace(config.train, sequence_length=LENGTH, batch_size=16, qk_clip=None),
         data=dataclasses.replace(config.data, mask_documents=masked, end_of_document=END),
     )
 

@@ -10,10 +10,12 @@ import pytest
 import torch
 
 from deepseek_jax.checkpoint.layout import layout
-from deepseek_jax.config import TrainConfig, load_config
+from deepseek_jax.config import ConfigError, TrainConfig, load_config
+from deepseek_jax.training.checkpoint import Checkpoints
 from deepseek_jax.training.muon import is_orthogonalised
 from deepseek_jax.training.optimizer import make_optimizer
-from deepseek_jax.training.step import Scalars, TrainState, train_step
+from deepseek_jax.training.schedules import Position
+from deepseek_jax.training.step import Scalars, TrainState, init_state, train_step
 from deepseek_torch.model.transformer import DeepseekV3
 from deepseek_torch.training.muon import is_orthogonalised as is_orthogonalised_in_torch
 from deepseek_torch.training.optimizer import make_optimizer as make_torch_optimizer
@@ -124,3 +126,31 @@ def test_six_steps_in_lockstep():
             clipped += int((scores > LIMIT).sum())
     heads = 2 * config.model.num_attention_heads
     assert 0 < clipped < 6 * heads, clipped
+
+
+def test_its_state_is_saved_and_another_optimizers_is_not_taken_for_it(tmp_path):
+    config = load_config("tiny", ["train.optimizer=muon"])
+    shapes, rng = jax.eval_shape(partial(init_state, config)), np.random.default_rng(0)
+    state = jax.tree.map(lambda leaf: jnp.asarray(rng.uniform(1, 9, leaf.shape), leaf.dtype), shapes)
+    checkpoints = Checkpoints(tmp_path, config)
+    checkpoints.save(Position(3, 12, 384), state)
+    checkpoints.wait()
+    restored = checkpoints.restore(3)
+    assert jax.tree.structure(restored) == jax.tree.structure(state)
+    assert all(np.array_equal(*pair) for pair in zip(jax.tree.leaves(restored), jax.tree.leaves(state)))
+    # Who goes on by AdamW, as `--allow train.optimizer` lets one, begins with fresh moments.
+    other = Checkpoints(tmp_path, load_config("tiny")).restore(3)
+    assert not any(leaf.any() for leaf in jax.tree.leaves(other.optimizer))
+    assert all(np.array_equal(*pair) for pair in zip(jax.tree.leaves(other.params), jax.tree.leaves(state.params)))
+
+
+@pytest.mark.parametrize(("field", "complaint"), [
+    ("optimizer=shampoo", "train.optimizer=shampoo: choose one of adamw, muon"),
+    ("muon_momentum=1", r"train.muon_momentum=1.0: must be in \[0, 1\)"),
+    ("qk_clip=0", "train.qk_clip=0.0: must be greater than 0"),
+])  # fmt: skip
+def test_what_there_is_not(field, complaint):
+    with pytest.raises(ConfigError, match=complaint):
+        load_config("tiny", [f"train.{field}"])
+    with pytest.raises(ConfigError, match=r"train.qk_clip=9.0: scales weights of queries and keys, which train.trainable may"):
+        load_config("tiny", ["train.qk_clip=9", "train.trainable=[lm_head/*]"])
