@@ -5,7 +5,7 @@ What is one matrix is what acts as one: an expert of a stack, and of the project
 one head. On a mesh every matrix is sent whole to one device, and comes back in the parts in which it is kept.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any, Optional
 
@@ -41,31 +41,28 @@ def scale_by_muon(
     def update(gradients: Any, state: optax.TraceState, params: Any = None) -> tuple[Any, optax.TraceState]:
         assert model is not None
         updates, state = momentum.update(gradients, state)
-        return jax.tree_util.tree_map_with_path(
-            lambda path, leaf: _orthogonalised(model, division, names(path), leaf), updates
-        ), state
+        if division is None:
+            alone = jax.tree_util.tree_map_with_path(lambda path, leaf: _orthogonalised(model, names(path), leaf), updates)
+            return alone, state
+        return division.map(partial(_on_mesh, model, division), updates), state
 
     return optax.GradientTransformation(momentum.init, update)
 
 
-def _orthogonalised(model: ModelConfig, division: Optional[Division], path: tuple[str, ...], update: jax.Array) -> jax.Array:
+def _orthogonalised(model: ModelConfig, path: tuple[str, ...], update: jax.Array) -> jax.Array:
     """Every matrix of the update of the parameter at `path`, [..., in, out]."""
     heads, widths = _heads(model, path, update.shape[-1])
+    by_head = update.reshape(-1, update.shape[-2], heads, sum(widths)).swapaxes(1, 2)
+    ends = [sum(widths[: i + 1]) for i in range(len(widths) - 1)]
+    parts = [orthogonal(part.reshape(-1, *part.shape[2:])) for part in jnp.split(by_head, ends, axis=-1)]
+    whole = jnp.concatenate(parts, axis=-1).reshape(by_head.shape)
+    return whole.swapaxes(1, 2).reshape(update.shape)
 
-    def of_stack(stack: jax.Array) -> jax.Array:
-        by_head = stack.reshape(*stack.shape[:2], heads, -1).swapaxes(1, 2)
-        ends = [sum(widths[: i + 1]) for i in range(len(widths) - 1)]
-        parts = [orthogonal(part.reshape(-1, *part.shape[2:])) for part in jnp.split(by_head, ends, axis=-1)]
-        whole = jnp.concatenate(parts, axis=-1).reshape(by_head.shape)
-        return whole.swapaxes(1, 2).reshape(stack.shape)
 
-    if division is None:
-        return of_stack(update.reshape(-1, *update.shape[-2:])).reshape(update.shape)
-    place = division.places
-    for name in path:
-        place = place[name]
+def _on_mesh(model: ModelConfig, division: Division, path: tuple[str, ...], place: Place, update: jax.Array) -> jax.Array:
+    """The same of an update that the devices have in parts."""
+    shared = partial(_shared_out, partial(_orthogonalised, model, path), division, place)
     spec = place.spec()
-    shared = partial(_shared_out, of_stack, division, place)
     return jax.shard_map(shared, mesh=division.mesh, in_specs=spec, out_specs=spec, check_vma=False)(update)
 
 
@@ -89,8 +86,8 @@ def orthogonal(matrices: jax.Array) -> jax.Array:
     return found * (ROOT_MEAN_SQUARE * max(matrices.shape[1:]) ** 0.5)
 
 
-def _shared_out(of_stack: Any, division: Division, place: Place, own: jax.Array) -> jax.Array:
-    """`of_stack` of whole matrices of which this device has a part, inside `shard_map`.
+def _shared_out(change: Callable[[jax.Array], jax.Array], division: Division, place: Place, own: jax.Array) -> jax.Array:
+    """`change` of whole matrices of which this device has parts, inside `shard_map`.
 
     What an axis of the mesh cuts within matrices, its devices exchange: each gets some of the matrices whole.
     """
@@ -101,7 +98,7 @@ def _shared_out(of_stack: Any, division: Division, place: Place, own: jax.Array)
         counts.append(len(stack))
         stack = jnp.pad(stack, [(0, -len(stack) % division.mesh.shape[axis]), (0, 0), (0, 0)])
         stack = jax.lax.all_to_all(stack, axis, split_axis=0, concat_axis=dim, tiled=True)
-    stack = of_stack(stack)
+    stack = change(stack)
     for axis, dim in cuts:
         stack = jax.lax.all_to_all(stack, axis, split_axis=dim, concat_axis=0, tiled=True)[: counts.pop()]
     return stack.reshape(own.shape)
