@@ -1,9 +1,11 @@
 """The sibling's runs: gone on with exactly, changes named, damage told, and steps that are no numbers."""
 
 import json
+import shutil
 
 import pytest
 import torch
+from safetensors.torch import load_file
 
 import deepseek_torch.train as command
 from deepseek_jax.checkpoint.tensors import CheckpointError
@@ -13,7 +15,8 @@ from deepseek_torch.training import step as steps
 from parity_tests.conversions import turn_a_bit
 
 FIELDS = ["train.steps=6", "train.checkpoint_every=2", "train.eval_every=3", "train.eval_sequences=2",
-          "train.sequence_length=16", "model.num_hidden_layers=2", "model.num_nextn_predict_layers=0"]  # fmt: skip
+          "train.sequence_length=16", "model.num_hidden_layers=2", "model.num_nextn_predict_layers=0",
+          "train.optimizer=muon", "train.qk_clip=0.05"]  # fmt: skip
 
 
 def config(folder, name, *fields):
@@ -51,6 +54,14 @@ def dies_at(monkeypatch, number):
 def kept(folder, name, step=6):
     place = folder / name / "states" / str(step) / "state"
     return (folder / name / "metrics.jsonl").read_text(), (place / "training.safetensors").read_bytes()
+
+
+def test_another_optimizer_goes_on_with_moments_of_its_own(alone):
+    shutil.copytree(alone / "alone", alone / "changed")
+    fields = ["train.optimizer=adamw", "train.steps=7"]
+    command.train(config(alone, "changed", *fields), resume=True, allowed=["train.optimizer", "train.steps"])
+    tensors = load_file(alone / "changed/states/7/state/training.safetensors")
+    assert tensors["step/lm_head.weight"] == 1 and not any(name.startswith("momentum/") for name in tensors)
 
 
 def test_a_run_that_died_goes_on_exactly(alone, monkeypatch, capsys):

@@ -19,7 +19,7 @@ from deepseek_jax.checkpoint.digests import DIGESTS, damaged_file, write_digests
 from deepseek_jax.checkpoint.staging import disk_errors, staged_directory
 from deepseek_jax.checkpoint.tensors import CheckpointError
 from deepseek_jax.checkpoint.untrusted import read_object
-from deepseek_jax.config import Config
+from deepseek_jax.config import Config, TrainConfig
 from deepseek_jax.errors import report
 from deepseek_jax.training.resume import check_changes, saved_sections
 from deepseek_jax.training.schedules import Position
@@ -67,6 +67,8 @@ def restore_state(config: Config, state: TrainState, allowed: Collection[str]) -
         position = Position(**meta["position"])
         for line in check_changes(meta, config, allowed, position):
             print(line)
+        if meta["train"].get("optimizer", TrainConfig.optimizer) != config.train.optimizer:  # another's moments
+            tensors = {name: tensor for name, tensor in tensors.items() if name.startswith("model/")}
         _fill(state, tensors, folder)
         return position
     if damaged is not None:
