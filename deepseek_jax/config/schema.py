@@ -287,7 +287,8 @@ class ParallelConfig:
     fsdp: int = 1
     """Replicas that also divide the weights themselves, gathered layer by layer (ZeRO-3)."""
     context: int = 1
-    """Devices that divide each sequence, for lengths that one does not hold; attention gathers the latents of all tokens."""
+    """Devices that divide each sequence, for lengths that one does not hold, and all that `fsdp` does; attention gathers the
+    latents of all tokens."""
     expert: int = 1
     """Replicas that divide the routed experts; tokens travel to them."""
 

@@ -35,10 +35,11 @@ def resolve(config: Config, devices: int) -> ParallelConfig:
             f"parallel.pipe={parallel.pipe} with pipe_interleave={parallel.pipe_interleave}: {stages} parts for "
             f"{layers} mixture-of-experts layers; at most pipe={max(layers // parallel.pipe_interleave, 1)}"
         )
-    if parallel.fsdp > 1 and model.remat == "none":
-        raise ConfigError(
-            "model.remat=none: would keep every gathered weight under parallel.fsdp; choose products, attention or full"
-        )
+    for axis in ("fsdp", "context"):
+        if getattr(parallel, axis) > 1 and model.remat == "none":
+            raise ConfigError(
+                f"model.remat=none: would keep every gathered weight under parallel.{axis}; choose products, attention or full"
+            )
     context, length = parallel.context, train.sequence_length
     if context > 1 and length % (2 * context):
         raise ConfigError(

@@ -37,7 +37,7 @@ TABLE = {
                                   "model takes its own"),
     "experts": Row(("expert",), "an expert's weights stay where they are and tokens travel to it: of many experts' weights "
                                 "and their tokens, these are the smaller load"),
-    "features": Row(("fsdp", "pipe", "data", "context", "expert"), "inputs and outputs are the only axes that all weights "
+    "features": Row(("fsdp", "context", "pipe", "data", "expert"), "inputs and outputs are the only axes that all weights "
                                                                    "have; what a step gathers last is cut first"),
     "layers": Row((), "any number of layers must fit; a step deals them out to the pipeline's stages"),
     "served": Row(("fsdp",), "features of a model that only writes or scores: it has no moments, and what `data` and `expert` "

@@ -18,7 +18,7 @@ DIVIDES = {
     "pipe": "the mixture-of-experts layers, in stages",
     "data": "sequences, master weights and moments (ZeRO-1)",
     "fsdp": "sequences, master weights and moments, weights too (ZeRO-3)",
-    "context": "each sequence; also master weights and moments (ZeRO-1)",
+    "context": "each sequence; also master weights and moments, weights too (ZeRO-3)",
     "expert": "sequences, and the routed experts, to which tokens travel",
 }
 

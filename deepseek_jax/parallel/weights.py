@@ -1,8 +1,8 @@
 """Weights put together for a step, and their gradients taken apart again; all inside `shard_map` over the whole mesh.
 
-Once a step, `collect` gathers what `data`, `context` (both ZeRO-1) and `expert` cut, and deals the pipelined stack's
-layers to their stages. What `fsdp` (ZeRO-3) cuts, `gather_layer` puts together layer by layer, and the backward pass
-again; outside the pipelined stack the axis `pipe` is one more of that kind, so that no stage alone carries embedding and head.
+Once a step, `collect` gathers what `data` (ZeRO-1) and `expert` cut, and deals the pipelined stack's layers to their
+stages. What `fsdp` and `context` (ZeRO-3) cut, `gather_layer` puts together layer by layer, and the backward pass again;
+outside the pipelined stack the axis `pipe` is one more of that kind, so that no stage alone carries embedding and head.
 Weights are gathered in the type that products take them in, gradients are summed in the parameters' own.
 """
 
@@ -111,7 +111,7 @@ def _vectors_travel(division: Division, config: ModelConfig, tokens: int) -> boo
 
 def layer_axes(division: Division, path: tuple[str, ...]) -> tuple[str, ...]:
     """Mesh axes over which a parameter is gathered where it is used."""
-    return ("fsdp",) if _is_dealt(division, path) else ("fsdp", "pipe")
+    return ("fsdp", "context") if _is_dealt(division, path) else ("fsdp", "context", "pipe")
 
 
 def product_type(config: ModelConfig, path: tuple[str, ...], dtype: jnp.dtype) -> jnp.dtype:
@@ -143,7 +143,7 @@ def largest_of_layers(division: Division, config: ModelConfig, dealt: jax.Array)
 
 
 def _step_axes(division: Division, path: tuple[str, ...]) -> tuple[str, ...]:
-    return ("data", "context") if "experts" in path else ("data", "context", "expert")
+    return ("data",) if "experts" in path else ("data", "expert")
 
 
 def _cuts(place: Place, axes: tuple[str, ...]) -> Cuts:

@@ -200,8 +200,9 @@ def _rough(config: Config, topology: Topology, devices: list, state: Any) -> Can
         return links.seconds(Collective(kind, (), tuple(devices.tolist()), whole, 1, 0, ""))
 
     all_weights = sum(leaf.size for leaf in jax.tree.leaves(state.params)) * 2 // (parallel.expert * parallel.pipe)
-    traffic = sent("all-gather", along("fsdp"), 3 * all_weights * train.gradient_accumulation_steps)
-    traffic += sum(sent("all-gather", along(axis), 3 * all_weights) for axis in ("data", "context"))
+    by_layer = 3 * all_weights * train.gradient_accumulation_steps
+    traffic = sum(sent("all-gather", along(axis), by_layer) for axis in ("fsdp", "context"))
+    traffic += sent("all-gather", along("data"), 3 * all_weights)
     exchanges = (4 if model.remat == "products" else 5) * layers * train.gradient_accumulation_steps
     for hop in hops_of(model, parallel, tokens):
         travelling = tokens * devices_of_a_token(model, model.n_routed_experts // hop.experts) * model.hidden_size * 2
