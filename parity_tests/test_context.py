@@ -76,6 +76,7 @@ def test_five_steps_are_those_of_one_device(mesh, start, runs):
     assert_same(Stepper(config_on(masked, **mesh), start).run(start), runs(masked))
 
 
+@pytest.mark.slow
 def test_evaluation_counts_every_token_once(start):
     """Nats of held-out sequences whose documents are apart, of which one is there for its length alone."""
     config = config_on(True, context=2)

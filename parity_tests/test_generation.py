@@ -24,7 +24,9 @@ from deepseek_jax.generation.continuation import Continuation
 from deepseek_jax.generation.generator import Generator
 from deepseek_jax.generation.sampling import Sampling, choices, sequence_keys
 from deepseek_jax.generation.sampling import sample_token as jax_sample_token
+from deepseek_jax.model import decoding
 from deepseek_torch.generate import generate, sample_token
+from parity_tests.comparison import relative_difference
 from parity_tests.siblings import Siblings
 
 PROMPTS = [[5, 9, 2, 77, 31], [8], [100, 101, 102]]
@@ -55,6 +57,17 @@ def from_jax(prompts, max_new_tokens, end=None, **arrangement):
 
 def from_torch(prompts, max_new_tokens, end=None):
     return list(generate(siblings().torch, prompts, max_new_tokens, end))
+
+
+def test_decodings_last_norm_has_the_models_epsilon():
+    """So large that it shows; of the layers' norms the whole model's tests tell."""
+    config = dataclasses.replace(siblings().config, rms_norm_eps=0.5)
+    pair, hidden = Siblings(config), np.random.default_rng(0).standard_normal((2, 3, config.hidden_size))
+    with torch.no_grad():
+        expected = pair.torch.model["norm"](torch.from_numpy(hidden)) @ pair.torch.head()
+    with jax.enable_x64(True):
+        weights = decoding.prepare(config, pair.variables, 2)
+        assert relative_difference(decoding.logits_of(config, weights, jnp.asarray(hidden)), expected) < 1e-13
 
 
 def without_cache(prompt, count):

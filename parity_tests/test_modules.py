@@ -9,6 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import torch
+from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
 import deepseek_jax.model.rope as jax_rope
 import deepseek_jax.model.router as jax_router
@@ -20,6 +21,7 @@ from deepseek_torch.model.attention import Latents as TorchLatents
 from parity_tests.comparison import assert_within, relative_difference
 from parity_tests.modules import COMPILE_QUICKLY, Maker, cases, compare
 from parity_tests.siblings import Siblings
+from parity_tests.transformers_oracle import transformers_config
 from parity_tests.weights import module_variables
 
 TOLERANCES = {"float64": 1e-12, "float32": 1e-5}
@@ -138,6 +140,7 @@ SCALINGS = [
     RopeScaling(mscale=0.0),
     RopeScaling(mscale=0.5, mscale_all_dim=0.0),
     RopeScaling(factor=3.0, original_max_position_embeddings=64, beta_fast=2.0, beta_slow=2.0),
+    RopeScaling(original_max_position_embeddings=131072),  # the slow cut lies beyond the last pair
 ]
 
 
@@ -148,6 +151,10 @@ def test_yarn_is_derived_alike(scaling, dim):
     assert relative_difference(jax_rope.inverse_frequencies(config), torch_rope.inverse_frequencies(config)) < 1e-15
     assert math.isclose(jax_rope.rope_magnitude(config), torch_rope.rope_magnitude(config), rel_tol=1e-15)
     assert math.isclose(jax_rope.softmax_scale(config), torch_rope.softmax_scale(config), rel_tol=1e-15)
+    if scaling is not None:
+        theirs, magnitude = ROPE_INIT_FUNCTIONS["yarn"](transformers_config(config), device="cpu")  # in float32
+        assert relative_difference(jax_rope.inverse_frequencies(config), theirs) < 1e-6
+        assert math.isclose(jax_rope.rope_magnitude(config), magnitude, rel_tol=1e-12)
 
 
 def test_yarn_of_deepseek_v3():

@@ -9,6 +9,7 @@ from tokenizers import Tokenizer, models
 
 from deepseek_jax.config import Config
 from deepseek_jax.data import packing
+from deepseek_jax.data import tokenizer as tokenizing
 from deepseek_jax.data.documents import DataError
 from deepseek_jax.data.packing import is_prepared, prepare, write_tokens
 from deepseek_jax.data.tokenizer import train_tokenizer
@@ -22,6 +23,17 @@ def test_tokens_are_the_documents_each_with_its_end(tokenizer, tmp_path):
     expected = [i for text in texts for i in [*tokenizer.encode(text).ids, 0]]
     assert tokens.dtype == np.uint16 and len(tokens) == count and tokens.tolist() == expected
     assert [path.name for path in tmp_path.iterdir()] == ["tokens.npy"]
+
+
+def test_a_text_in_pieces_has_one_end(tokenizer, tmp_path, monkeypatch):
+    """Pieces that one batch takes, and a text whose pieces are in several."""
+    monkeypatch.setattr(tokenizing, "PIECE_CHARACTERS", 500)
+    monkeypatch.setattr(packing, "BATCH_CHARACTERS", 1200)
+    long = "\n".join(line for line in TEXT.splitlines() if line[-1:].isalnum())  # where a piece may end
+    assert len(list(tokenizing.pieces(long))) > 10
+    write_tokens([long, "short", long[:1000]], tokenizer, tmp_path / "tokens.npy")
+    expected = [i for text in (long, "short", long[:1000]) for i in [*tokenizer.encode(text).ids, 0]]
+    assert np.load(tmp_path / "tokens.npy").tolist() == expected
 
 
 def test_large_vocabulary_takes_uint32(tmp_path):

@@ -183,10 +183,11 @@ def test_a_wrong_sum_would_be_found(start, one_device):
         assert_same(wrong, one_device["start"])
 
 
-def traced_step(precision: str, mesh: dict[str, int]):
+def traced_step(precision: str, mesh: dict[str, int], **fields: object):
     """A step in narrow arithmetic, and the shapes that it is called with, in their places."""
     config = config_with(**mesh)
-    model = dataclasses.replace(config.model, precision=precision, num_hidden_layers=3, num_nextn_predict_layers=1)
+    fields = {"precision": precision, "num_hidden_layers": 3, "num_nextn_predict_layers": 1} | fields
+    model = dataclasses.replace(config.model, **fields)
     config = dataclasses.replace(config, model=model)
     state = jax.eval_shape(partial(init_state, config))
     division = Division(resolve(config, DEVICES), state.params) if mesh else None
@@ -212,6 +213,25 @@ def test_weights_are_gathered_narrow_and_gradients_summed_wide(precision):
     codes = {"fp8": {jnp.dtype("float8_e4m3fn")}, "bfloat16": set()}[precision]
     # Master weights that further rounds narrow, if there are any, would stay alive for them.
     assert read_by_overflow(traced.jaxpr.jaxpr, experts) == {jnp.dtype("bfloat16")} | codes
+
+
+def test_the_embedding_is_gathered_wide_and_its_gradient_summed_wide():
+    """Where it is smaller than the tokens' vectors, so that it travels itself: many tokens may share one of its rows."""
+    table = 40, 32
+    fields = dict(vocab_size=table[0], num_hidden_layers=1, num_nextn_predict_layers=0)
+    traced, (state, *_), _ = traced_step("bfloat16", dict(data=2, fsdp=4), **fields)
+    assert state.params["embed_tokens"]["weight"].shape == table
+    found = {"all_gather": set(), "scatter-add": set()}
+
+    def visit(jaxpr):
+        for equation in jaxpr.eqns:
+            if equation.primitive.name in found:
+                found[equation.primitive.name] |= {out.aval.dtype for out in equation.outvars if out.aval.shape == table}
+            for inner in jaxprs_in_params(equation.params):
+                visit(inner)
+
+    visit(traced.jaxpr.jaxpr)
+    assert found == {"all_gather": {jnp.dtype("float32")}, "scatter-add": {jnp.dtype("float32")}}
 
 
 @pytest.mark.slow

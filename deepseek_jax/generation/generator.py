@@ -28,9 +28,12 @@ from deepseek_jax.generation.sampling import (
     sequence_keys,
 )  # fmt: skip
 from deepseek_jax.generation.speculative import Drafted, Written
-from deepseek_jax.model.decoding import Cache, Weights, decode, prefill, prepare, spread
+from deepseek_jax.model.decoding import PART, Cache, Weights, decode, prefill, prepare, spread
 from deepseek_jax.parallel.sharding import Division
 
+CACHE_BLOCK = 1024
+"""Positions for which a cache has room beyond the prompts. When they are written it grows by as many, or by half if that is
+more, so that few lengths are compiled: it holds at most half more, or a block more, than there is to hold."""
 LENGTH_MULTIPLE = 32
 """Prompts and caches are padded to a multiple of this, so that few lengths are compiled."""
 
@@ -77,6 +80,7 @@ class Generator:
         self._following = jax.jit(
             spread(partial(go_on, config), self._weights), static_argnames="form", donate_argnums=2
         )  # fmt: skip
+        self._grow = jax.jit(_grown, static_argnums=1)
         self.drafted = self.accepted = 0
 
     def run(
@@ -106,13 +110,15 @@ class Generator:
         count = -(-max(self._sequences, len(continuations)) // self._unit) * self._unit
         rows = [*continuations, *[continuations[0]] * (count - len(continuations))]
         lengths = np.array([len(row.prompt) for row in rows], np.int32)
-        tokens = np.zeros((len(rows), self._rounded_up(lengths.max())), np.int32)
+        longest = int(lengths.max())
+        tokens = np.zeros((len(rows), self._rounded_up(longest) if longest <= PART else -(-longest // PART) * PART), np.int32)
         for row, continuation in zip(tokens, rows):
             row[: len(continuation.prompt)] = continuation.prompt
         numbers = [*(range(len(continuations)) if numbers is None else numbers)]
         keys = sequence_keys(seed, np.array([*numbers, *[numbers[0]] * (len(rows) - len(numbers))], np.uint32))
         form, settings = sampling.form(), sampling.settings(self._config.vocab_size)
-        cache_length = self._rounded_up(max(len(row.prompt) + row.limit for row in rows) + self._depth)
+        most = self._rounded_up(max(len(row.prompt) + row.limit for row in rows) + self._depth)
+        cache_length = min(self._rounded_up(longest + CACHE_BLOCK), most)
         seen = _seen(rows, self._config.vocab_size) if form.penalizes else None
 
         written, state = self._first(
@@ -120,7 +126,11 @@ class Generator:
         )
         self._take(continuations, written, 0)
         yield
-        while not all(continuation.finish for continuation in continuations):
+        while going := [continuation for continuation in continuations if not continuation.finish]:
+            needed = max(len(row.prompt) + len(row.tokens) for row in going) + self._depth
+            if needed > cache_length:
+                cache_length = min(self._rounded_up(cache_length + max(CACHE_BLOCK, cache_length // 2)), most)
+                state = self._grow(state, cache_length)
             written, state = self._following(self._weights, settings, state, keys, form=form)
             self._take(continuations, written, self._depth)
             yield
@@ -178,6 +188,14 @@ class _State(NamedTuple):
     positions: jax.Array
     """[B], the token's."""
     seen: Optional[jax.Array]
+
+
+def _grown(state: Any, cache_length: int) -> Any:
+    """The state between two steps, with room for so many positions in each cache."""
+    more = cache_length - state.cache[0].c_kv.shape[1]
+    longer = {name: jax.tree.map(lambda x: jnp.pad(x, ((0, 0), (0, more), *[(0, 0)] * (x.ndim - 2))), getattr(state, name))
+              for name in ("cache", "mtp", "tokens") if hasattr(state, name)}  # fmt: skip
+    return state._replace(**longer)
 
 
 def _seen(rows: Sequence[Continuation], vocab_size: int) -> np.ndarray:

@@ -9,7 +9,6 @@ Module k at position i reads the token at i + k. What the deeper ones made of th
 they go over those again, with the tokens that were written.
 """
 
-from functools import partial
 from typing import NamedTuple, Optional
 
 import jax
@@ -37,9 +36,9 @@ from deepseek_jax.model.decoding import (
     head_of,
     logits_of,
     read,
+    read_mtp,
     run,
     run_mtp,
-    with_room,
 )  # fmt: skip
 
 
@@ -83,13 +82,13 @@ def begin(
     token = sample_token(logits, seen, form, settings, keys_at(keys, lengths, SAMPLE))
     told = log_probability(logits, token)[:, None] if form.tells else None
     written = Written(token[:, None], jnp.ones_like(lengths), told)
-    known = jnp.pad(tokens, ((0, 0), (0, cache_length + depth - tokens.shape[1]))).at[rows, lengths].set(token)
+    known = jnp.pad(tokens, ((0, 0), (0, max(cache_length + depth - tokens.shape[1], 0)))).at[rows, lengths].set(token)
 
     inputs = _mtp_inputs(config, weights, hidden)
     positions, state, mtp = jnp.broadcast_to(jnp.arange(tokens.shape[1]), tokens.shape), inputs, []
     for k in range(depth):
-        state, _, latents = run_mtp(config, weights, k, state, _at(known, positions + k + 1), positions, None)
-        mtp.append(jax.tree.map(partial(with_room, length=cache_length), latents))
+        state, latents = read_mtp(config, weights, k, state, _at(known, positions + k + 1), cache_length)
+        mtp.append(latents)
     states = _at(inputs, lengths[:, None] - depth + jnp.arange(2 * depth))
     seen = None if seen is None else seen.at[rows, token].set(True)
     drafted = Drafted(cache, mtp, known, lengths, states, jnp.zeros((len(tokens), 0)), seen)

@@ -16,6 +16,7 @@ from deepseek_jax.config import ModelConfig
 from deepseek_jax.model.causal_attention import causal_attention, causal_attention_and_scores
 from deepseek_jax.model.context_attention import context_attention
 from deepseek_jax.model.layers import Linear, RMSNorm, widen
+from deepseek_jax.model.prefix_attention import prefix_attention
 from deepseek_jax.model.products import WAYPOINT, keep, products
 from deepseek_jax.model.rope import apply_rope, softmax_scale, turn_ends
 from deepseek_jax.parallel.context import devices_of_a_sequence
@@ -56,6 +57,14 @@ class Latents(NamedTuple):
     """Rotated key shared by all heads, [B, S, qk_rope_head_dim]."""
 
 
+class Prefix(NamedTuple):
+    """A cache into which a text is read, so many tokens at a time."""
+
+    cache: Latents
+    start: jax.Array
+    """Positions that are there: a multiple of that number."""
+
+
 class MultiHeadLatentAttention(nn.Module):
     """Causal attention over the tokens given, or over a cache and the tokens given.
 
@@ -86,7 +95,7 @@ class MultiHeadLatentAttention(nn.Module):
         x: jax.Array,
         rope: tuple[jax.Array, jax.Array],
         positions: jax.Array,
-        cache: Optional[Latents] = None,
+        cache: Optional[Latents | Prefix] = None,
         segment_ids: Optional[jax.Array] = None,
     ) -> tuple[jax.Array, Latents]:
         """Attend.
@@ -95,7 +104,8 @@ class MultiHeadLatentAttention(nn.Module):
             x: [B, T, hidden_size].
             rope: cosine and sine of the positions, from `rope_angles`.
             positions: [B, T]; read only with a cache, whose rows they name.
-            cache: latents of all positions, [B, S, ...]; rows beyond a token's own are not read.
+            cache: latents of all positions, [B, S, ...]; rows beyond a token's own are not read. For many tokens, that begin
+                where it ends, a `Prefix`.
             segment_ids: [B, T], as for `causal_attention`; without a cache.
 
         Returns:
@@ -105,9 +115,13 @@ class MultiHeadLatentAttention(nn.Module):
         if cache is None:
             out = self._expanded(q, latents, segment_ids)
         else:
-            rows = jnp.arange(x.shape[0])[:, None]
-            latents = Latents(*(old.at[rows, positions].set(new) for old, new in zip(cache, latents)))
-            out = self._absorbed(q, latents, positions)
+            rows, known = jnp.arange(x.shape[0])[:, None], cache.cache if isinstance(cache, Prefix) else cache
+            new, latents = latents, Latents(*(old.at[rows, positions].set(own) for old, own in zip(known, latents)))
+            if isinstance(cache, Prefix):
+                expand = partial(keys_and_values, self.config, self.kv_b_proj.weight)
+                out = prefix_attention(expand, softmax_scale(self.config), q, new, cache.cache, cache.start)
+            else:
+                out = self._absorbed(q, latents, positions)
         return self.o_proj(out.reshape(*x.shape[:2], -1)), latents
 
     def _project(self, x: jax.Array, rope: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, Latents]:

@@ -6,7 +6,7 @@ import flax.linen as nn
 import jax
 
 from deepseek_jax.config import ModelConfig
-from deepseek_jax.model.attention import Latents, MultiHeadLatentAttention
+from deepseek_jax.model.attention import Latents, MultiHeadLatentAttention, Prefix
 from deepseek_jax.model.layers import FeedForward, RMSNorm
 from deepseek_jax.model.moe import MoE
 from deepseek_jax.model.products import WAYPOINT, keep
@@ -53,7 +53,7 @@ class Block(nn.Module):
         x: jax.Array,
         rope: tuple[jax.Array, jax.Array],
         positions: jax.Array,
-        cache: Optional[Latents] = None,
+        cache: Optional[Latents | Prefix] = None,
         segment_ids: Optional[jax.Array] = None,
     ) -> tuple[jax.Array, BlockOutput]:
         """[B, T, hidden_size] -> the same; arguments as for `MultiHeadLatentAttention`."""

@@ -78,6 +78,13 @@ def attend(
     return out[:, :, :length], normalizer[:, :, :length]
 
 
+def merged(one: tuple[jax.Array, jax.Array], other: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array]:
+    """Attention to the keys of both, of what `attend` found of either; the output in the normalizers' type."""
+    (out, normalizer), (more, found) = one, other
+    both = jnp.logaddexp(normalizer, found)
+    return out * jnp.exp(normalizer - both) + more * jnp.exp(found - both), both
+
+
 def gradients_of(
     q: jax.Array, k: jax.Array, v: jax.Array, documents: Documents, out: jax.Array, normalizer: jax.Array,
     gradient: jax.Array, scale: float, causal: bool,

@@ -18,7 +18,7 @@ from typing import Any, Optional
 import jax
 import jax.numpy as jnp
 
-from deepseek_jax.model.chunked_attention import attend, gradients_of
+from deepseek_jax.model.chunked_attention import attend, gradients_of, merged
 from deepseek_jax.model.layers import widen
 from deepseek_jax.model.products import ATTENDED, keep
 from deepseek_jax.parallel.context import AXIS, gather, scatter
@@ -58,11 +58,9 @@ def _forward(
     def visit(carry: tuple[jax.Array, jax.Array], place: tuple) -> tuple[tuple[jax.Array, jax.Array], None]:
         half, piece = place
         k, v = map(_heads_first, expand(weight, _at(pieces, piece)))
-        part, found = attend(queries[half], k, v, _documents(ids, piece_ids, half, piece), scale, causal=False)
-        out, normalizer = (x[half] for x in carry)
-        both = jnp.logaddexp(normalizer, found)
-        out = out * jnp.exp(normalizer - both) + part * jnp.exp(found - both)
-        return (carry[0].at[half].set(out), carry[1].at[half].set(both)), None
+        found = attend(queries[half], k, v, _documents(ids, piece_ids, half, piece), scale, causal=False)
+        out, normalizer = merged(_at(carry, half), found)
+        return (carry[0].at[half].set(out), carry[1].at[half].set(normalizer)), None
 
     (out, normalizer), _ = jax.lax.scan(visit, (out.astype(normalizer.dtype), normalizer), _places())
     out, normalizer = keep(out.astype(q.dtype), ATTENDED), keep(normalizer, ATTENDED)

@@ -16,7 +16,7 @@ from flax.traverse_util import flatten_dict, unflatten_dict
 from jax.sharding import PartitionSpec
 
 from deepseek_jax.config import ModelConfig, has_experts, stretches
-from deepseek_jax.model.attention import ABSORBED, Latents, absorbed_weights
+from deepseek_jax.model.attention import ABSORBED, Latents, Prefix, absorbed_weights
 from deepseek_jax.model.block import Block
 from deepseek_jax.model.layers import RMSNorm, compute_dtype, widen
 from deepseek_jax.model.mtp import MTP_FORMS
@@ -31,6 +31,8 @@ LINEAR = (
     "q_proj", "q_a_proj", "q_b_proj", "kv_a_proj_with_mqa", "o_proj", "gate_proj", "up_proj", "down_proj", "eh_proj", "proj",
 )  # fmt: skip
 """Linear maps by whose weights decoding multiplies."""
+PART = 2048
+"""Tokens of a prompt that are read at once; see `model.prefix_attention` for what that costs."""
 FEW = 16
 """Rows that take hardly longer to multiply than their weight to read."""
 EXPERTS_DOWN = ("experts", "down_proj")
@@ -158,12 +160,70 @@ def prefill(
 
 def read(config: ModelConfig, weights: Weights, tokens: jax.Array, cache_length: int) -> tuple[jax.Array, Cache]:
     """Prompts [B, P] -> hidden states [B, P, d] before the final norm, and the cache; see `prefill`."""
-    positions = jnp.broadcast_to(jnp.arange(tokens.shape[1]), tokens.shape)
-    layers = [whole_layer(config, layer) for layer in weights.layers]
-    hidden, cache = run(
-        config, dataclasses.replace(weights, layers=layers), tokens, positions, [None] * config.num_hidden_layers
-    )
-    return hidden, jax.tree.map(partial(with_room, length=cache_length), cache)
+    weights = dataclasses.replace(weights, layers=[whole_layer(config, layer) for layer in weights.layers])
+
+    def read_part(cache: Any, positions: jax.Array, tokens: jax.Array) -> tuple[jax.Array, Cache]:
+        return run(config, weights, tokens, positions, cache)
+
+    return in_parts(config, read_part, [None] * config.num_hidden_layers, cache_length, tokens)
+
+
+def read_mtp(
+    config: ModelConfig, weights: Weights, depth: int, previous: jax.Array, tokens: jax.Array, cache_length: int
+) -> tuple[jax.Array, Optional[Latents]]:
+    """Whole texts through MTP module `depth`, from 0; see `run_mtp`. The state for the next, and the module's cache."""
+    if config.mtp_form == "parallel":  # looks at one position alone
+        return previous, None
+
+    def read_part(cache: Any, positions: jax.Array, previous: jax.Array, tokens: jax.Array) -> tuple[jax.Array, Any]:
+        state, _, latents = run_mtp(config, weights, depth, previous, tokens, positions, cache)
+        return state, latents
+
+    return in_parts(config, read_part, None, cache_length, previous, tokens)
+
+
+def in_parts(
+    config: ModelConfig, read_part: Callable[..., tuple[jax.Array, Any]], no_cache: Any, cache_length: int, *texts: jax.Array
+) -> tuple[jax.Array, Any]:
+    """Texts read PART tokens at a time, if they are longer, so that only the cache grows with their length.
+
+    Args:
+        read_part: (caches, positions [B, T], parts of the texts) -> what it makes of them [B, T, ...], and caches.
+        no_cache: caches of a text's beginning: None for each.
+        texts: [B, P, ...].
+
+    Returns:
+        All that it makes of them, [B, P, ...], and caches with room for `cache_length` positions.
+    """
+    (batch, length), size = texts[0].shape[:2], PART
+    if length <= size:
+        made, cache = read_part(no_cache, jnp.broadcast_to(jnp.arange(length), (batch, length)), *texts)
+        return made, jax.tree.map(partial(with_room, length=cache_length), cache)
+    parts = [_parts(text, size) for text in texts]
+    room = max(cache_length, parts[0].shape[0] * size)
+    empty = jax.tree.map(partial(_empty, config, batch, room), no_cache, is_leaf=lambda leaf: leaf is None)
+
+    def one(cache: Any, number_and_parts: tuple) -> tuple[Any, jax.Array]:
+        number, *own = number_and_parts
+        positions = jnp.broadcast_to(number * size + jnp.arange(size), (batch, size))
+        known = jax.tree.map(lambda of: Prefix(of, number * size), cache, is_leaf=lambda leaf: isinstance(leaf, Latents))
+        made, cache = read_part(known, positions, *own)
+        return cache, made
+
+    cache, made = jax.lax.scan(one, empty, (jnp.arange(parts[0].shape[0]), *parts))
+    whole = made.swapaxes(0, 1).reshape(batch, -1, *made.shape[3:])[:, :length]
+    return whole, jax.tree.map(lambda latents: latents[:, :cache_length], cache)
+
+
+def _parts(text: jax.Array, size: int) -> jax.Array:
+    """[B, P, ...] -> [parts, B, size, ...], the last filled up."""
+    filled = jnp.pad(text, ((0, 0), (0, -text.shape[1] % size), *[(0, 0)] * (text.ndim - 2)))
+    return filled.reshape(len(text), -1, size, *text.shape[2:]).swapaxes(0, 1)
+
+
+def _empty(config: ModelConfig, batch: int, length: int, _: None) -> Latents:
+    widths = config.kv_lora_rank, config.qk_rope_head_dim
+    return Latents(*(jnp.zeros((batch, length, width), compute_dtype(config)) for width in widths))
 
 
 def with_room(latents: jax.Array, length: int) -> jax.Array:
@@ -187,7 +247,7 @@ def decode(
 
 
 def run(
-    config: ModelConfig, weights: Weights, tokens: jax.Array, positions: jax.Array, cache: Sequence[Latents | None]
+    config: ModelConfig, weights: Weights, tokens: jax.Array, positions: jax.Array, cache: Sequence[Latents | Prefix | None]
 ) -> tuple[jax.Array, Cache]:
     """Tokens and positions [B, T] -> hidden states [B, T, d] before the final norm, and every layer's latents or cache.
 
@@ -206,7 +266,7 @@ def run(
 
 def run_mtp(
     config: ModelConfig, weights: Weights, depth: int, previous: jax.Array, tokens: jax.Array, positions: jax.Array,
-    cache: Optional[Latents],
+    cache: Optional[Latents | Prefix],
 ) -> tuple[jax.Array, jax.Array, Optional[Latents]]:  # fmt: skip
     """MTP module `depth`, from 0.
 
@@ -220,7 +280,8 @@ def run_mtp(
     """
     module: Any = MTP_FORMS[config.mtp_form](dropless(config), weights.division)
     embedded = _embedded(config, weights, tokens)
-    variables = whole_layer(config, weights.mtp[depth]) if cache is None else weights.mtp[depth]
+    reads = cache is None or isinstance(cache, Prefix)
+    variables = whole_layer(config, weights.mtp[depth]) if reads else weights.mtp[depth]
     variables, previous = _gathered(config, weights.division, "mtp_layers", variables, previous)
     rope = rope_angles(config, positions)
     state, (normed, output) = module.apply(variables, previous, rope, positions, embedded, cache=cache)

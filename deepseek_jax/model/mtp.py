@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 
 from deepseek_jax.config import ModelConfig
-from deepseek_jax.model.attention import Latents
+from deepseek_jax.model.attention import Latents, Prefix
 from deepseek_jax.model.block import Block, BlockOutput
 from deepseek_jax.model.layers import Linear, RMSNorm
 from deepseek_jax.parallel.sharding import Division
@@ -37,7 +37,7 @@ class MTPModule(nn.Module):
         positions: jax.Array,
         embedded: jax.Array,
         segment_ids: Optional[jax.Array] = None,
-        cache: Optional[Latents] = None,
+        cache: Optional[Latents | Prefix] = None,
     ) -> tuple[jax.Array, tuple[jax.Array, BlockOutput]]:
         """One depth further.
 
@@ -77,7 +77,7 @@ class MTPHead(nn.Module):
         positions: jax.Array,
         embedded: jax.Array,
         segment_ids: Optional[jax.Array] = None,
-        cache: Optional[Latents] = None,
+        cache: Optional[Latents | Prefix] = None,
     ) -> tuple[jax.Array, tuple[jax.Array, BlockOutput]]:
         """The state as it is, for the next head, and the normed state for the output head; called as an `MTPModule`."""
         return state, (self.norm(state + nn.silu(self.proj(self.hnorm(state)))), BlockOutput(None))
