@@ -25,6 +25,7 @@ from deepseek_jax.checkpoint.hub import local_directory
 from deepseek_jax.checkpoint.layout import layout
 from deepseek_jax.checkpoint.orbax_source import OrbaxSource
 from deepseek_jax.checkpoint.orbax_step import META, VARIABLES, stacked_arrays
+from deepseek_jax.checkpoint.peft_writer import require_exportable, write_adapter
 from deepseek_jax.checkpoint.run_writer import COMPANIONS_FOLDER, FIRST_STEP, write_run
 from deepseek_jax.checkpoint.safetensors_reader import SafetensorsDirectory
 from deepseek_jax.checkpoint.safetensors_writer import parse_size, plan_shards
@@ -32,6 +33,7 @@ from deepseek_jax.checkpoint.source import Source, summarize
 from deepseek_jax.checkpoint.staging import staged_directory
 from deepseek_jax.checkpoint.tensors import CheckpointError, TensorSpec
 from deepseek_jax.checkpoint.tokenizer_files import TOKENIZER_JSON
+from deepseek_jax.config import load_config
 from deepseek_jax.data.tokenizer import load_tokenizer
 from deepseek_jax.errors import run_command
 
@@ -50,10 +52,14 @@ def main() -> None:
     parser.add_argument("--max-shard-size", default="5GB", metavar="SIZE", help="largest file (default: 5GB)")
     parser.add_argument("--dry-run", action="store_true", help="only say what would be read and written")
     parser.add_argument("--verify", action="store_true", help="read what was written and compare it with SRC")
+    parser.add_argument("--adapter", action="store_true", help="of a run with lora.rank its adapter alone, as peft reads it")
     parser.add_argument("--allow-non-finite", action="store_true", help="rescue what is left of a model with NaN or infinity")
     args = parser.parse_args()
     _share_one_heap()
     options = (args.dtype, args.max_shard_size, args.dry_run, args.verify, args.allow_non_finite)
+    if args.adapter:
+        run_command(lambda: export_adapter(args.source, args.destination, args.dry_run))
+        return
     run_command(lambda: convert(args.source, args.destination, *options))
 
 
@@ -91,6 +97,28 @@ def convert(
         _to_huggingface(
             OrbaxSource(step, allow_non_finite), source, step, destination, dtype, max_shard_bytes, dry_run, verify
         )
+
+
+def export_adapter(source: Path, destination: Path, dry_run: bool = False) -> None:
+    """Write what was learnt beside the weights of a run, or of one of its steps, alone: peft puts it onto the same weights.
+
+    Raises:
+        UserError: one line; `destination` is then as it was before.
+    """
+    if _is_huggingface(source):
+        raise CheckpointError(f"{source}: is a Hugging Face directory; an adapter comes from a run that has lora.rank")
+    step = source if _holds(source, VARIABLES) else _last_step(source)
+    weights = OrbaxSource(step)
+    require_exportable(weights, step)
+    print(weights.summary)
+    if dry_run:
+        print("dry run: nothing was written")
+        return
+    config = step.absolute().parent.parent / "config.yaml"
+    with staged_directory(destination) as partial:
+        count, left_out = write_adapter(partial, weights, load_config(config).init_from if config.is_file() else None)
+    missing = f"; {left_out} of MTP modules left out, which transformers does not have" if left_out else ""
+    print(f"{destination}: {count} tensors of an adapter written{missing}")
 
 
 def _is_huggingface(path: Path) -> bool:

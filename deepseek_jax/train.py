@@ -20,7 +20,7 @@ from flax.traverse_util import flatten_dict
 
 from deepseek_jax.compilation import keep_programs
 from deepseek_jax.config import Config, ConfigError, load_config, presets, to_yaml
-from deepseek_jax.config.trainable import check_trainable
+from deepseek_jax.config.trainable import check_trainable, trainable
 from deepseek_jax.data.eval_sets import check_sets, make_sets, open_sets
 from deepseek_jax.data.packing import PreparedData, open_prepared, prepare
 from deepseek_jax.errors import report, run_command, write_atomically
@@ -32,6 +32,7 @@ from deepseek_jax.parallel.summary import mesh_summary
 from deepseek_jax.planning.figures import count_parameters
 from deepseek_jax.precision.fp8 import require_fp8
 from deepseek_jax.training import initial
+from deepseek_jax.training.adapters import describe_adapters
 from deepseek_jax.training.checkpoint import CHECKPOINTS, Checkpoints, DamagedCheckpoint
 from deepseek_jax.training.lock import sole_use
 from deepseek_jax.training.loop import Loop
@@ -130,7 +131,7 @@ def train(
     fresh = jax.eval_shape(partial(init_state, config))
     check_trainable(config.train.trainable, flatten_dict(fresh.params))
     division = Division(config.parallel, fresh.params) if jax.device_count() > 1 else None
-    shardings = None if division is None else division.shardings(fresh, make_optimizer(config.train), config.train.trainable)
+    shardings = None if division is None else division.shardings(fresh, make_optimizer(config.train), trainable(config))
     run_dir = Path(config.run_dir)
     if not resume and (run_dir / METRICS_FILE).exists():
         raise ConfigError(f"{run_dir} already holds a run: add --resume to go on with it, or give another run_dir")
@@ -143,7 +144,7 @@ def train(
         data = dataclasses.replace(open_prepared(config, run_dir), eval=open_sets(config, run_dir))
         position, state = resumed or (Position(), jax.jit(partial(init_state, config), out_shardings=shardings)(variables))
         checkpoints = Checkpoints(run_dir, config, shardings)
-        _describe(config, data, position)
+        _describe(config, data, position, fresh.params)
         if division is not None:
             print(mesh_summary(config, division, fresh, shardings), flush=True)
         processes.first_alone(lambda: write_atomically(run_dir / CONFIG_FILE, to_yaml(asked)))
@@ -186,11 +187,13 @@ def _resumed(
     return None
 
 
-def _describe(config: Config, data: PreparedData, position: Position) -> None:
+def _describe(config: Config, data: PreparedData, position: Position, params: Any) -> None:
     count = count_parameters(config.model)
     print(f"{config.run_dir}: {f'resuming after step {position.step}' if position.step else 'a new run'}")
     mtp = f", and {count.mtp:,} in MTP modules" if count.mtp else ""
     print(f"model: {count.total:,} parameters, {count.active:,} active per token{mtp}; {config.model.precision}")
+    if config.lora.rank:
+        print(describe_adapters(config, params))
     print(f"data: {data.train_tokens:,} tokens to train on, {len(data.held_out):,} held out")
     end = max((plan.tokens for plan in plan_steps(config.train, position)), default=position.tokens)
     print(f"plan: {config.train.steps:,} steps, {end:,} tokens; device: {jax.devices()[0].device_kind}", flush=True)

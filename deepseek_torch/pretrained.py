@@ -23,6 +23,7 @@ from deepseek_jax.checkpoint.torch_reader import load
 from deepseek_jax.config import ModelConfig
 from deepseek_torch.model.transformer import DeepseekV3
 from deepseek_torch.precision.fp8 import dequantize_blocks, quantize_blocks
+from deepseek_torch.training.adapters import merged_state_dict
 
 SCALE_SUFFIX = "_scale_inv"
 EMBEDDING, HEAD = "model.embed_tokens.weight", "lm_head.weight"
@@ -164,7 +165,7 @@ def _take_copies(directory: Path, config: ModelConfig, tensors: dict[str, torch.
 
 def _encoded(model: DeepseekV3, dtype: str) -> Iterator[tuple[str, torch.Tensor]]:
     """Every tensor of the checkpoint in the form `dtype`, by name."""
-    tensors = {name: tensor.detach() for name, tensor in model.state_dict().items()}
+    tensors = {name: tensor.detach() for name, tensor in merged_state_dict(model).items()}
     tensors |= {copy: tensors[original] for copy, original in _copies(model.config)}
     for name, tensor in tensors.items():
         if broken := int((~tensor.isfinite()).sum()):

@@ -7,17 +7,20 @@ is read without its neighbours: all of them in memory would be the model several
 import math
 import os
 from collections import Counter
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import tensorstore as ts
 
+from deepseek_jax.checkpoint.adapters import adapter_layout, merged
 from deepseek_jax.checkpoint.finite import require_finite
 from deepseek_jax.checkpoint.forms import FORMS, SCALE_SUFFIX, compare, dtype_name
 from deepseek_jax.checkpoint.fp8_blocks import check_scales
 from deepseek_jax.checkpoint.layout import TensorPlace, layout
 from deepseek_jax.checkpoint.orbax_step import (
+    ADAPTER,
     META,
     SCALES,
     VARIABLES,
@@ -32,7 +35,7 @@ from deepseek_jax.checkpoint.safetensors_reader import SafetensorsDirectory
 from deepseek_jax.checkpoint.source import summarize
 from deepseek_jax.checkpoint.tensors import CheckpointError, TensorSpec
 from deepseek_jax.checkpoint.untrusted import file_inside, model_config, read_object, shown
-from deepseek_jax.config import ModelConfig
+from deepseek_jax.config import ConfigError, LoraConfig, ModelConfig, from_mapping
 
 
 class OrbaxSource:
@@ -52,27 +55,46 @@ class OrbaxSource:
         meta = read_meta(step)
         came_as, self.dtypes = read_came_as(meta, step)
         self.config = model_config(meta["model"], str(step / META / "metadata"))
+        self.lora = _lora(meta, step)
         arrays = stacked_arrays(self.config)
         self._stores = _open_arrays(step / VARIABLES, arrays)
         dtypes = Counter(dtype_name(store.dtype.numpy_dtype) for store in self._stores.values())
+        self._adapters = _adapters(self.config, self.lora)
+        if self._adapters:
+            halves = [half for both in self._adapters.values() for half in both]
+            self._stores |= _open_halves(step / ADAPTER, halves)
         self._scales = _kept_scales(step, self.config)
         stored = next((form for form, dtype in FORMS.items() if dtype in dtypes and form != "float32"), "float32")
         self.form = came_as or ("fp8" if self._scales else stored)
         nbytes = sum(store.size * store.dtype.numpy_dtype.itemsize for store in self._stores.values())
+        adapter = f", {len(self._adapters)} adapters of rank {self.lora.rank} merged" if self._adapters else ""
         came = ", from FP8 with its scales kept" if self._scales else ""
-        self.summary = summarize(f"{step}: orbax{came}", dtypes, nbytes)
+        self.summary = summarize(f"{step}: orbax{came}{adapter}", dtypes, nbytes)
         self._where = str(step)
         self._pieces = _Pieces()
 
     def read(self, place: TensorPlace) -> np.ndarray:
-        """See `Source.read`; float64 stays so."""
+        """See `Source.read`; float64 stays so. An adapter is merged into its weight."""
+        array = self._read(place)
+        halves = self._adapters.get(place.name)
+        if halves is not None:
+            a, b = (self._read(half) for half in halves)
+            array = merged(array.T, a.T, b.T, self.lora.alpha / self.lora.rank).T
+        if not self._allow_non_finite:
+            require_finite(array, f"{self._where}: {place.name}")
+        return array
+
+    def adapter(self) -> Iterator[tuple[TensorPlace, np.ndarray]]:
+        """A and B of every adapter, in the checkpoint's layout."""
+        for place in (half for halves in self._adapters.values() for half in halves):
+            yield place, self._read(place)
+
+    def _read(self, place: TensorPlace) -> np.ndarray:
         store = self._stores[place.path]
         try:
             array = self._pieces.read(place.path, store, place.index)
         except Exception as error:  # tensorstore raises ValueError for most, and OSError
             raise CheckpointError(f"{self._where}: {place.name}: cannot be read: {first_line(error)}") from None
-        if not self._allow_non_finite:
-            require_finite(array, f"{self._where}: {place.name}")
         return array.T if place.transposed else array
 
     def scales(self, place: TensorPlace) -> np.ndarray | None:
@@ -146,6 +168,37 @@ def _open_arrays(folder: Path, arrays: dict[tuple[str, ...], StackedArray]) -> d
     found = {name: TensorSpec(name, "", ()) for name in saved}
     for path, store in stores.items():
         found[arrays[path].name] = TensorSpec(arrays[path].name, dtypes[path], tuple(store.shape))
+    compare(str(folder), expected, found)
+    return stores
+
+
+def _lora(meta: dict[str, Any], step: Path) -> LoraConfig:
+    """The adapters that a step has, by what was saved beside it."""
+    try:
+        return from_mapping({"lora": meta.get("lora", {}), "train": {"sequence_length": 1}}, where="lora").lora
+    except ConfigError as error:
+        raise CheckpointError(f"{step / META / 'metadata'}: {error}") from None
+
+
+def _adapters(config: ModelConfig, lora: LoraConfig) -> dict[str, tuple[TensorPlace, TensorPlace]]:
+    """A and B by the name of the weight that they stand beside."""
+    places = adapter_layout(config, lora)
+    return {f"{a.name.rpartition('.')[0]}.weight": (a, b) for a, b in zip(places[::2], places[1::2])}
+
+
+def _open_halves(folder: Path, halves: list[TensorPlace]) -> dict[tuple[str, ...], Any]:
+    """The arrays of adapters, checked to be those of the config."""
+    if not folder.is_dir():
+        raise CheckpointError(f"{folder}: missing; choose another checkpoint")
+    shapes = {half.path: (*(index + 1 for index in half.index), *half.shape[::-1]) for half in halves}
+    names = {path: ".".join(path[1:]) for path in shapes}
+    saved = _saved_names(folder)
+    stores = {path: _open(folder, name) for path, name in names.items() if name in saved}
+    expected = [TensorSpec(names[path], "F32", shape) for path, shape in shapes.items()]
+    found = {name: TensorSpec(name, "", ()) for name in saved}
+    for path, store in stores.items():
+        dtype = dtype_name(store.dtype.numpy_dtype)
+        found[names[path]] = TensorSpec(names[path], "F32" if dtype == "F64" else dtype, tuple(store.shape))
     compare(str(folder), expected, found)
     return stores
 

@@ -12,8 +12,9 @@ from deepseek_jax.checkpoint.tensors import CheckpointError
 from deepseek_jax.checkpoint.untrusted import file_inside, read_object, shown
 from deepseek_jax.config import ModelConfig
 
-VARIABLES, META, SCALES = "variables", "meta", "fp8_scales"
-"""Items of a step: what the model is; its config; scales that the weights came with, as a safetensors directory."""
+VARIABLES, META, SCALES, ADAPTER = "variables", "meta", "fp8_scales", "adapter"
+"""Items of a step: what the model is; its config; scales that the weights came with, as a safetensors directory; and what
+of a model that has adapters is theirs."""
 CAME_AS = "came_as"
 """In `meta`: how weights that were converted were stored."""
 

@@ -277,6 +277,21 @@ class TrainConfig:
 
 
 @dataclass(frozen=True)
+class LoraConfig:
+    """Low-rank adapters (arXiv 2106.09685): beside chosen Linears x W becomes x W + (alpha / rank) x A B.
+
+    Of all parameters only A and B learn, and those that train.trainable names.
+    """
+
+    rank: int = 0
+    """0 has none."""
+    alpha: float = 16.0
+    modules: list[str] = field(default_factory=lambda: ["self_attn.*"])
+    """Hugging Face's names of the Linears, or their ends: q_b_proj, mlp.shared_experts.*, self_attn.[ok]*_proj. They are
+    those of attention, dense layers and shared experts, in MTP modules too; routed experts have none."""
+
+
+@dataclass(frozen=True)
 class ParallelConfig:
     """How a run is divided over devices, whose number is the product of the five axes; one axis may be -1, the rest."""
 
@@ -313,6 +328,7 @@ class Config:
     model: ModelConfig = field(default_factory=ModelConfig)
     data: DataConfig = field(default_factory=DataConfig)
     train: TrainConfig = field(default_factory=TrainConfig)
+    lora: LoraConfig = field(default_factory=LoraConfig)
     parallel: ParallelConfig = field(default_factory=ParallelConfig)
     prepare: PrepareConfig = field(default_factory=PrepareConfig)
     stages: list[dict[str, Any]] = field(default_factory=list)

@@ -23,6 +23,7 @@ from deepseek_jax.config.schema import (
     Config,
     ConfigError,
     DataConfig,
+    LoraConfig,
     ModelConfig,
     ParallelConfig,
     Phase,
@@ -40,6 +41,7 @@ def validate(config: Config) -> None:
     _validate_model(config.model)
     _validate_data(config.data)
     _validate_train(config.train, config.model)
+    _validate_lora(config.lora, config.train)
     _validate_parallel(config.parallel)
     _validate_prepare(config.prepare)
     _require(not config.data.mask_documents or config.parallel.pipe == 1, "data.mask_documents", "true",
@@ -177,6 +179,17 @@ def _validate_train(t: TrainConfig, m: ModelConfig) -> None:
              f"must divide batch_size={t.batch_size}")  # fmt: skip
     for name in ("learning_rate_decay", "bias_update_speed", "mtp_loss_weight"):
         _validate_phases(f"train.{name}", getattr(t, name))
+
+
+def _validate_lora(lora: LoraConfig, train: TrainConfig) -> None:
+    """What can be said without the model's names; `checkpoint.adapters` says the rest."""
+    _at_least("lora", lora, 0, "rank")
+    _above_zero("lora", lora, "alpha")
+    _require(bool(lora.modules), "lora.modules", "[]", "give names of Linears, such as self_attn.*")
+    _require(not lora.rank or train.optimizer == "adamw", "lora.rank", lora.rank,
+             f"adapters learn by train.optimizer=adamw, and here it is {train.optimizer}")  # fmt: skip
+    _require(not lora.rank or train.qk_clip is None, "lora.rank", lora.rank,
+             "train.qk_clip changes weights that adapters leave as they are; give train.qk_clip=null")  # fmt: skip
 
 
 def _validate_parallel(p: ParallelConfig) -> None:

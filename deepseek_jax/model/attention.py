@@ -129,7 +129,7 @@ class MultiHeadLatentAttention(nn.Module):
         c = self.config
         first = self.q_proj if c.q_lora_rank is None else self.q_a_proj
         q, kv = products(c, x, first.weight, self.kv_a_proj_with_mqa.weight)
-        q, kv = first.biased(q), keep(self.kv_a_proj_with_mqa.biased(kv), WAYPOINT)
+        q, kv = first.completed(x, q), keep(self.kv_a_proj_with_mqa.completed(x, kv), WAYPOINT)
         if c.q_lora_rank is not None:
             q = self.q_b_proj(self.q_a_layernorm(keep(q, WAYPOINT)))
         q = turn_ends(q.reshape(*x.shape[:2], c.num_attention_heads, -1), *rope, c.rope_interleave)
@@ -142,9 +142,9 @@ class MultiHeadLatentAttention(nn.Module):
         """Attention with keys and values made for every head: the fewest operations for many queries."""
         c = self.config
         if devices_of_a_sequence(self.division) > 1:
-            expand, weight = partial(keys_and_values, c), self.kv_b_proj.weight
+            expand, weight = partial(keys_and_values, c), self.kv_b_proj.whole_weight()
             return context_attention(expand, softmax_scale(c), q, tuple(latents), weight, segment_ids)
-        k, v = keys_and_values(c, self.kv_b_proj.weight, latents)
+        k, v = split_heads(c, self.kv_b_proj(latents.c_kv), latents.k_rope)
         if not self.is_mutable_collection(SCORES):
             return causal_attention(q, k, v, softmax_scale(c), segment_ids, implementation=c.attention)
         out, largest = causal_attention_and_scores(q, k, v, softmax_scale(c), segment_ids, implementation=c.attention)
@@ -170,8 +170,12 @@ class MultiHeadLatentAttention(nn.Module):
 def keys_and_values(config: ModelConfig, weight: jax.Array, latents: tuple[jax.Array, ...]) -> tuple[jax.Array, jax.Array]:
     """Of every head, [B, T, H, nope + rope] and [B, T, H, v_head_dim], from latents and kv_b_proj's weight."""
     c_kv, k_rope = latents
-    (expanded,) = products(config, c_kv, weight)
-    expanded = expanded.reshape(*c_kv.shape[:2], config.num_attention_heads, -1)
+    return split_heads(config, products(config, c_kv, weight)[0], k_rope)
+
+
+def split_heads(config: ModelConfig, expanded: jax.Array, k_rope: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """The same, from what kv_b_proj has made of latents."""
+    expanded = expanded.reshape(*expanded.shape[:2], config.num_attention_heads, -1)
     k_nope, v = jnp.split(expanded, [config.qk_nope_head_dim], axis=-1)
     k_rope = jnp.broadcast_to(k_rope[:, :, None], (*k_nope.shape[:3], config.qk_rope_head_dim))
     return jnp.concatenate([k_nope, k_rope], axis=-1), v

@@ -8,11 +8,13 @@ import jax
 import jax.numpy as jnp
 
 from deepseek_jax.config import ModelConfig
+from deepseek_jax.model.matmul import matmul
 from deepseek_jax.model.panels import PANELS
 from deepseek_jax.model.products import grouped_products, products
 from deepseek_jax.parallel.embedding import look_up
 from deepseek_jax.parallel.sharding import Division
 from deepseek_jax.precision.fp8_operands import Operand
+from deepseek_jax.precision.narrow import narrow
 
 
 def compute_dtype(config: ModelConfig) -> jnp.dtype:
@@ -31,7 +33,11 @@ def widen(dtype: jnp.dtype) -> jnp.dtype:
 
 
 class Linear(nn.Module):
-    """`x W`, plus `bias` if it has one; `weight` is [in_features, features], or in decoding the same in `Panels`."""
+    """`x W`, plus `bias` if it has one; `weight` is [in_features, features], or in decoding the same in `Panels`.
+
+    Where the parameters have `lora_A` and `lora_B` beside it, [in_features, rank] and [rank, features], plus `x A B`: in the
+    type of activations also in fp8, whose rounding would cost more than such narrow products gain.
+    """
 
     config: ModelConfig
     in_features: int
@@ -44,14 +50,25 @@ class Linear(nn.Module):
         self.weight = self.param("weight", init, shape, param_dtype(self.config)) if cut is None else cut
         if self.has_bias:
             self.bias = self.param("bias", nn.initializers.zeros, (self.features,), param_dtype(self.config))
+        self.adapter = [
+            self.get_variable("params", name) for name in ("lora_A", "lora_B") if self.has_variable("params", name)
+        ]  # fmt: skip
 
     def __call__(self, x: jax.Array) -> jax.Array:
         """[..., in_features] -> [..., features]."""
-        return self.biased(products(self.config, x, self.weight)[0])
+        return self.completed(x, products(self.config, x, self.weight)[0])
 
-    def biased(self, y: jax.Array) -> jax.Array:
-        """`y`, a product with the weight, plus the bias."""
+    def completed(self, x: jax.Array, y: jax.Array) -> jax.Array:
+        """`y`, the product of x with the weight, plus what an adapter adds, plus the bias."""
+        if self.adapter:
+            for factor in self.adapter:
+                (x,) = matmul(x, [narrow(factor, x.dtype)])
+            y = y + x
         return y + self.bias.astype(y.dtype) if self.has_bias else y
+
+    def whole_weight(self) -> jax.Array:
+        """The weight with what an adapter adds, for products that have no room for another."""
+        return self.weight + jnp.matmul(*self.adapter) if self.adapter else self.weight
 
 
 class RMSNorm(nn.Module):
@@ -157,5 +174,7 @@ class FeedForward(nn.Module):
     def __call__(self, x: jax.Array, factors: Optional[jax.Array] = None) -> jax.Array:
         """[..., hidden_size] -> the same; `factors`, [..., width], act on the hidden units."""
         form = FEED_FORWARD_FORMS[self.config.feed_forward]
-        activated = form.activation(*products(self.config, x, *(getattr(self, name).weight for name in form.projections)))
+        entering = [getattr(self, name) for name in form.projections]
+        entered = products(self.config, x, *(linear.weight for linear in entering))
+        activated = form.activation(*(linear.completed(x, y) for linear, y in zip(entering, entered)))
         return self.down_proj(activated if factors is None else activated * factors.astype(x.dtype))

@@ -7,7 +7,7 @@ import jax
 import numpy as np
 
 from deepseek_jax.config import Config, expert_layers
-from deepseek_jax.config.trainable import learns
+from deepseek_jax.config.trainable import learns, trainable
 from deepseek_jax.parallel.exchange import hops_of
 from deepseek_jax.parallel.mesh import readers
 from deepseek_jax.parallel.pipeline import assign_layers, bubble
@@ -79,7 +79,7 @@ def bytes_in_step(division: Division, config: Config, params: Any) -> tuple[int,
     sizes = division.mesh.shape
 
     def one(path: tuple[str, ...], place: Place, leaf: jax.ShapeDtypeStruct) -> np.ndarray:
-        is_learnt = learns(config.train.trainable, path)
+        is_learnt = learns(trainable(config), path)
         cut_by = {*layer_axes(division, path), *(("expert",) if "experts" in path else ())}
         cuts = math.prod(sizes[axis] for axis, _ in place.cuts if axis in cut_by)
         size = leaf.size

@@ -10,7 +10,7 @@ voids does up to twice that.
 import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from functools import cache
+from functools import cache, partial
 from typing import Any, NamedTuple
 
 import jax
@@ -18,9 +18,10 @@ import jax.numpy as jnp
 
 from deepseek_jax.checkpoint.forms import FORMS, tensor_specs
 from deepseek_jax.config import Config, ModelConfig
-from deepseek_jax.config.trainable import learning_part
+from deepseek_jax.config.trainable import learning_part, trainable
 from deepseek_jax.parallel.sharding import names
 from deepseek_jax.parallel.summary import readable_bytes
+from deepseek_jax.training.adapters import with_adapters
 from deepseek_jax.training.optimizer import make_optimizer
 from deepseek_jax.training.step import init_variables
 
@@ -193,7 +194,8 @@ def checkpoint_bytes(config: Config) -> dict[str, int]:
     """
     forms = (form for form in FORMS if form != "float16")  # as large as bfloat16
     sizes = {form: sum(spec.nbytes for spec in tensor_specs(config.model, form)) for form in forms}
-    return sizes | {"training state": _bytes(_variables(config.model)) + _bytes(_moments(config))}
+    biases = _variables(config.model)["router_state"]
+    return sizes | {"training state": _bytes(_params(config)) + _bytes(biases) + _bytes(_moments(config))}
 
 
 def optimizer_bytes(config: Config) -> int:
@@ -287,7 +289,12 @@ def _moments(config: Config) -> Any:
 
 def _learning(config: Config) -> Any:
     """Shapes of the parameters that learn."""
-    return learning_part(config.train.trainable, _variables(config.model)["params"])
+    return learning_part(trainable(config), _params(config))
+
+
+def _params(config: Config) -> Any:
+    """Shapes of all parameters, adapters among them."""
+    return jax.eval_shape(partial(with_adapters, config), _variables(config.model)["params"])
 
 
 def _active(model: ModelConfig, path: Sequence[str], size: int) -> int:

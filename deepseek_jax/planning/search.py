@@ -16,6 +16,7 @@ import numpy as np
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
 from deepseek_jax.config import MESH_AXES, Config, ConfigError, ModelConfig, ParallelConfig, expert_layers
+from deepseek_jax.config.trainable import trainable
 from deepseek_jax.parallel.exchange import devices_of_a_token, hops_of
 from deepseek_jax.parallel.mesh import make_mesh, readers, resolve
 from deepseek_jax.parallel.pipeline import bubble
@@ -166,7 +167,7 @@ def _rough(config: Config, topology: Topology, devices: list, state: Any) -> Can
     machine, model, train, parallel = topology.machine, config.model, config.train, config.parallel
     mesh = make_mesh(parallel, devices)
     division = Division(parallel, state.params, mesh)
-    held = bytes_per_device(state, division.shardings(state, make_optimizer(train), train.trainable))
+    held = bytes_per_device(state, division.shardings(state, make_optimizer(train), trainable(config)))
     weights, gradients = bytes_in_step(division, config, state.params)
     sequences = train.batch_size // readers(parallel)
     at_once = sequences // train.gradient_accumulation_steps

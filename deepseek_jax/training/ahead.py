@@ -10,6 +10,7 @@ import jax.numpy as jnp
 from jax.sharding import NamedSharding, PartitionSpec
 
 from deepseek_jax.config import Config
+from deepseek_jax.config.trainable import trainable
 from deepseek_jax.implementations import choose
 from deepseek_jax.model.layers import param_dtype
 from deepseek_jax.parallel.mesh import make_mesh, resolve
@@ -41,7 +42,7 @@ def compile_step(config: Config, devices: Sequence[jax.Device]) -> CompiledStep:
     def placed(leaf: jax.ShapeDtypeStruct, sharding: NamedSharding) -> jax.ShapeDtypeStruct:
         return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding)
 
-    state = jax.tree.map(placed, shapes, division.shardings(shapes, make_optimizer(config.train), config.train.trainable))
+    state = jax.tree.map(placed, shapes, division.shardings(shapes, make_optimizer(config.train), trainable(config)))
     parts, length = config.train.gradient_accumulation_steps, config.train.sequence_length
     batch = (parts, config.train.batch_size // parts, length + 1 + config.model.num_nextn_predict_layers)
     tokens = jax.ShapeDtypeStruct(batch, jnp.int32, sharding=NamedSharding(division.mesh, division.batch_spec(axis=1)))

@@ -6,19 +6,22 @@ import math
 import os
 import shutil
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any, Optional
 
 import jax
 import orbax.checkpoint as ocp
 
+from deepseek_jax.checkpoint.adapters import without_adapters
 from deepseek_jax.checkpoint.digests import damaged_file, write_digests
 from deepseek_jax.checkpoint.orbax_source import OrbaxSource
-from deepseek_jax.checkpoint.orbax_step import META, VARIABLES, first_line, read_meta, stacked_arrays, step_meta
+from deepseek_jax.checkpoint.orbax_step import ADAPTER, META, VARIABLES, first_line, read_meta, stacked_arrays, step_meta
 from deepseek_jax.checkpoint.tensors import CheckpointError
 from deepseek_jax.config import HOW_COMPUTED, Config, ModelConfig, RopeScaling, TrainConfig
-from deepseek_jax.config.trainable import learning_part
+from deepseek_jax.config.trainable import ADAPTERS, learning_part, trainable, with_part
 from deepseek_jax.parallel import processes
+from deepseek_jax.training.adapters import with_adapters
 from deepseek_jax.training.optimizer import make_optimizer
 from deepseek_jax.training.resume import saved_sections
 from deepseek_jax.training.schedules import Position
@@ -116,9 +119,11 @@ class Checkpoints:
             CheckpointError: what went wrong here or in the save before, and the last good step.
         """
         self._check_room(state)
-        variables = {"params": state.params, "router_state": state.router_state}
+        variables = {"params": without_adapters(state.params), "router_state": state.router_state}
+        adapters = learning_part([ADAPTERS], state.params)
         items = ocp.args.Composite(**{
             VARIABLES: ocp.args.StandardSave(variables, save_args=_piecewise(self._config, variables)),
+            **({ADAPTER: ocp.args.StandardSave(adapters)} if adapters else {}),
             OPTIMIZER: ocp.args.StandardSave(state.optimizer),
             META: ocp.args.JsonSave(
                 step_meta(self._config.model, position.step)
@@ -155,7 +160,7 @@ class Checkpoints:
         return CheckpointError(f"{self._folder}: could not save: {reason}; {good}")
 
     def restore(self, step: int) -> TrainState:
-        """The training state saved at `step`, with fresh moments if only a model was saved, or those of another optimizer.
+        """The training state saved at `step`; fresh moments (and adapters) if only a model was saved, or another optimizer's.
 
         Raises:
             CheckpointError: if it is of another model or cannot be read.
@@ -167,7 +172,7 @@ class Checkpoints:
             optimizer = self._read(step, OPTIMIZER, fresh.optimizer, shardings)
         else:
             init = make_optimizer(self._config.train).init
-            learning = learning_part(self._config.train.trainable, variables["params"])
+            learning = learning_part(trainable(self._config), variables["params"])
             optimizer = jax.jit(init, out_shardings=shardings)(learning)
         return TrainState(variables["params"], variables["router_state"], optimizer)
 
@@ -175,9 +180,18 @@ class Checkpoints:
         """Only what the model needs, {"params": ..., "router_state": ...}; raises as `restore` does."""
         self._check_model(step)
         fresh = jax.eval_shape(lambda: init_state(self._config))
-        variables, shardings = (tree and {"params": tree.params, "router_state": tree.router_state}
+        variables, shardings = (tree and {"params": without_adapters(tree.params), "router_state": tree.router_state}
                                 for tree in (fresh, self._shardings))  # fmt: skip
-        return self._read(step, VARIABLES, variables, shardings)
+        restored = self._read(step, VARIABLES, variables, shardings)
+        if not self._config.lora.rank:
+            return restored
+        adapters, shardings = (tree and learning_part([ADAPTERS], tree.params) for tree in (fresh, self._shardings))
+        if (self._folder / str(step) / ADAPTER).is_dir():
+            adapters = self._read(step, ADAPTER, adapters, shardings)
+        else:
+            fresh_ones = partial(with_adapters, self._config, {})
+            adapters = jax.jit(fresh_ones, out_shardings=shardings)()
+        return restored | {"params": with_part(restored["params"], adapters)}
 
     def source(self, step: int) -> OrbaxSource:
         """The same, to be read tensor by tensor; raises as `restore` does."""

@@ -18,6 +18,7 @@ from deepseek_jax.model.transformer import DeepseekV3
 from deepseek_jax.parallel.context import devices_of_a_sequence, own_tokens
 from deepseek_jax.parallel.sharding import Division, place_batch
 from deepseek_jax.parallel.weights import collect, gather_unstacked
+from deepseek_jax.training.adapters import scaled
 from deepseek_jax.training.loss import cross_entropy
 from deepseek_jax.training.step import TrainState
 
@@ -101,7 +102,7 @@ def _nats(
     params: Any, router_state: Any, tokens: jax.Array, weights: jax.Array, config: Config, division: Optional[Division]
 ) -> jax.Array:
     model = DeepseekV3(dropless(config.model), division)
-    variables = {"params": params, "router_state": router_state}
+    variables = {"params": scaled(params, config.lora), "router_state": router_state}
     end = config.data.end_of_document if config.data.mask_documents else None
     hidden = model.apply(variables, tokens[:, :-1], end, method="hidden_states")
     length = tokens.shape[1] - 1

@@ -6,8 +6,10 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any, NamedTuple, Optional
 
+import jax
 from tokenizers import Tokenizer
 
+from deepseek_jax.checkpoint.adapters import with_adapters_merged
 from deepseek_jax.checkpoint.hf_config import CONFIG_JSON
 from deepseek_jax.checkpoint.hf_source import HuggingFaceSource
 from deepseek_jax.checkpoint.hub import local_directory
@@ -117,9 +119,12 @@ def run_config(run_dir: Path) -> Config:
 
 
 def run_variables(run_dir: Path, config: Config, step: int | None = None) -> dict[str, Any]:
-    """Of a run's checkpoint, the last one by default."""
+    """Of a run's checkpoint, the last one by default; its adapters, if it has some, are merged."""
     checkpoints = Checkpoints(run_dir, config)
-    return checkpoints.restore_variables(_last(run_dir, checkpoints, step))
+    variables = checkpoints.restore_variables(_last(run_dir, checkpoints, step))
+    if not config.lora.rank:
+        return variables
+    return variables | {"params": with_adapters_merged(jax.device_get(variables["params"]), config.lora)}
 
 
 def _last(run_dir: Path, checkpoints: Checkpoints, step: Optional[int]) -> int:

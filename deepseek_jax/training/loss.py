@@ -17,6 +17,7 @@ from deepseek_jax.model.transformer import DeepseekV3
 from deepseek_jax.parallel.context import devices_of_a_sequence, own_tokens
 from deepseek_jax.parallel.sharding import Division
 from deepseek_jax.parallel.weights import gather_unstacked
+from deepseek_jax.training.adapters import scaled
 
 
 class LossParts(NamedTuple):
@@ -52,7 +53,7 @@ def training_loss(
     model, depth = config.model, config.model.num_nextn_predict_layers
     if division is not None:
         params = gather_unstacked(division, model, params, tokens[:, :-1].size // devices_of_a_sequence(division))
-    variables = {"params": params, "router_state": router_state}
+    variables = {"params": scaled(params, config.lora), "router_state": router_state}
     end = config.data.end_of_document if config.data.mask_documents else None
     module = DeepseekV3(model, division, tells_scores=config.train.qk_clip is not None)
     output = module.apply(variables, tokens[:, :-1], end)

@@ -16,12 +16,12 @@ FREE = (
     "train.hang_after", "train.profile",
 )  # fmt: skip
 """Fields that may change without a word: where and how a step is computed, what is saved and told. So may the mesh."""
-FIXED = ("train.trainable",)
-"""Fields that a run keeps: its moments are of what learns."""
+FIXED = ("train.trainable", "lora.rank", "lora.alpha", "lora.modules")
+"""Fields that a run keeps: they are what learns, and what it means."""
 SCHEDULED = ("learning_rate", "bias_update_speed", "mtp_loss_weight", "batch_size")
 MOST_FILES = 3
 """That are named."""
-SECTIONS = ("model", "data", "train")
+SECTIONS = ("model", "data", "train", "lora")
 
 
 def check_same_text(config: Config, run_dir: Path) -> None:
@@ -58,7 +58,8 @@ def changed_fields(saved: dict[str, Any], config: Config) -> dict[str, tuple[Any
     changed: dict[str, tuple[Any, Any]] = {}
     for section in SECTIONS:
         now, defaults = (dataclasses.asdict(getattr(each, section)) for each in (config, Config()))
-        then = defaults | saved[section] if section in saved else now
+        known = saved.get(section, {} if section == "lora" and "train" in saved else now)  # older runs have no adapters
+        then = defaults | known
         fields = (f"{section}.{name}" for name in now if then[name] != now[name])
         changed |= {name: (then[name.split(".")[1]], now[name.split(".")[1]]) for name in fields if name not in FREE}
     return changed

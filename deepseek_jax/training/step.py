@@ -10,12 +10,13 @@ from jax.sharding import PartitionSpec
 
 from deepseek_jax.compilation import compiler_options
 from deepseek_jax.config import MESH_AXES, Config, ModelConfig
-from deepseek_jax.config.trainable import learning_part, with_part
+from deepseek_jax.config.trainable import learning_part, trainable, with_part
 from deepseek_jax.model.layers import param_dtype
 from deepseek_jax.model.router import updated_bias
 from deepseek_jax.model.transformer import DeepseekV3
 from deepseek_jax.parallel.sharding import PIPELINED, Division
 from deepseek_jax.parallel.weights import collect, deliver, largest_of_layers, sum_of_layers
+from deepseek_jax.training.adapters import with_adapters
 from deepseek_jax.training.loss import LossParts, training_loss
 from deepseek_jax.training.optimizer import make_optimizer
 from deepseek_jax.training.qk_clip import clipped_heads
@@ -60,10 +61,10 @@ def init_variables(config: ModelConfig, seed: int) -> dict[str, Any]:
 
 
 def init_state(config: Config, variables: Optional[dict[str, Any]] = None) -> TrainState:
-    """Zero moments beside fresh parameters from train.seed, or beside a copy of `variables`."""
+    """Zero moments, and adapters if there are to be some, beside fresh parameters from train.seed or a copy of `variables`."""
     variables = init_variables(config.model, config.train.seed) if variables is None else jax.tree.map(jnp.copy, variables)
-    params = variables["params"]
-    moments = make_optimizer(config.train).init(learning_part(config.train.trainable, params))
+    params = with_adapters(config, variables["params"])
+    moments = make_optimizer(config.train).init(learning_part(trainable(config), params))
     return TrainState(params, variables["router_state"], moments)
 
 
@@ -85,7 +86,7 @@ def train_step(
         division: the mesh whose devices share the work, and the arrays of `state`; null is one device.
     """
     gradients, metrics = gradients_of(state, tokens, scalars, config, division)
-    learning = learning_part(config.train.trainable, state.params)
+    learning = learning_part(trainable(config), state.params)
     with jax.named_scope("optimizer"):
         squares = jax.tree.map(lambda gradient: jnp.sum(jnp.square(gradient)), gradients)
         norm = jnp.sqrt(sum(jax.tree.leaves(squares)))
@@ -105,7 +106,7 @@ def train_step(
     advanced = TrainState(params, router_state, moments)
     state = jax.tree.map(lambda new, old: jnp.where(skipped, old, new), advanced, state)
     if division is not None:
-        state = jax.lax.with_sharding_constraint(state, division.shardings(state, optimizer, config.train.trainable))
+        state = jax.lax.with_sharding_constraint(state, division.shardings(state, optimizer, trainable(config)))
     return state, metrics
 
 
@@ -150,7 +151,7 @@ def _on_mesh(
     whole, cut = PartitionSpec(), division.param_specs()
     sharded = jax.shard_map(
         of_device, mesh=division.mesh, in_specs=(cut, whole, division.batch_spec(axis=1), whole),
-        out_specs=(learning_part(config.train.trainable, cut), whole), check_vma=False,
+        out_specs=(learning_part(trainable(config), cut), whole), check_vma=False,
     )  # fmt: skip
     return sharded(state.params, state.router_state, tokens, scalars)
 
@@ -159,7 +160,7 @@ def _accumulated(
     params: Any, router_state: Any, tokens: jax.Array, scalars: Scalars, config: Config, division: Optional[Division] = None
 ) -> tuple[Any, StepMetrics]:
     """Gradients of what learns and metrics of the whole batch: means over its parts, but sums of the expert counts."""
-    learning = learning_part(config.train.trainable, params)
+    learning = learning_part(trainable(config), params)
     wide = param_dtype(config.model)
 
     @partial(jax.jit, inline=True)  # traced once, for its shapes and for the loop; the program is the same

@@ -96,7 +96,7 @@ class MultiHeadLatentAttention(nn.Module):
         c = self.config
         first = self.q_proj if c.q_lora_rank is None else self.q_a_proj
         q, kv = products(c, x, first.weight, self.kv_a_proj_with_mqa.weight)
-        q, kv = first.biased(q), self.kv_a_proj_with_mqa.biased(kv)
+        q, kv = first.completed(x, q), self.kv_a_proj_with_mqa.completed(x, kv)
         if c.q_lora_rank is not None:
             q = self.q_b_proj(self.q_a_layernorm(q))
         q = q.unflatten(-1, (c.num_attention_heads, -1))

@@ -34,20 +34,32 @@ def normal_parameter(config: ModelConfig, *shape: int) -> nn.Parameter:
 
 
 class Linear(nn.Module):
-    """`W x`, plus `bias` if it has one; `weight` is [features, in_features]."""
+    """`W x`, plus `bias` if it has one; `weight` is [features, in_features].
+
+    With an adapter plus `(alpha / rank) B A x`, in the type of activations; see `training.adapters`.
+    """
+
+    lora_A: Optional[nn.Parameter]
+    """[rank, in_features]."""
+    lora_B: Optional[nn.Parameter]
+    """[features, rank]."""
+    lora_scale = 1.0
 
     def __init__(self, config: ModelConfig, in_features: int, features: int, has_bias: bool = False):
         super().__init__()
         self.config = config
         self.weight = normal_parameter(config, features, in_features)
         self.bias = nn.Parameter(torch.zeros(features, dtype=param_dtype(config))) if has_bias else None
+        self.lora_A = self.lora_B = None
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """[..., in_features] -> [..., features]."""
-        return self.biased(products(self.config, x, self.weight)[0])
+        return self.completed(x, products(self.config, x, self.weight)[0])
 
-    def biased(self, y: torch.Tensor) -> torch.Tensor:
-        """`y`, a product with the weight, plus the bias."""
+    def completed(self, x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
+        """`y`, the product of x with the weight, plus what an adapter adds, plus the bias."""
+        if self.lora_A is not None and self.lora_B is not None:
+            y = y + x @ self.lora_A.to(x.dtype).T @ (self.lora_B * self.lora_scale).to(x.dtype).T
         return y if self.bias is None else y + self.bias.to(y.dtype)
 
 
@@ -120,7 +132,7 @@ class FeedForward(nn.Module):
 
         Before the down projection, which is linear, so that float8 rounds there what the JAX sibling's rounds.
         """
-        activated = self.form.activation(
-            *products(self.config, x, *(getattr(self, name).weight for name in self.form.projections))
-        )
+        entering = [getattr(self, name) for name in self.form.projections]
+        entered = products(self.config, x, *(linear.weight for linear in entering))
+        activated = self.form.activation(*(linear.completed(x, y) for linear, y in zip(entering, entered)))
         return self.down_proj(activated if factors is None else activated * factors.to(x.dtype))

@@ -4,11 +4,13 @@ from typing import NamedTuple, Optional
 
 import torch
 
+from deepseek_jax.checkpoint.adapters import adapter_layout
 from deepseek_jax.checkpoint.layout import layout
 from deepseek_jax.config import Config
-from deepseek_jax.config.trainable import check_trainable, learns
+from deepseek_jax.config.trainable import check_trainable, learns, trainable
 from deepseek_torch.model.router import updated_bias
 from deepseek_torch.model.transformer import DeepseekV3
+from deepseek_torch.training.adapters import add_adapters
 from deepseek_torch.training.loss import LossParts, training_loss
 from deepseek_torch.training.optimizer import clip_by_global_norm, make_optimizer
 from deepseek_torch.training.qk_clip import clip_heads
@@ -35,21 +37,23 @@ class StepMetrics(NamedTuple):
 
 
 def init_state(config: Config, model: Optional[DeepseekV3] = None) -> TrainState:
-    """Zero moments beside fresh parameters from train.seed and zero biases, or beside those of `model`."""
+    """Zero moments beside fresh parameters from train.seed and zero biases, or beside those of `model`; and fresh adapters."""
     if model is None:
         torch.manual_seed(config.train.seed)
         model = DeepseekV3(config.model)
+    add_adapters(config, model)
     choose_trainable(config, model)
     return TrainState(model, make_optimizer(config.train, model))
 
 
 def choose_trainable(config: Config, model: DeepseekV3) -> None:
-    """Let only those parameters learn that train.trainable names; raises `ConfigError` for a name of nothing."""
-    paths = {place.name: place.path[1:] for place in layout(config.model)}
+    """Let only adapters and those parameters learn that train.trainable names; raises `ConfigError` for a name of nothing."""
+    places = layout(config.model) + adapter_layout(config.model, config.lora)
+    paths = {place.name: place.path[1:] for place in places}
     parameters = dict(model.named_parameters())
     check_trainable(config.train.trainable, [paths[name] for name in parameters])
     for name, parameter in parameters.items():
-        parameter.requires_grad_(learns(config.train.trainable, paths[name]))
+        parameter.requires_grad_(learns(trainable(config), paths[name]))
 
 
 def train_step(state: TrainState, tokens: torch.Tensor, plan: StepPlan, config: Config) -> StepMetrics:
