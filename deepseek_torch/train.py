@@ -21,7 +21,7 @@ from deepseek_jax.checkpoint.hf_config import read_config_json
 from deepseek_jax.config import HOW_COMPUTED, Config, ConfigError, from_mapping, load_config, presets, to_yaml
 from deepseek_jax.config.sizes import to_go_on
 from deepseek_jax.data.eval_sets import check_sets, make_sets, open_sets
-from deepseek_jax.data.loader import training_sequences
+from deepseek_jax.data.loader import part_size, training_sequences
 from deepseek_jax.data.packing import PreparedData, prepare
 from deepseek_jax.errors import UserError, run_command, write_atomically
 from deepseek_jax.training.lock import sole_use
@@ -144,7 +144,7 @@ def _run(config: Config, run_dir: Path, data: PreparedData, state: TrainState, p
     with _interruptible() as interrupted:
         for plan in plan_steps(train, position):
             tokens = torch.from_numpy(windows.take(plan.first_sequence, plan.batch_size)).long()
-            batch = tokens.view(train.gradient_accumulation_steps, -1, tokens.shape[1])
+            batch = tokens.view(-1, part_size(train), tokens.shape[1])
             metrics = train_step(state, batch, plan, config)
             position = Position(
                 plan.step, plan.first_sequence + plan.batch_size, plan.tokens, position.epochs + plan.batch_size / len(windows)

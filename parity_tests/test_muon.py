@@ -15,18 +15,11 @@ from deepseek_jax.training.checkpoint import Checkpoints
 from deepseek_jax.training.muon import is_orthogonalised
 from deepseek_jax.training.optimizer import make_optimizer
 from deepseek_jax.training.schedules import Position
-from deepseek_jax.training.step import Scalars, TrainState, init_state, train_step
+from deepseek_jax.training.step import init_state
 from deepseek_torch.model.transformer import DeepseekV3
 from deepseek_torch.training.muon import is_orthogonalised as is_orthogonalised_in_torch
-from deepseek_torch.training.optimizer import make_optimizer as make_torch_optimizer
-from deepseek_torch.training.schedules import plan_steps
-from deepseek_torch.training.step import TrainState as TorchTrainState
-from deepseek_torch.training.step import train_step as torch_train_step
 from parity_tests.comparison import assert_close
 from parity_tests.modules import COMPILE_QUICKLY
-from parity_tests.siblings import Siblings
-from parity_tests.test_training import few_words, lockstep_config
-from parity_tests.weights import to_torch
 
 TINY = dataclasses.replace(load_config("tiny").model, precision="float64", num_hidden_layers=2)
 TRAIN = TrainConfig(optimizer="muon", gradient_clip=1e9, weight_decay=0.3, muon_momentum=0.9)
@@ -94,38 +87,6 @@ def test_both_siblings_choose_the_same_parameters():
     attention = {f"self_attn.{name}" for name in ("q_a_proj", "q_b_proj", "kv_a_proj_with_mqa", "kv_b_proj", "o_proj")}
     entering = [f"mlp.{kind}{name}" for kind in ("", "experts.", "shared_experts.") for name in ("gate_proj", "up_proj")]
     assert kinds == attention | {*entering, "eh_proj"} | {name.replace("up_", "down_") for name in entering[1::2]}
-
-
-LIMIT = 0.02
-
-
-def test_six_steps_in_lockstep():
-    """Muon, and scores that reach the limit: losses, scores and every parameter after every step."""
-    config = lockstep_config()
-    train = dataclasses.replace(config.train, optimizer="muon", qk_clip=LIMIT, steps=6)
-    model = dataclasses.replace(config.model, first_k_dense_replace=0, num_hidden_layers=1, num_nextn_predict_layers=1)
-    config = dataclasses.replace(config, train=train, model=model)
-    pair = Siblings(config.model)
-    params, router_state = pair.variables["params"], pair.variables["router_state"]
-    in_torch = TorchTrainState(pair.torch, make_torch_optimizer(train, pair.torch))
-    clipped = 0
-    with jax.enable_x64(True):
-        in_jax = TrainState(params, router_state, make_optimizer(train).init(params))
-        step = jax.jit(partial(train_step, config=config), compiler_options=COMPILE_QUICKLY)
-        for plan in plan_steps(train):
-            tokens = few_words(config, seed=plan.step)
-            scalars = Scalars(*map(jnp.float64, (plan.learning_rate, plan.bias_update_speed, plan.mtp_loss_weight)))
-            in_jax, ours = step(in_jax, tokens, scalars)
-            theirs = torch_train_step(in_torch, torch.from_numpy(tokens).long(), plan, config)
-            scores = ours.parts.largest_scores
-            scores = np.concatenate([scores[stack] for stack in ("moe_layers", "mtp_layers")])
-            told = {"loss": ours.loss, "norm": ours.grad_norm, "scores": scores}
-            assert_close(told, {"loss": theirs.loss, "norm": theirs.grad_norm, "scores": theirs.parts.largest_scores}, 1e-12)
-            variables = {"params": in_jax.params, "router_state": in_jax.router_state}
-            assert_close(to_torch(variables, config.model), in_torch.model.state_dict(), 1e-12)
-            clipped += int((scores > LIMIT).sum())
-    heads = 2 * config.model.num_attention_heads
-    assert 0 < clipped < 6 * heads, clipped
 
 
 def test_its_state_is_saved_and_another_optimizers_is_not_taken_for_it(tmp_path):

@@ -15,6 +15,7 @@ from deepseek_jax.parallel.exchange import OVERFLOW
 from deepseek_jax.parallel.mesh import make_mesh, mesh_shape, resolve
 from deepseek_jax.parallel.pipeline import ABSENT, assign_layers, bubble
 from deepseek_jax.parallel.sharding import Division, bytes_per_device, place_batch
+from deepseek_jax.training.evaluation import evaluation_nats
 from deepseek_jax.training.optimizer import make_optimizer
 from deepseek_jax.training.step import Scalars, TrainState, init_state, train_step
 from parity_tests.comparison import difference
@@ -248,6 +249,25 @@ def test_a_narrow_step_is_that_of_one_device(precision):
         told.append((float(metrics.loss), float(metrics.grad_norm)))
     (loss, norm), (loss_on_mesh, norm_on_mesh) = told
     assert abs(loss_on_mesh / loss - 1) < 1e-4 and abs(norm_on_mesh / norm - 1) < 2e-2, told
+
+
+@pytest.mark.slow
+def test_fp8_evaluation_on_a_mesh_is_that_of_one_device():
+    """But for the order of sums, which may move a code to its neighbour."""
+    config = config_with()
+    model = dataclasses.replace(config.model, precision="fp8", num_hidden_layers=3, num_nextn_predict_layers=1)
+    config, told = dataclasses.replace(config, model=model), []
+    tokens, weights = batch(config, 0)[0, :, : config.train.sequence_length + 1], np.ones(16, np.float32)
+    weights[13:] = 0  # what only fills the batch
+    state = jax.jit(partial(init_state, config))()
+    for mesh in ({}, dict(pipe=2, data=2, expert=2)):
+        config = dataclasses.replace(config, parallel=ParallelConfig(**{"data": 1} | mesh))
+        division = Division(resolve(config, DEVICES), state.params) if mesh else None
+        places = division and division.shardings(state, make_optimizer(config.train)).params
+        params = jax.device_put(state.params, places)
+        nats = jax.jit(partial(evaluation_nats, config=config, division=division))
+        told.append(float(nats(params, state.router_state, tokens, weights)))
+    assert abs(told[0] / (13 * 6 * math.log(config.model.vocab_size)) - 1) < 0.1 and abs(told[1] / told[0] - 1) < 1e-3, told
 
 
 def types_of_sums_and_gathers(jaxpr, matrices: set[tuple[int, int]]) -> tuple[set, set]:

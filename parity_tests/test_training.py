@@ -21,6 +21,7 @@ import deepseek_torch.training.schedules as torch_schedules
 from deepseek_jax.checkpoint.tensors import CheckpointError
 from deepseek_jax.config import Config, Phase, RopeScaling, TrainConfig, load_config
 from deepseek_jax.convert import convert
+from deepseek_jax.data.loader import part_size
 from deepseek_jax.training.optimizer import make_optimizer
 from deepseek_jax.training.step import Scalars, TrainState, train_step
 from deepseek_torch.training.optimizer import clip_by_global_norm
@@ -89,6 +90,42 @@ def test_twenty_steps_in_lockstep():
     assert clipped >= 10, "the clip is to be part of the proof"
     assert all(0 < bias.abs().max() < 0.15 for bias in pair.torch.buffers()), "gamma was 0.01, then 0"
     assert theirs.loss < 5.9, "log 320 is 5.8 and lambda adds to it: something was learnt"
+
+
+def test_growing_batches_by_one_program_are_whole_batches():
+    """Parts of a sequence each, of which one to four count, against the sibling that takes each batch at once: what is
+    summed, averaged or the largest over parts, counts and so the biases among it, is what one batch gives. Moved by Muon,
+    with scores that reach QK-clip's limit."""
+    config, limit = lockstep_config(), 0.05
+    train = dataclasses.replace(
+        config.train, steps=5, batch_size_start=1, batch_size_ramp_tokens=60, gradient_accumulation_steps=1, warmup_steps=0,
+        optimizer="muon", qk_clip=limit, bias_update_speed=[Phase(1e-2)],
+    )  # fmt: skip
+    model = dataclasses.replace(config.model, first_k_dense_replace=0, num_hidden_layers=1, num_nextn_predict_layers=1)
+    config = dataclasses.replace(config, model=model, train=train)
+    pair, rng = Siblings(model), np.random.default_rng(0)
+    in_torch = TorchTrainState(pair.torch, make_torch_optimizer(train, pair.torch))
+    sizes, clipped, length = [], 0, train.sequence_length + 2
+    with jax.enable_x64(True):
+        params, router_state = (jax.tree.map(jnp.asarray, pair.variables[kind]) for kind in ("params", "router_state"))
+        in_jax = TrainState(params, router_state, make_optimizer(train).init(params))
+        step = jax.jit(partial(train_step, config=config), compiler_options=COMPILE_QUICKLY)
+        for plan in jax_schedules.plan_steps(train):
+            tokens = rng.integers(0, model.vocab_size, (4, part_size(train), length), dtype=np.int32)
+            whole = torch.from_numpy(tokens[: plan.batch_size]).long().view(1, -1, length)
+            scheduled = map(jnp.float64, (plan.learning_rate, plan.bias_update_speed, plan.mtp_loss_weight))
+            in_jax, ours = step(in_jax, tokens, Scalars(*scheduled, parts=np.int32(plan.batch_size)))
+            theirs = torch_train_step(in_torch, whole, plan, config)
+            scores = np.concatenate([ours.parts.largest_scores[stack] for stack in ("moe_layers", "mtp_layers")])
+            told = (metrics | {"scores": of} for metrics, of in
+                    ((_told(ours), scores), (_told(theirs), theirs.parts.largest_scores)))  # fmt: skip
+            assert_close(*told, 1e-12)
+            variables = {"params": in_jax.params, "router_state": in_jax.router_state}
+            assert_close(to_torch(variables, model), in_torch.model.state_dict(), 1e-12)
+            sizes.append(plan.batch_size)
+            clipped += (scores > limit).sum()
+    assert sizes == [1, 1, 2, 3, 4] and step._cache_size() == 1
+    assert 0 < clipped < 5 * scores.size
 
 
 def few_words(config: Config, seed: int) -> np.ndarray:

@@ -222,6 +222,7 @@ class TrainConfig:
     """Where the batch starts, growing by multiples of itself over batch_size_ramp_tokens."""
     batch_size_ramp_tokens: int = 0
     gradient_accumulation_steps: int = 1
+    """Parts of a batch that are computed one after another; of the first batch, where it grows: later ones have more parts."""
 
     learning_rate: float = 2.2e-4
     warmup_steps: int = 0

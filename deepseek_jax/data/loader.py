@@ -9,9 +9,14 @@ from typing import Protocol
 
 import numpy as np
 
-from deepseek_jax.config import Config
+from deepseek_jax.config import Config, TrainConfig
 from deepseek_jax.data.documents import DataError
 from deepseek_jax.data.shuffle import permute
+
+
+def part_size(train: TrainConfig) -> int:
+    """Sequences of an accumulation part: the first batch's, however large batches grow, so that one program takes them all."""
+    return (train.batch_size_start or train.batch_size) // train.gradient_accumulation_steps
 
 
 def window_length(config: Config) -> int:

@@ -11,7 +11,7 @@ import numpy as np
 from jax.sharding import PartitionSpec
 
 from deepseek_jax.config import HELD_OUT, MESH_AXES, Config
-from deepseek_jax.data.loader import Windows
+from deepseek_jax.data.loader import Windows, part_size
 from deepseek_jax.data.packing import PreparedData
 from deepseek_jax.model.router import dropless
 from deepseek_jax.model.transformer import DeepseekV3
@@ -32,7 +32,7 @@ class Evaluation:
         windows = {name: Windows(text, length + 1, length, seed=None) for name, text in texts.items()}
         counts = {name: min(train.eval_sequences, len(of_text)) for name, of_text in windows.items()}
         unit = 1 if division is None else division.batch_unit()
-        size = -(-min(train.batch_size // train.gradient_accumulation_steps, max(counts.values())) // unit) * unit
+        size = -(-min(part_size(train), max(counts.values())) // unit) * unit
         end = config.data.end_of_document if config.data.mask_documents else -1
         self._batches, self._bytes = {}, {}
         for name, count in counts.items():

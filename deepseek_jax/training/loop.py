@@ -5,7 +5,6 @@ import math
 import signal
 import sys
 import time
-from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple, Optional
 
@@ -14,7 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from deepseek_jax.config import MESH_AXES, Config
-from deepseek_jax.data.loader import training_sequences
+from deepseek_jax.data.loader import part_size, training_sequences
 from deepseek_jax.data.packing import PreparedData
 from deepseek_jax.errors import UserError
 from deepseek_jax.parallel import processes
@@ -138,17 +137,19 @@ class Loop:
         self._progress.note("stopping after this step and saving; press Ctrl-C again to stop at once")
 
     def _batch(self, plan: StepPlan) -> jax.Array | np.ndarray:
-        """[A, B / A, ...]; a process reads the sequences of its own devices."""
-        parts = self._config.train.gradient_accumulation_steps
-        size = plan.batch_size // parts
+        """[A, B / A, ...] of the largest batch that there will be; a process reads the sequences of its own devices."""
+        train, size = self._config.train, part_size(self._config.train)
 
-        return place_batch(self._division, (parts, size, self._windows.window), 1, partial(self._sequences, plan))
+        def read(start: int, end: int) -> np.ndarray:
+            found = self._sequences(plan, start, end)
+            return np.pad(found, [(0, train.batch_size // size - len(found)), (0, 0), (0, 0)])
+
+        return place_batch(self._division, (train.batch_size // size, size, self._windows.window), 1, read)
 
     def _sequences(self, plan: StepPlan, start: int, end: int) -> np.ndarray:
         """Of each part of a batch the sequences from `start` to `end`."""
-        parts = self._config.train.gradient_accumulation_steps
-        size = plan.batch_size // parts
-        firsts = (plan.first_sequence + part * size + start for part in range(parts))
+        size = part_size(self._config.train)
+        firsts = range(plan.first_sequence + start, plan.first_sequence + plan.batch_size, size)
         return np.stack([self._windows.take(first, end - start) for first in firsts])
 
     def _tell(self, told: tuple[StepPlan, StepMetrics] | None, state: TrainState) -> None:
@@ -193,8 +194,8 @@ class Loop:
             self._progress.note(told)
             return
         self._progress.note(f"{told}; looking where it began")
-        batch = self._sequences(plan, 0, plan.batch_size // self._config.train.gradient_accumulation_steps)
-        where = Search(self._config, self._division).find(state, batch, _scalars(plan, self._config))
+        batch = self._sequences(plan, 0, part_size(self._config.train))
+        where = Search(self._config, self._division).find(state, batch, _scalars(plan, self._config)._replace(parts=None))
         raise UserError(too_many_skips(plan.step, numbers, where, self._skipped))
 
     def _evaluate(self, plan: StepPlan, state: TrainState) -> None:
@@ -226,4 +227,6 @@ def _not_finite(squares: Any) -> str:
 
 def _scalars(plan: StepPlan, config: Config) -> Scalars:
     dtype = np.float64 if config.model.precision == "float64" else np.float32
-    return Scalars(*(dtype(x) for x in (plan.learning_rate, plan.bias_update_speed, plan.mtp_loss_weight)))
+    scheduled = Scalars(*(dtype(x) for x in (plan.learning_rate, plan.bias_update_speed, plan.mtp_loss_weight)))
+    grows = config.train.batch_size_start not in (None, config.train.batch_size)
+    return scheduled._replace(parts=np.int32(plan.batch_size // part_size(config.train)) if grows else None)

@@ -37,6 +37,8 @@ class Scalars(NamedTuple):
     learning_rate: Any
     bias_update_speed: Any
     mtp_loss_weight: Any
+    parts: Any = None
+    """How many of a batch's accumulation parts count, so that one program takes batches that grow; null is all."""
 
 
 class StepMetrics(NamedTuple):
@@ -81,7 +83,7 @@ def train_step(
     """Advance by one batch.
 
     Args:
-        tokens: [A, B / A, T + 1 + D] ids of the batch in its A accumulation parts.
+        tokens: [A, B / A, T + 1 + D] ids of the batch in its A accumulation parts, of which the first `scalars.parts` count.
         config: static.
         division: the mesh whose devices share the work, and the arrays of `state`; null is one device.
     """
@@ -172,21 +174,23 @@ def _accumulated(
         (loss, parts), gradients = jax.value_and_grad(loss_of, has_aux=True)(learning)
         return jax.tree.map(lambda gradient: gradient.astype(wide), gradients), loss, parts
 
-    count = tokens.shape[0]
-    if count == 1:
+    count = tokens.shape[0] if scalars.parts is None else scalars.parts
+    if scalars.parts is None and count == 1:
         gradients, loss, parts = one(tokens[0])
     else:
-        zeros = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), jax.eval_shape(one, tokens[0]))
+        shapes = jax.eval_shape(one, tokens[0])
+        *zeros, nothing = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), shapes)
+        lowest = jax.tree.map(lambda leaf: jnp.full(leaf.shape, -jnp.inf, leaf.dtype), shapes[2].largest_scores)
 
-        def add(sums: Any, part: jax.Array) -> tuple[Any, Any]:
-            *summed, parts = one(part)
+        def add(number: jax.Array, so_far: tuple[Any, Any]) -> tuple[Any, Any]:
+            sums, largest = so_far
+            *summed, parts = one(tokens[number])
             summed.append(parts._replace(largest_scores=None))
-            return jax.tree.map(jnp.add, sums, tuple(summed)), parts.largest_scores
+            return jax.tree.map(jnp.add, sums, tuple(summed)), jax.tree.map(jnp.maximum, largest, parts.largest_scores)
 
-        start = *zeros[:2], zeros[2]._replace(largest_scores=None)
-        (gradients, loss, parts), scores = jax.lax.scan(add, start, tokens)
+        start = (*zeros, nothing._replace(largest_scores=None)), lowest
+        (gradients, loss, parts), scores = jax.lax.fori_loop(0, count, add, start)
         mean = partial(jax.tree.map, lambda total: total / count)
         gradients, loss = mean(gradients), mean(loss)
-        scores = jax.tree.map(lambda of_parts: jnp.max(of_parts, axis=0), scores)
         parts = mean(parts._replace(counts={}))._replace(counts=parts.counts, largest_scores=scores)
     return gradients, StepMetrics(loss, parts)

@@ -6,7 +6,7 @@ import numpy as np
 import torch
 
 from deepseek_jax.config import HELD_OUT, Config
-from deepseek_jax.data.loader import TokenRow, Windows
+from deepseek_jax.data.loader import TokenRow, Windows, part_size
 from deepseek_jax.data.packing import PreparedData
 from deepseek_torch.model.transformer import DeepseekV3
 from deepseek_torch.training.loss import cross_entropy
@@ -48,5 +48,5 @@ def _batches(config: Config, text: TokenRow) -> list[np.ndarray]:
     train = config.train
     windows = Windows(text, train.sequence_length + 1, train.sequence_length, seed=None)
     count = min(train.eval_sequences, len(windows))
-    size = min(train.batch_size // train.gradient_accumulation_steps, count)
+    size = min(part_size(train), count)
     return [windows.take(start, min(size, count - start)) for start in range(0, count, size)]
