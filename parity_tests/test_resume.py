@@ -39,6 +39,7 @@ def test_the_past_is_counted_and_not_derived():
         position = position.after(plan)
     following = next(plan_steps(dataclasses.replace(train, batch_size=8), position))
     assert (following.step, following.first_sequence, following.tokens) == (17, 64, 64 * 32 + 8 * 32)
+    assert position.epochs == 0, "of a text whose length was not told"
 
 
 def config(*overrides: str) -> Config:

@@ -23,6 +23,7 @@ from deepseek_jax.config import Config, Phase, RopeScaling, TrainConfig, load_co
 from deepseek_jax.convert import convert
 from deepseek_jax.data.loader import part_size
 from deepseek_jax.training.optimizer import make_optimizer
+from deepseek_jax.training.schedules import Position
 from deepseek_jax.training.step import Scalars, TrainState, train_step
 from deepseek_torch.training.optimizer import clip_by_global_norm
 from deepseek_torch.training.optimizer import make_optimizer as make_torch_optimizer
@@ -194,7 +195,7 @@ SCHEDULES = [
     TrainConfig(steps=30, sequence_length=16, batch_size=4),
     TrainConfig(steps=30, sequence_length=16, batch_size=4, warmup_steps=7),
     TrainConfig(
-        steps=40, sequence_length=10, batch_size=12, batch_size_start=3, batch_size_ramp_tokens=2000, warmup_steps=5,
+        steps=80, sequence_length=10, batch_size=12, batch_size_start=3, batch_size_ramp_tokens=2000, warmup_steps=5,
         learning_rate_decay=[Phase(1.0, until=1500), Phase(0.1, until=3000, shape="cosine"), Phase(0.1, until=3500),
                              Phase(0.03)],
         bias_update_speed=[Phase(1e-3, until=3000), Phase(0.0)], mtp_loss_weight=[Phase(0.3, until=2000), Phase(0.1)],
@@ -202,6 +203,11 @@ SCHEDULES = [
     TrainConfig(
         steps=20, sequence_length=8, batch_size=2, batch_size_start=2, warmup_steps=30,
         learning_rate_decay=[Phase(0.5, until=100, shape="linear"), Phase(0.2, until=200, shape="cosine")],
+    ),
+    TrainConfig(  # phases that end where a step begins, one of them where it would begin itself
+        steps=20, sequence_length=10, batch_size=2, warmup_steps=2,
+        learning_rate_decay=[Phase(0.5, until=40, shape="linear")], bias_update_speed=[Phase(1e-3, until=100), Phase(0.0)],
+        mtp_loss_weight=[Phase(0.3, until=100, shape="linear"), Phase(0.1, shape="linear")],
     ),
     load_config("large_671b", ["train.steps=400"]).train,
 ]  # fmt: skip
@@ -213,6 +219,21 @@ def test_schedules_are_alike(train):
                     for module in (jax_schedules, torch_schedules))  # fmt: skip
     assert len(ours) == train.steps and np.allclose(ours, theirs, rtol=1e-14, atol=0)
     assert [plan[:3] for plan in ours] == [plan[:3] for plan in theirs]
+
+
+def test_the_reports_schedules():
+    """Section 4.2 in its own figures, at the tokens where they change, just before, and half way between."""
+    train = load_config("large_671b").train
+    for tokens, batch_size, rate, gamma, weight in (
+        (0, 3072, 2.2e-4, 1e-3, 0.3), (234.5e9, 9216, 2.2e-4, 1e-3, 0.3), (469e9 - 1, 12288, 2.2e-4, 1e-3, 0.3),
+        (469e9, 15360, 2.2e-4, 1e-3, 0.3), (10e12 - 1, 15360, 2.2e-4, 1e-3, 0.3), (10e12, 15360, 2.2e-4, 1e-3, 0.1),
+        (12.15e12, 15360, 1.21e-4, 1e-3, 0.1), (14.3e12 - 1, 15360, 2.2e-5, 1e-3, 0.1), (14.3e12, 15360, 2.2e-5, 0, 0.1),
+        (14.633e12 - 1, 15360, 2.2e-5, 0, 0.1), (14.633e12, 15360, 7.3e-6, 0, 0.1), (14.8e12, 15360, 7.3e-6, 0, 0.1),
+    ):  # fmt: skip
+        plan = next(jax_schedules.plan_steps(train, Position(step=train.steps - 1, tokens=int(tokens))))
+        assert plan.batch_size == batch_size, tokens
+        told = plan.learning_rate, plan.bias_update_speed, plan.mtp_loss_weight
+        assert np.allclose(told, (rate, gamma, weight), rtol=1e-9, atol=0), tokens
 
 
 @pytest.mark.parametrize("moments", ["float32", "bfloat16"])

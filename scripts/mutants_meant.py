@@ -8,7 +8,8 @@ MODULES = {
     "schedules": (
         "training/schedules.py",
         """test_resume.py::test_a_plan_goes_on_from_any_step
-        test_resume.py::test_the_past_is_counted_and_not_derived test_training.py::test_schedules_are_alike""",
+        test_resume.py::test_the_past_is_counted_and_not_derived test_training.py::test_the_reports_schedules
+        test_training.py::test_schedules_are_alike""",
     ),
     "packing": ("data/packing.py", "test_packing.py test_eval_sets.py"),
     "sampling": (
