@@ -34,6 +34,7 @@ from deepseek_jax.precision.fp8 import require_fp8
 from deepseek_jax.training import initial
 from deepseek_jax.training.adapters import describe_adapters
 from deepseek_jax.training.checkpoint import CHECKPOINTS, Checkpoints, DamagedCheckpoint
+from deepseek_jax.training.goodput import Times, goodput, goodput_text
 from deepseek_jax.training.lock import sole_use
 from deepseek_jax.training.loop import Loop
 from deepseek_jax.training.metrics import METRICS_FILE
@@ -120,6 +121,7 @@ def train(
     Raises:
         UserError: for anything the user can mend; the last checkpoint stays usable.
     """
+    times = Times()
     if config.model.precision == "fp8":
         require_fp8()
     # The default would cut float32 products down to bfloat16 or TF32 on a TPU or GPU.
@@ -145,12 +147,14 @@ def train(
         position, state = resumed or (Position(), jax.jit(partial(init_state, config), out_shardings=shardings)(variables))
         checkpoints = Checkpoints(run_dir, config, shardings)
         _describe(config, data, position, fresh.params)
+        if processes.is_first() and position.step and (seconds := goodput(run_dir, position.step)):
+            print(goodput_text(seconds), flush=True)
         if division is not None:
             print(mesh_summary(config, division, fresh, shardings), flush=True)
         processes.first_alone(lambda: write_atomically(run_dir / CONFIG_FILE, to_yaml(asked)))
         # Known from the tokenizer, and no setting that a checkpoint keeps.
         known = dataclasses.replace(config, data=dataclasses.replace(config.data, end_of_document=data.end_of_document))
-        return Loop(known, run_dir, data, checkpoints, position, division).run(state)
+        return Loop(known, run_dir, data, checkpoints, position, division, times).run(state)
 
 
 def _prepare_data(config: Config, run_dir: Path) -> None:

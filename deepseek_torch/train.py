@@ -25,10 +25,11 @@ from deepseek_jax.data.loader import part_size, training_sequences
 from deepseek_jax.data.packing import PreparedData, prepare
 from deepseek_jax.errors import UserError, run_command, write_atomically
 from deepseek_jax.training.lock import sole_use
-from deepseek_jax.training.metrics import METRICS_FILE, MetricsFile, evaluation_line, evaluation_text
-from deepseek_jax.training.plot import PLOT_FILE, plot_run
+from deepseek_jax.training.metrics import METRICS_FILE, MetricsFile, evaluation_line, evaluation_text, expert_line
+from deepseek_jax.training.plot import PLOT_FILE, plot_experts, plot_run
 from deepseek_jax.training.resume import check_same_text
 from deepseek_jax.training.schedules import Position
+from deepseek_jax.training.trackers import make_trackers
 from deepseek_jax.training.where import too_many_skips
 from deepseek_torch.model.transformer import DeepseekV3
 from deepseek_torch.pretrained import load_pretrained, save_pretrained
@@ -138,7 +139,8 @@ def _run(config: Config, run_dir: Path, data: PreparedData, state: TrainState, p
     """Take every step after `position`, and tell, evaluate and save along the way."""
     train = config.train
     windows = training_sequences(config, data.sets)
-    evaluation, metrics_file = Evaluation(config, data), MetricsFile(run_dir, position.step)
+    evaluation, trackers = Evaluation(config, data), make_trackers(config, run_dir, position.step)
+    metrics_file = MetricsFile(run_dir, position.step, trackers=trackers)
     told = saved_at = time.monotonic()
     skipped = 0
     with _interruptible() as interrupted:
@@ -169,12 +171,14 @@ def _run(config: Config, run_dir: Path, data: PreparedData, state: TrainState, p
                 metrics_file.write(step=plan.step, tokens=plan.tokens, **evaluation_line(bits))
                 print(evaluation_text(plan.step, bits), flush=True)
                 plot_run(run_dir)
+                plot_experts(run_dir)
             late = train.checkpoint_minutes is not None and now - saved_at >= 60 * train.checkpoint_minutes
             if last or late or interrupted or plan.step % train.checkpoint_every == 0:
                 _save(config, run_dir, state, position)
                 saved_at = now
             if interrupted and not last:
                 raise Interrupted(f"interrupted; step {plan.step} is saved: --resume run_dir={run_dir} goes on from it")
+    metrics_file.close()
     print(f"loss plot: {run_dir / PLOT_FILE}")
 
 
@@ -225,7 +229,6 @@ def metrics_line(plan: StepPlan, metrics: StepMetrics, config: Config) -> dict[s
     first, *further = metrics.parts.cross_entropy.tolist()
     dropped, scores = metrics.parts.dropped, metrics.parts.largest_scores
     limited = {"dropped": dropped, "max_attention_score": None if scores is None else scores.max()}
-    load = [(counts / counts.mean(-1, True, dtype=torch.float64)).max() for counts in metrics.parts.counts.values()]
     return {
         "step": plan.step,
         "tokens": plan.tokens,
@@ -235,7 +238,7 @@ def metrics_line(plan: StepPlan, metrics: StepMetrics, config: Config) -> dict[s
         "balance_loss": metrics.parts.balance_loss.item(),
         "grad_norm": metrics.grad_norm.item(),
         "learning_rate": plan.learning_rate,
-        "max_expert_load": max((value.item() for value in load), default=1.0),
+        **expert_line({stack: counts.numpy() for stack, counts in metrics.parts.counts.items()}),
     } | {name: value.item() for name, value in limited.items() if value is not None}
 
 

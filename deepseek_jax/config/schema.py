@@ -275,6 +275,10 @@ class TrainConfig:
     """Seconds without the end of a step after which every thread's stack is told; 0 never."""
     profile: Optional[str] = None
     """Steps `first-last` of which a trace is written into run_dir, for TensorBoard, XProf or Perfetto."""
+    tensorboard: bool = False
+    """Whether the metrics also go to run_dir/events, for `tensorboard --logdir`; needs `[tensorboard]`."""
+    wandb: Optional[str] = None
+    """Project of Weights & Biases that the metrics also go to; needs `[wandb]`."""
 
 
 @dataclass(frozen=True)

@@ -24,6 +24,8 @@ ADDRESS, COUNT, INDEX = "JAX_COORDINATOR_ADDRESS", "JAX_NUM_PROCESSES", "JAX_PRO
 """Environment variables of a process that `scripts/launch_local`, or a launch of your own, started."""
 SILENCE = 40
 """Seconds without a sign of life after which a process counts as dead, if its connection did not tell before."""
+QUIET = 15
+"""Seconds after which a process is named that gives no sign of life: it is stopped, or its machine hangs."""
 STOPPED = 75
 """Exit code of a process that stops because another has died."""
 ALIVE, DONE, FAILED = "alive", "done", "failed:"
@@ -101,6 +103,8 @@ def _fail(reason: str, code: int) -> None:
 
 
 _leaving, _stopping = threading.Event(), threading.Lock()
+_heard: dict[str, float] = {}
+"""In the first process: when each other, by number and host, was last heard."""
 _connections: list[socket.socket] = []
 """To the first process; in it, to all others."""
 
@@ -115,6 +119,7 @@ def _watch() -> None:
     host = host or _name_of_first()
     if listener:
         threading.Thread(target=_accept, args=(listener, token), daemon=True).start()
+        threading.Thread(target=_look_out, daemon=True).start()
     else:
         try:
             connection = socket.create_connection((host, port), timeout=SILENCE)
@@ -167,7 +172,14 @@ def _follow(connection: socket.socket, token: int) -> None:
     except (OSError, ValueError):  # someone else's connection
         return
     _connections.append(connection)
-    last = _last_words(lines)
+    name = f"process {index} on {host}"
+
+    def alive() -> None:
+        _heard[name] = time.monotonic()
+
+    alive()
+    last = _last_words(lines, alive)
+    _heard.pop(name, None)
     if last.startswith(FAILED):
         time.sleep(1)  # what failed there most likely fails here too, and is then told by the main thread
         code, _, reason = last.removeprefix(FAILED).strip().partition(" ")
@@ -188,10 +200,24 @@ def _listen(connection: socket.socket) -> None:
         _stop(f"process {jax.process_index()} stops: {died}")
 
 
-def _last_words(lines: TextIO) -> str:
-    """What the other side says besides that it is alive; nothing if it falls silent."""
+def _look_out() -> None:
+    """In the first process: name others that are silent, for all wait for them, and say when they are back."""
+    silent: set[str] = set()
+    while not _leaving.wait(QUIET / 5):
+        now = time.monotonic()
+        quiet = {name for name, heard in list(_heard.items()) if now - heard > QUIET}
+        for name in sorted(quiet - silent):
+            print(f"{name} gives no sign of life; the others wait for it", file=sys.stderr, flush=True)
+        for name in sorted((silent - quiet) & _heard.keys()):
+            print(f"{name} is back", file=sys.stderr, flush=True)
+        silent = quiet
+
+
+def _last_words(lines: TextIO, alive: Callable[[], None] = lambda: None) -> str:
+    """What the other side says besides that it is alive, when `alive` is called; nothing if it falls silent."""
     with suppress(OSError):
         for line in iter(lambda: lines.readline(1000), ""):
+            alive()
             if line.strip() != ALIVE:
                 return line.strip()
     return ""

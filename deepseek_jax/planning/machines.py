@@ -52,6 +52,17 @@ MACHINES = {
     )
 }
 
+KINDS = {"TPU v5 lite": "v5e", "TPU v5e": "v5e", "TPU v5": "v5p", "TPU v6 lite": "v6e", "TPU v6e": "v6e", "TPU7x": "tpu7x"} | {
+    kind: kind.lower() for kind in ("H100", "H200", "B200")
+}
+"""What JAX's names of devices contain, the longer first, and which machine that is."""
+
+
+def machine_of(device_kind: str) -> Machine | None:
+    """The machine by what JAX calls its devices, such as `NVIDIA H100 80GB HBM3`; None where no peak is known, as of CPUs."""
+    return next((MACHINES[name] for kind, name in KINDS.items() if kind in device_kind), None)
+
+
 LINK_SHARE = 0.8
 """Of a link's rate that collectives reach: large messages in NCCL's and Google's own tests come to 75 to 90%."""
 KERNEL_SHARE = 0.6

@@ -22,7 +22,7 @@ from deepseek_jax.model.mtp import MTPHead, MTPModule
 from deepseek_jax.parallel.sharding import Division, names, place_batch
 from deepseek_jax.parallel.weights import collect
 from deepseek_jax.training.loss import training_loss
-from deepseek_jax.training.step import Scalars, TrainState, gradients_of, init_variables
+from deepseek_jax.training.step import Scalars, TrainState, gradients_of, init_state
 from deepseek_jax.training.where import Found, backward_modules, describe
 
 LOSS = "lm_head or the loss"
@@ -34,7 +34,7 @@ class Search:
     def __init__(self, config: Config, division: Optional[Division] = None):
         """Compiles nothing until it looks."""
         self._config, self._division = config, division
-        self._forward = _Forward(config, _without_stages(config.model, division))
+        self._forward = _Forward(config, _without_stages(config, division))
         self._backward = _backward(config, division)
 
     def find(self, state: TrainState, batch: np.ndarray, scalars: Scalars) -> str:
@@ -48,9 +48,12 @@ class Search:
             if module := self._forward.culprit(state, part, scalars):
                 return describe(Found("forward", number, len(batch), [module]))
         for number, part in enumerate(batch, start=1):
-            bad = jax.device_get(self._backward(state, _placed(self._division, part[None], 1), scalars))
-            places = (place for place in _places(self._config.model) if place.path[1:] in bad)  # those that learn
-            if tensors := [place.name for place in places if bad[place.path[1:]][place.index]]:
+            bad = jax.device_get(self._backward(state, _placed(self._division, part[None], 1), scalars._replace(parts=None)))
+            places = _places(self._config.model)
+            known = {place.path[1:] for place in places}
+            tensors = [place.name for place in places if place.path[1:] in bad and bad[place.path[1:]][place.index]]
+            tensors += [".".join(path) for path, flag in bad.items() if path not in known and flag]  # adapters
+            if tensors:
                 return describe(Found("backward", number, len(batch), backward_modules(tensors)))
         return describe(None)
 
@@ -179,7 +182,7 @@ def _backward(config: Config, division: Optional[Division]) -> Callable[..., dic
     def bad(state: TrainState, tokens: jax.Array, scalars: Scalars) -> dict[tuple[str, ...], jax.Array]:
         gradients, _ = gradients_of(state, tokens, scalars, config, division)
         finite = {names(path): jnp.isfinite(leaf) for path, leaf in jax.tree.leaves_with_path(gradients)}
-        return {path: ~jnp.all(leaf, axis=tuple(range(leading[path], leaf.ndim))) for path, leaf in finite.items()}
+        return {path: ~jnp.all(leaf, axis=tuple(range(leading.get(path, 0), leaf.ndim))) for path, leaf in finite.items()}
 
     return jax.jit(bad, out_shardings=None if division is None else NamedSharding(division.mesh, PartitionSpec()))
 
@@ -188,13 +191,13 @@ def _places(model: ModelConfig) -> list[TensorPlace]:
     return [place for place in layout(model) if place.path[0] == "params" and not place.is_copy]
 
 
-def _without_stages(model: ModelConfig, division: Optional[Division]) -> Optional[Division]:
+def _without_stages(config: Config, division: Optional[Division]) -> Optional[Division]:
     """The mesh with stages as one more axis that divides the weights: a pipeline tells little of its insides."""
     if division is None or division.parallel.pipe == 1:
         return division
     parallel = division.parallel
     merged = dataclasses.replace(parallel, pipe=1, pipe_interleave=1, fsdp=parallel.pipe * parallel.fsdp)
-    return Division(merged, jax.eval_shape(partial(init_variables, model, 0))["params"])
+    return Division(merged, jax.eval_shape(partial(init_state, config)).params)
 
 
 def _placed(division: Optional[Division], tokens: np.ndarray, axis: int) -> jax.Array | np.ndarray:

@@ -21,10 +21,15 @@ from deepseek_jax.parallel.sharding import Division, place_batch
 from deepseek_jax.training.checkpoint import Checkpoints
 from deepseek_jax.training.culprit import Search
 from deepseek_jax.training.evaluation import Evaluation
-from deepseek_jax.training.metrics import MetricsFile, Progress, evaluation_line, evaluation_text
-from deepseek_jax.training.plot import PLOT_FILE, plot_run
+from deepseek_jax.training.goodput import Times, goodput, goodput_text
+from deepseek_jax.training.metrics import MetricsFile, Progress, evaluation_line, evaluation_text, expert_line
+from deepseek_jax.training.plot import PLOT_FILE, plot_experts, plot_run
 from deepseek_jax.training.schedules import Position, StepPlan, plan_steps
+from deepseek_jax.training.speed import share_of_peak
+from deepseek_jax.training.spikes import SpikeWatch
 from deepseek_jax.training.step import Scalars, StepMetrics, TrainState, make_step
+from deepseek_jax.training.stragglers import Stragglers
+from deepseek_jax.training.trackers import make_trackers
 from deepseek_jax.training.where import MOST, too_many_skips
 
 TRACE = "trace"
@@ -42,14 +47,18 @@ class Loop:
     """The steps of a run and what is written along the way."""
 
     def __init__(self, config: Config, run_dir: Path, data: PreparedData, checkpoints: Checkpoints, position: Position,
-                 division: Optional[Division]):  # fmt: skip
+                 division: Optional[Division], times: Times):  # fmt: skip
         train = config.train
         self._config, self._run_dir, self._checkpoints, self._position = config, run_dir, checkpoints, position
         self._windows = training_sequences(config, data.sets)
         self._division = division
         self._evaluation = Evaluation(config, data, division)
-        self._metrics = MetricsFile(run_dir, position.step, is_writer=processes.is_first())
-        self._progress = Progress(train.steps)
+        is_first = processes.is_first()
+        trackers = make_trackers(config, run_dir, position.step) if is_first else []
+        self._metrics = MetricsFile(run_dir, position.step, is_first, trackers)
+        self._progress = Progress(train.steps, share_of_peak(config, jax.devices()))
+        self._times, self._spikes = times, SpikeWatch()
+        self._stragglers = Stragglers() if jax.process_count() > 1 else None
         self._step = make_step(config, division)
         self._interrupted = False
         self._saved, self._saved_at = position.step, time.monotonic()
@@ -59,6 +68,7 @@ class Loop:
     def run(self, state: TrainState) -> TrainState:
         """Take every remaining step; the state that is given is used up."""
         train = self._config.train
+        self._times.start(self._run_dir if processes.is_first() else None)
         previous = {number: signal.signal(number, self._interrupt) for number in (signal.SIGINT, signal.SIGTERM)}
         try:
             told: tuple[StepPlan, StepMetrics] | None = None
@@ -79,9 +89,12 @@ class Loop:
                     told = None
                 with self._progress.aside():
                     if plan.step % train.eval_every == 0 or plan.step == train.steps:
-                        self._evaluate(plan, state)
+                        with self._times.aside("evaluating"):
+                            self._evaluate(plan, state)
                     if saves:
-                        self._checkpoints.save(self._position, state)
+                        with self._times.aside("saving"):
+                            self._checkpoints.save(self._position, state)
+                        self._times.write(plan.step)
                         self._saved, self._saved_at = plan.step, time.monotonic()
                         asked = asked._replace(save=False)  # or a wish from before it would save once more
                 if end:
@@ -91,10 +104,15 @@ class Loop:
             faulthandler.cancel_dump_traceback_later()
             for number, handler in previous.items():
                 signal.signal(number, handler)
-            self._checkpoints.wait()
+            with self._times.aside("saving"):
+                self._checkpoints.wait()
+            self._times.write(self._position.step)
+            self._metrics.close()
         if self._saved < train.steps:
             raise Interrupted(f"interrupted; step {self._saved} is saved: --resume run_dir={self._run_dir} goes on from it")
         self._plot()
+        if processes.is_first() and (seconds := goodput(self._run_dir, self._saved)):
+            print(goodput_text(seconds))
         print(f"loss plot: {self._run_dir / PLOT_FILE}")
         return state
 
@@ -141,7 +159,10 @@ class Loop:
         train, size = self._config.train, part_size(self._config.train)
 
         def read(start: int, end: int) -> np.ndarray:
+            begin = time.monotonic()
             found = self._sequences(plan, start, end)
+            if self._stragglers is not None:
+                self._stragglers.read(time.monotonic() - begin)
             return np.pad(found, [(0, train.batch_size // size - len(found)), (0, 0), (0, 0)])
 
         return place_batch(self._division, (train.batch_size // size, size, self._windows.window), 1, read)
@@ -158,6 +179,7 @@ class Loop:
             return
         plan, metrics = told
         metrics = jax.device_get(metrics)
+        self._times.stepped(plan.step, bool(metrics.skipped))
         if metrics.skipped:
             self._skip(plan, metrics, state)
             return
@@ -166,7 +188,7 @@ class Loop:
         limited = {} if metrics.parts.dropped is None else {"dropped": float(metrics.parts.dropped)}
         if metrics.parts.largest_scores is not None:
             limited["max_attention_score"] = max(float(scores.max()) for scores in metrics.parts.largest_scores.values())
-        load = [float((counts / counts.mean(axis=-1, keepdims=True)).max()) for counts in metrics.parts.counts.values()]
+        experts = expert_line(metrics.parts.counts)
         self._metrics.write(
             step=plan.step,
             tokens=plan.tokens,
@@ -176,13 +198,15 @@ class Loop:
             balance_loss=float(metrics.parts.balance_loss),
             grad_norm=float(metrics.grad_norm),
             learning_rate=plan.learning_rate,
-            max_expert_load=max(load, default=1.0),
+            **experts,
             **limited,
         )
         mtp = {"mtp": sum(further) / len(further)} if further else {}
         norm, rate = metrics.grad_norm, plan.learning_rate
-        worst = {"load": max(load)} if load else {}
+        worst = {"load": experts["max_expert_load"]} if metrics.parts.counts else {}
         self._progress.step(plan.step, plan.tokens, loss=first, **mtp, grad=norm, lr=rate, **worst, **limited)
+        if (median := self._spikes.look(first)) is not None:
+            self._progress.note(f"step {plan.step}: the loss jumps to {first:.4g}, from a median of {median:.4g} before it")
 
     def _skip(self, plan: StepPlan, metrics: StepMetrics, state: TrainState) -> None:
         """Tell of a step that changed nothing; raises `UserError` when there were too many in a row."""
@@ -202,11 +226,15 @@ class Loop:
         bits = self._evaluation.by_set(state)
         self._metrics.write(step=plan.step, tokens=plan.tokens, **evaluation_line(bits))
         self._progress.note(evaluation_text(plan.step, bits))
+        if self._stragglers is not None:
+            for line in self._stragglers.look():
+                self._progress.note(f"step {plan.step}: {line}")
         self._plot()
 
     def _plot(self) -> None:
         if processes.is_first():
             plot_run(self._run_dir)
+            plot_experts(self._run_dir)
 
 
 class Interrupted(UserError):

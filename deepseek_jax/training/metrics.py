@@ -5,27 +5,34 @@ import os
 import sys
 import textwrap
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, Optional
+
+import numpy as np
 
 from deepseek_jax.config import HELD_OUT
+from deepseek_jax.training.trackers import Tracker, numbers_of
 
 METRICS_FILE = "metrics.jsonl"
 WIDTH = 100
 """Columns that a line may fill."""
+ROUGHLY = ("grad", "lr", "load")
+"""Numbers of which three digits are enough."""
+SAY_LEAST = ("max_attention_score", "lr", "grad", "dropped")
+"""What a progress line that is too long goes without."""
 
 
 class MetricsFile:
     """Lines of JSON, one per step or evaluation, each on disk as soon as it is written."""
 
-    def __init__(self, run_dir: Path, last_step: int, is_writer: bool = True):
+    def __init__(self, run_dir: Path, last_step: int, is_writer: bool = True, trackers: Sequence[Tracker] = ()):
         """Open for appending; lines after `last_step`, which a resumed run repeats, are dropped.
 
-        Of several processes one is the writer; in the others nothing is written.
+        Of several processes one is the writer; in the others nothing is written. The trackers get all that is.
         """
-        self._file = None
+        self._file, self._trackers = None, trackers
         if not is_writer:
             return
         self.path = run_dir / METRICS_FILE
@@ -35,11 +42,20 @@ class MetricsFile:
         os.replace(partial, self.path)
         self._file = self.path.open("a")
 
+    def close(self) -> None:
+        """No line comes after this."""
+        for tracker in self._trackers:
+            tracker.close()
+        if self._file is not None:
+            self._file.close()
+
     def write(self, **values: Any) -> None:
         """Append one line."""
         if self._file is not None:
             self._file.write(json.dumps(values) + "\n")
             self._file.flush()
+        for tracker in self._trackers:
+            tracker.write(values["step"], numbers_of(values))
 
 
 def read_metrics(run_dir: Path) -> list[dict[str, Any]]:
@@ -67,11 +83,27 @@ def evaluation_text(step: int, bits: Mapping[str, float]) -> str:
     return textwrap.fill(text, WIDTH, subsequent_indent="  ", break_on_hyphens=False)
 
 
-class Progress:
-    """One line that tells where a run is, rewritten in place on a terminal, else printed now and then."""
+def expert_line(counts: Mapping[str, Any]) -> dict[str, Any]:
+    """What metrics.jsonl says of the experts' load, given the tokens that chose each: [layers, E] for each stack.
 
-    def __init__(self, steps: int):
-        self._steps = steps
+    `max_expert_load` is the fullest expert's over all layers, as a multiple of its layer's mean; `max_violation` is by how
+    much of the mean it is exceeded in each layer (MaxVio of arXiv 2408.15664), MTP modules last.
+    """
+    layers = [layer for stack in counts.values() for layer in np.asarray(stack, np.float64)]
+    loads = [float(layer.max() / layer.mean()) for layer in layers]
+    violations = {"max_violation": [round(load - 1, 3) for load in loads]} if loads else {}
+    return {"max_expert_load": max(loads, default=1.0)} | violations
+
+
+class Progress:
+    """One line that tells where a run is, rewritten in place on a terminal, else printed now and then.
+
+    Args:
+        share_of_peak: of so many tokens a second, where the devices' peak is known.
+    """
+
+    def __init__(self, steps: int, share_of_peak: Optional[Callable[[float], float]] = None):
+        self._steps, self._share_of_peak = steps, share_of_peak
         self._tokens = 0
         self._start = self._shown = time.monotonic()
         self._done = 0
@@ -89,13 +121,16 @@ class Progress:
         if now - self._shown < (0.2 if self._live else 5) and step < self._steps and self._done > 1:
             return
         self._shown = now
-        text = f"step {step:>{len(str(self._steps))}}/{self._steps}"
-        text += "".join(f"  {name} {value:.4g}" for name, value in values.items())
+        parts = {"step": f"step {step:>{len(str(self._steps))}}/{self._steps}"}
+        parts |= {name: f"{name} {value:.{3 if name in ROUGHLY else 4}g}" for name, value in values.items()}
         if self._done > 1:
             seconds = (now - self._start) / (self._done - 1)
             rate = (tokens - self._tokens) / (now - self._start)
-            text += f"  {rate:,.0f} tokens/s  {duration(seconds * (self._steps - step))} left"
-        self._print(text, keep=step == self._steps)
+            parts["rate"] = f"{rate:,.0f} tokens/s" if rate < 1e6 else f"{rate / 1e6:,.1f}M tokens/s"
+            if self._share_of_peak is not None:
+                parts["mfu"] = f"MFU {self._share_of_peak(rate):.0%}"
+            parts["left"] = f"{duration(seconds * (self._steps - step))} left"
+        self._print(one_line(parts), keep=step == self._steps)
 
     @contextmanager
     def aside(self) -> Iterator[None]:
@@ -111,6 +146,17 @@ class Progress:
     def _print(self, text: str, keep: bool) -> None:
         end = "\n" if keep or not self._live else ""
         print(f"\r\033[K{text}" if self._live else text, end=end, flush=True)
+
+
+def one_line(parts: dict[str, str]) -> str:
+    """Parts side by side within WIDTH: closer where they must be, and then without those that say least."""
+    shown = dict(parts)
+    for last in ("", *SAY_LEAST):
+        shown.pop(last, None)
+        for space in ("  ", " "):
+            if len(text := space.join(shown.values())) <= WIDTH:
+                return text
+    return text[:WIDTH]
 
 
 def duration(seconds: float) -> str:

@@ -3,11 +3,15 @@
 import os
 from pathlib import Path
 
+import numpy as np
+
 from deepseek_jax.config import TrainConfig
 from deepseek_jax.training.metrics import read_metrics
 from deepseek_jax.training.schedules import plan_steps
 
-PLOT_FILE = "loss.png"
+PLOT_FILE, EXPERTS_FILE = "loss.png", "experts.png"
+COLUMNS = 400
+"""Of a heat map; steps that share one are averaged."""
 SCHEDULES = {
     "batch_size": "batch (sequences)",
     "learning_rate": "learning rate",
@@ -48,6 +52,33 @@ def plot_run(run_dir: Path) -> Path:
     axes.grid(alpha=0.3)
     path = run_dir / PLOT_FILE
     partial = run_dir / "loss.partial.png"
+    figure.savefig(partial, dpi=120)
+    pyplot.close(figure)
+    os.replace(partial, path)
+    return path
+
+
+def plot_experts(run_dir: Path) -> Path | None:
+    """Draw how evenly each layer's experts are loaded over the run into experts.png; None of a model without experts."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot, ticker
+
+    steps = [line for line in read_metrics(run_dir) if line.get("max_violation")]
+    if not steps:
+        return None
+    groups = np.array_split(np.arange(len(steps)), min(len(steps), COLUMNS))
+    violations = np.array([step["max_violation"] for step in steps])
+    means = np.array([violations[group].mean(axis=0) for group in groups]).T
+    ends = [0, *(steps[group[-1]]["tokens"] for group in groups)]
+    figure, axes = pyplot.subplots(figsize=(8, 1.5 + 0.2 * max(len(means), 6)), layout="constrained")
+    picture = axes.pcolormesh(ends, np.arange(len(means) + 1) + 0.5, means, cmap="viridis", vmin=0)
+    axes.set(xlabel="training tokens", ylabel="layer with experts", title=run_dir.name)
+    axes.yaxis.set_major_locator(ticker.MaxNLocator(integer=True))
+    figure.colorbar(picture, label="MaxVio")
+    path = run_dir / EXPERTS_FILE
+    partial = run_dir / "experts.partial.png"
     figure.savefig(partial, dpi=120)
     pyplot.close(figure)
     os.replace(partial, path)
