@@ -238,13 +238,15 @@ def test_the_reports_schedules():
 
 @pytest.mark.parametrize("moments", ["float32", "bfloat16"])
 def test_adamw_is_the_same(moments):
-    """Clip, moments as kept, decay of all but the norms: ten updates of the same gradients."""
+    """Clip, moments as kept, decay of all but norms and biases: ten updates of the same gradients."""
     train = TrainConfig(gradient_clip=2.0, weight_decay=0.3, adam_moment_dtype=moments)
     rng = np.random.default_rng(0)
-    params = {"lm_head": {"weight": rng.standard_normal((4, 3))}, "norm": {"weight": rng.standard_normal(3)}}
+    params = {"lm_head": {"weight": rng.standard_normal((4, 3))}, "norm": {"weight": rng.standard_normal(3)},
+              "o_proj": {"bias": rng.standard_normal(3)}}  # fmt: skip
     model = torch.nn.ModuleDict({name: torch.nn.Module() for name in params})
     for name, of_module in params.items():
-        model[name].weight = torch.nn.Parameter(torch.from_numpy(of_module["weight"]).clone())
+        for kind, value in of_module.items():
+            setattr(model[name], kind, torch.nn.Parameter(torch.from_numpy(value).clone()))
     optimizer = make_torch_optimizer(train, model)
     with jax.enable_x64(True):
         params, transform = jax.tree.map(jnp.asarray, params), make_optimizer(train)
@@ -255,13 +257,14 @@ def test_adamw_is_the_same(moments):
             updates, state = transform.update(jax.tree.map(jnp.asarray, gradients), state, params)
             params = jax.tree.map(lambda p, u: p - learning_rate * u, params, updates)
             for name, of_module in gradients.items():
-                model[name].weight.grad = torch.from_numpy(of_module["weight"])
+                for kind, value in of_module.items():
+                    getattr(model[name], kind).grad = torch.from_numpy(value)
             clip_by_global_norm(model.parameters(), train.gradient_clip)
             for group in optimizer.param_groups:
                 group["lr"] = learning_rate
             optimizer.step()
-            expected = {name: model[name].weight for name in params}
-            assert_close({name: of_module["weight"] for name, of_module in params.items()}, expected, 1e-13)
+            ours = {f"{name}.{kind}": value for name, of_module in params.items() for kind, value in of_module.items()}
+            assert_close(ours, dict(model.named_parameters()), 1e-13)
 
 
 def test_the_clip_is_exact_and_leaves_short_gradients_alone():
