@@ -11,15 +11,17 @@ import pytest
 import torch
 from jax.sharding import Mesh, PartitionSpec
 
-from deepseek_jax.config import MESH_AXES, ConfigError, load_config
+from deepseek_jax.config import MESH_AXES, Config, load_config
 from deepseek_jax.model.segments import segments
-from deepseek_jax.training.evaluation import counted_bytes
+from deepseek_jax.training.evaluation import counted_bytes, evaluation_nats
 from deepseek_jax.training.loss import counts_of_targets, training_loss
+from deepseek_jax.training.step import init_state
 from deepseek_torch.model.segments import segments as torch_segments
 from deepseek_torch.training import loss as torch_loss
 from parity_tests.comparison import assert_close
 from parity_tests.modules import COMPILE_QUICKLY
 from parity_tests.siblings import Siblings
+from parity_tests.test_parallel import Stepper, assert_same, batch, config_with
 from parity_tests.weights import to_torch
 
 END, LENGTH, DEPTH = 0, 24, 1
@@ -92,8 +94,48 @@ def test_targets_count_the_same_on_a_mesh():
     assert np.allclose(np.asarray(parts) / 2, whole, rtol=1e-6)  # the loss is the devices' mean
 
 
-def test_bytes_and_stages():
+@pytest.fixture(scope="module")
+def masked_start():
+    with jax.enable_x64(True):
+        return jax.device_get(jax.jit(partial(init_state, masked_on()))())
+
+
+@pytest.fixture(scope="module")
+def of_one_device(masked_start):
+    return Stepper(masked_on(), masked_start).run(masked_start)
+
+
+def masked_on(**parallel: int) -> Config:
+    config = config_with(**parallel)
+    return replace(config, data=replace(config.data, mask_documents=True))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("mesh", [
+    dict(pipe=2),
+    dict(fsdp=2, expert=2),
+    dict(pipe=2, data=2, expert=2),
+    dict(pipe=2, fsdp=2, data=2, pipe_interleave=3, microbatch_size=2),
+], ids=lambda mesh: "-".join(f"{axis}{size}" for axis, size in mesh.items()))  # fmt: skip
+def test_masked_steps_on_a_mesh_are_those_of_one_device(mesh, masked_start, of_one_device):
+    """Five of them, with MTP of depth 2: bounds of documents travel with the sequences through stages."""
+    assert_same(Stepper(masked_on(**mesh), masked_start).run(masked_start), of_one_device)
+
+
+def test_what_stages_predict_of_documents_is_what_one_device_predicts(masked_start, x64):
+    """The forward pass alone: every sequence's own nats, each with other documents than those that it meets on its way."""
+    tokens = batch(masked_on(), 0)[0, :, :-2]
+    told = []
+    for config in (masked_on(), masked_on(pipe=2, pipe_interleave=2, microbatch_size=2), config_with()):
+        division = Stepper(config, masked_start).division
+        nats = jax.jit(partial(evaluation_nats, config=config, division=division), compiler_options=COMPILE_QUICKLY)
+        state = masked_start.params, masked_start.router_state
+        told.append([float(nats(*state, tokens[:12], np.eye(12)[row])) for row in (0, 5, 11)])
+    one, stages, together = told
+    assert_close({"nats": np.array(stages)}, {"nats": np.array(one)}, 1e-12)
+    assert abs(np.array(together) / one - 1).min() > 1e-3, "the masks are to matter"
+
+
+def test_bytes_of_documents():
     assert counted_bytes(np.array([[3, 0, 4, 4]]), np.array([0, 1, 1, 2, 5]), END) == 5
     assert counted_bytes(np.array([[3, 0, 4, 4]]), np.array([0, 1, 1, 2, 5]), -1) == 10
-    with pytest.raises(ConfigError, match=r"data\.mask_documents=true: .*pipe is 2"):
-        load_config("tiny", ["data.mask_documents=true", "parallel.pipe=2"])

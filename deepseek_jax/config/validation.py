@@ -44,8 +44,6 @@ def validate(config: Config) -> None:
     _validate_lora(config.lora, config.train)
     _validate_parallel(config.parallel)
     _validate_prepare(config.prepare)
-    _require(not config.data.mask_documents or config.parallel.pipe == 1, "data.mask_documents", "true",
-             f"stages do not pass documents' bounds on, and parallel.pipe is {config.parallel.pipe}; give pipe=1")  # fmt: skip
 
 
 def _require(condition: bool, name: str, value: Any, remedy: str) -> None:

@@ -119,8 +119,10 @@ class DeepseekV3(nn.Module):
         else:
             numbers, positions = segments(tokens, end_of_document)
             numbers = own_tokens(self.division, numbers, tokens.shape[1])
-        positions = own_tokens(self.division, positions, tokens.shape[1])
-        return Shared(rope_angles(self.config, positions), positions, numbers)
+        return self._placed(own_tokens(self.division, positions, tokens.shape[1]), numbers)
+
+    def _placed(self, positions: jax.Array, segment_ids: Optional[jax.Array] = None) -> Shared:
+        return Shared(rope_angles(self.config, positions), positions, segment_ids)
 
     def head(self) -> jax.Array:
         """Weight of the output head in the compute type, [hidden_size, vocab_size]."""
@@ -164,17 +166,23 @@ class DeepseekV3(nn.Module):
             )
             for kind in ("params", ROUTER_STATE)
         )
-        layer = self._layer(PIPELINED, jax.tree.map(lambda leaf: leaf[:size], shared))
+        whole = jax.tree.map(lambda leaf: leaf[:size], shared)
 
-        def chunk(number: jax.Array, state: jax.Array, sums: Any) -> tuple[jax.Array, Any, tuple[Any, Any]]:
+        def chunk(
+            number: jax.Array, state: jax.Array, documents: Optional[tuple[jax.Array, jax.Array]], sums: Any
+        ) -> tuple[jax.Array, Any, tuple[Any, Any]]:
             own = jax.tree.map(lambda leaf: leaf[number], biases)
+            layer = self._layer(PIPELINED, whole if documents is None else self._placed(*documents))
             state, sums, output = run_chunk(layer, self._again, params, sums, number, state, own, None)
             means = output.balance_loss, output.dropped
             means = jax.tree.map(lambda mean: jnp.where(present[number], mean, 0), means)
             return state, sums, ((output.counts, means), output.largest_scores)
 
-        inputs = x.reshape(rounds, size, *x.shape[1:])
-        outputs, sums, (counts, means), largest = run_pipeline(chunk, inputs, begin_sums(params, param_dtype(c)), parallel)
+        documents = None if shared.segment_ids is None else (shared.positions, shared.segment_ids)
+        inputs, beside = jax.tree.map(lambda leaf: leaf.reshape(rounds, size, *leaf.shape[1:]), (x, documents))
+        outputs, sums, (counts, means), largest = run_pipeline(
+            chunk, inputs, beside, begin_sums(params, param_dtype(c)), parallel
+        )
         outputs = end_sums(outputs, sums)
         own_layers = partial(jax.tree.map, lambda leaf: leaf.reshape(-1, *leaf.shape[2:]))
         # Each of the rounds brought one micro-batch of every stage's: that many shares of the mean over sequences.

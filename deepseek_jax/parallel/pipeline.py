@@ -42,17 +42,19 @@ def bubble(layers: int, parallel: ParallelConfig, rounds: int) -> float:
 
 
 def run_pipeline(
-    chunk: Callable[[jax.Array, jax.Array, Any], tuple[jax.Array, Any, Any]],
+    chunk: Callable[[jax.Array, jax.Array, Any, Any], tuple[jax.Array, Any, Any]],
     inputs: jax.Array,
+    beside: Any,
     kept: Any,
     parallel: ParallelConfig,
 ) -> tuple[jax.Array, Any, Any, Any]:
     """Send micro-batches through all stages; inside `shard_map` over the axis `pipe`.
 
     Args:
-        chunk: (number of this device's chunk, state of a micro-batch, what the device keeps) -> (state after its
-            layers, what the device keeps, (statistics to be summed, statistics of which the largest count)).
+        chunk: (number of this device's chunk, state of a micro-batch, what goes beside it, what the device keeps) -> (state
+            after its layers, what the device keeps, (statistics to be summed, statistics of which the largest count)).
         inputs: [rounds, ...] micro-batches that this device read.
+        beside: tree of [rounds, ...], what goes from stage to stage with each of them as it is.
         kept: at first.
 
     Returns:
@@ -65,29 +67,40 @@ def run_pipeline(
     back = [(i, (i - 1) % stages) for i in range(stages)]
     last_chunk_ends = (chunks - 1) * stages + 2 * (stages - 1)
 
+    def send(tree: Any, way: list[tuple[int, int]]) -> Any:
+        return jax.tree.map(lambda leaf: jax.lax.ppermute(leaf, AXIS, way), tree)
+
+    def choose(condition: jax.Array, one: Any, other: Any) -> Any:
+        return jax.tree.map(lambda a, b: jnp.where(condition, a, b), one, other)
+
+    def pick(number: jax.Array | int) -> tuple[jax.Array, Any]:
+        return jax.tree.map(lambda leaf: leaf[number], (inputs, beside))
+
     def tick(carry: tuple, time: jax.Array) -> tuple[tuple, None]:
         passed, arriving, leaving, outputs, totals, peaks, kept = carry
         work = time - stage
         busy = (work >= 0) & (work < rounds * period)
         number = work % period // stages
         # Every device offers its next micro-batch at the same time; it reaches the first stage when its turn comes.
-        offered = inputs[jnp.clip(time // period, 0, rounds - 1)]
-        arriving = jnp.where(time % period == 0, offered, jax.lax.ppermute(arriving, AXIS, back))
-        state, kept, (counted, reached) = chunk(number, jnp.where((stage == 0) & (number == 0), arriving, passed), kept)
+        offered = pick(jnp.clip(time // period, 0, rounds - 1))
+        arriving = choose(time % period == 0, offered, send(arriving, back))
+        state, along = choose((stage == 0) & (number == 0), arriving, passed)
+        state, kept, (counted, reached) = chunk(number, state, along, kept)
         totals = jax.tree.map(lambda total, new: total.at[number].add(jnp.where(busy, new, 0)), totals, counted)
         peaks = jax.tree.map(lambda peak, new: peak.at[number].max(jnp.where(busy, new, -jnp.inf)), peaks, reached)
-        leaving = jnp.where(stage == stages - 1, state, jax.lax.ppermute(leaving, AXIS, back))
+        leaving = choose(stage == stages - 1, state, send(leaving, back))
         done, home = jnp.divmod(time - last_chunk_ends, period)
         place = jnp.clip(done, 0, rounds - 1)
         outputs = outputs.at[place].set(jnp.where((home == 0) & (done >= 0), leaving, outputs[place]))
-        return (jax.lax.ppermute(state, AXIS, onward), arriving, leaving, outputs, totals, peaks, kept), None
+        return (send((state, along), onward), arriving, leaving, outputs, totals, peaks, kept), None
 
-    nothing = jnp.zeros_like(inputs[0])
-    counted, reached = jax.eval_shape(lambda state: chunk(jnp.int32(0), state, kept)[2], nothing)
+    first = pick(0)
+    counted, reached = jax.eval_shape(lambda first: chunk(jnp.int32(0), first[0], first[1], kept)[2], first)
     totals = jax.tree.map(lambda leaf: jnp.zeros((chunks, *leaf.shape), leaf.dtype), counted)
     peaks = jax.tree.map(lambda leaf: jnp.full((chunks, *leaf.shape), -jnp.inf, leaf.dtype), reached)
+    nothing = jax.tree.map(jnp.zeros_like, first)
     # Until work comes a stage computes on what is like it: zeros would all go to the same experts.
-    start = (inputs[0], nothing, nothing, jnp.zeros_like(inputs), totals, peaks, kept)
+    start = (first, nothing, nothing[0], jnp.zeros_like(inputs), totals, peaks, kept)
     times = jnp.arange(rounds * period + stages - 1)
     # The last micro-batch is home stages - 1 ticks after it left the last stage.
     (_, _, _, outputs, totals, peaks, kept), _ = jax.lax.scan(tick, start, times)
