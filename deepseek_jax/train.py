@@ -198,7 +198,7 @@ def _describe(config: Config, data: PreparedData, position: Position, params: An
     print(f"model: {count.total:,} parameters, {count.active:,} active per token{mtp}; {config.model.precision}")
     if config.lora.rank:
         print(describe_adapters(config, params))
-    print(f"data: {data.train_tokens:,} tokens to train on, {len(data.held_out):,} held out")
+    print(f"data: {data.train_tokens:,} tokens to train on, {data.held_out_tokens:,} held out")
     end = max((plan.tokens for plan in plan_steps(config.train, position)), default=position.tokens)
     print(f"plan: {config.train.steps:,} steps, {end:,} tokens; device: {jax.devices()[0].device_kind}", flush=True)
 

@@ -7,10 +7,11 @@ import struct
 import numpy as np
 import pytest
 
+from deepseek_jax.config import load_config
 from deepseek_jax.data.dedup import find_originals, shingles, signatures
 from deepseek_jax.data.documents import DataError
 from deepseek_jax.data.domains import classify
-from deepseek_jax.data.loader import Mixture, Windows
+from deepseek_jax.data.loader import Mixture, Windows, evaluation_sequences
 from deepseek_jax.data.megatron import HEADER, MAGIC, read_megatron
 from deepseek_jax.data.mixing import mix_documents
 from deepseek_jax.data.quality import judge
@@ -194,6 +195,14 @@ def test_sets_are_mixed_by_weight_for_any_number_of_hosts(tokens):
                    for first in range(0, 400, 8)]  # fmt: skip
         assert (np.concatenate(batches) == whole[:400]).all()
     assert (stream.take(777, 500) == whole[777:1277]).all()  # resumed by one number
+
+
+def test_of_several_sets_all_are_evaluated_as_much_as_they_are_read():
+    config = load_config("tiny", ["train.sequence_length=5", "train.eval_sequences=20"])
+    rows = np.arange(1000), np.arange(1000, 1300)
+    own, other = np.sort(evaluation_sequences(config, rows, [3, 1]).take(0, 20)[:, 0]).reshape(4, 5)[[0, 3]]
+    assert own.tolist() == [0, 5, 10, 15, 20] and other.tolist() == [1000, 1005, 1010, 1015, 1020]
+    assert (evaluation_sequences(config, rows[:1], [1]).take(0, 20)[:, 0] == np.arange(0, 100, 5)).all()
 
 
 def test_megatron_is_read_and_checked(tmp_path, tokenizer):

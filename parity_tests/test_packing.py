@@ -64,12 +64,13 @@ def test_failure_while_writing_leaves_the_old_file(tokenizer, tmp_path):
 def test_prepared_data_accounts_for_every_byte(tmp_path, text_file):
     config = tiny(text_file)
     data = prepare(config, tmp_path / "run")
-    total = sum(int(data.token_bytes[tokens].sum()) for tokens in (data.train, data.held_out))
+    (held_out,) = data.held_out
+    total = sum(int(data.token_bytes[tokens].sum()) for tokens in (data.train, held_out))
     assert total == text_file.stat().st_size
-    assert 0.04 < len(data.held_out) / (len(data.held_out) + len(data.train)) < 0.06
-    assert data.end_of_document == data.train[-1] == data.held_out[-1] == 0
-    assert isinstance(data.train, np.memmap) and max(data.train.max(), data.held_out.max()) < config.model.vocab_size
-    decoded = [data.tokenizer.decode(tokens[:-1].tolist()) for tokens in (data.train, data.held_out)]
+    assert 0.04 < len(held_out) / (len(held_out) + len(data.train)) < 0.06
+    assert data.end_of_document == data.train[-1] == held_out[-1] == 0
+    assert isinstance(data.train, np.memmap) and max(data.train.max(), held_out.max()) < config.model.vocab_size
+    decoded = [data.tokenizer.decode(tokens[:-1].tolist()) for tokens in (data.train, held_out)]
     assert "".join(decoded) == TEXT
     files = {str(path.relative_to(tmp_path / "run")) for path in (tmp_path / "run").rglob("*") if path.is_file()}
     assert files == {"tokenizer.json", "data/train.npy", "data/held_out.npy", "data/fingerprint.json"}

@@ -219,7 +219,7 @@ def test_a_run_takes_prepared_sets(prepared, raw, tmp_path):
     config = run_of(path=[prepared[0].out])
     data = prepare_run(config, tmp_path / "run")
     assert is_prepared(config, tmp_path / "run") and not is_prepared(run_of(path=[prepared[0].out], seed=3), tmp_path / "run")
-    assert data.train_tokens == prepared[1]["tokens"]["train"] and len(data.held_out) == prepared[1]["tokens"]["held_out"]
+    assert data.train_tokens == prepared[1]["tokens"]["train"] and data.held_out_tokens == prepared[1]["tokens"]["held_out"]
     assert len(open_prepared(config, tmp_path / "run").train) == data.train_tokens
     other = config_of(raw[0], tmp_path / "other", mix=MixConfig(0, 1, 0, 0))
     prepare(replace(other, input=[str(raw[0] / "code")]), map_shards=HERE)

@@ -66,7 +66,7 @@ def test_bits_per_byte_of_a_run_are_exactly_those_of_its_targets(pair, oracle, x
     tokens = np.random.default_rng(1).integers(0, 320, 100, dtype=np.int32)
     size = 1 + np.random.default_rng(2).permutation(320).astype(np.int32)
     texts = {"held_out": tokens, "short": tokens[55:70], "other": tokens[30:]}
-    data = PreparedData(tokenizer=None, sets=(tokens,), held_out=tokens, end_of_document=0, token_bytes=size,
+    data = PreparedData(tokenizer=None, sets=(tokens,), held_out=(tokens,), end_of_document=0, token_bytes=size,
                         eval={name: texts[name] for name in ("short", "other")})  # fmt: skip
     expected = {}
     for name, text in texts.items():

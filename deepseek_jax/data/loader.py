@@ -74,20 +74,18 @@ class Windows:
 class Mixture:
     """An endless stream of sequences from several, each by its weight.
 
-    Every BLOCK sequences hold the weights' shares of each, to the nearest whole, in an order of the seed's.
+    Every `block` sequences hold the weights' shares of each, to the nearest whole, in an order of the seed's.
 
     Args:
         parts: the streams.
         weights: how much of each, in any unit.
     """
 
-    BLOCK = 1000
-
-    def __init__(self, parts: Sequence[Windows], weights: Sequence[float], seed: int):
-        shares = np.asarray(weights, np.float64) / sum(weights) * self.BLOCK
+    def __init__(self, parts: Sequence[Windows], weights: Sequence[float], seed: int, block: int = 1000):
+        shares = np.asarray(weights, np.float64) / sum(weights) * block
         counts = np.floor(shares).astype(np.int64)
-        counts[np.argsort(counts - shares, kind="stable")[: self.BLOCK - counts.sum()]] += 1
-        self._parts, self._counts, self._seed = list(parts), counts, seed
+        counts[np.argsort(counts - shares, kind="stable")[: block - counts.sum()]] += 1
+        self._parts, self._counts, self._seed, self._block = list(parts), counts, seed, block
         self.window = parts[0].window
 
     def __len__(self) -> int:
@@ -96,8 +94,8 @@ class Mixture:
 
     def take(self, start: int, count: int) -> np.ndarray:
         """Sequences number start .. start + count - 1 of the stream, int32 [count, window]."""
-        blocks, places = np.divmod(np.arange(start, start + count, dtype=np.int64), self.BLOCK)
-        places = permute(places, self.BLOCK, self._seed, blocks)
+        blocks, places = np.divmod(np.arange(start, start + count, dtype=np.int64), self._block)
+        places = permute(places, self._block, self._seed, blocks)
         ends = np.cumsum(self._counts)
         owners = np.searchsorted(ends, places, side="right")
         numbers = blocks * self._counts[owners] + places - (ends - self._counts)[owners]
@@ -116,6 +114,21 @@ def training_sequences(config: Config, sets: Sequence[TokenRow]) -> Windows | Mi
     """
     length, seed = config.train.sequence_length, config.data.seed
     streams = [Windows(tokens, window_length(config), length, seed) for tokens in sets]
-    if len(streams) == 1:
-        return streams[0]
-    return Mixture(streams, config.data.weights or [len(tokens) for tokens in sets], seed)
+    return streams[0] if len(streams) == 1 else Mixture(streams, weights_of(config, sets), seed)
+
+
+def evaluation_sequences(config: Config, texts: Sequence[TokenRow], weights: Sequence[float]) -> Windows | Mixture:
+    """What a run is evaluated on, of which it takes train.eval_sequences: a text's first, or of several in these shares.
+
+    Raises:
+        DataError: as `training_sequences`.
+    """
+    length = config.train.sequence_length
+    streams = [Windows(tokens, length + 1, length, seed=None) for tokens in texts]
+    count = min(config.train.eval_sequences, sum(map(len, streams)))
+    return streams[0] if len(streams) == 1 else Mixture(streams, weights, config.data.seed, count)
+
+
+def weights_of(config: Config, sets: Sequence[TokenRow]) -> list[float]:
+    """How much is read of each set, in any unit."""
+    return config.data.weights or [len(tokens) for tokens in sets]

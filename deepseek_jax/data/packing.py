@@ -18,9 +18,10 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeRemainingColumn
 from tokenizers import Tokenizer
 
+from deepseek_jax.config import HELD_OUT as HELD_OUT_NAME
 from deepseek_jax.config import Config
 from deepseek_jax.data.documents import DataError, Texts, find_files, read_documents, split_documents
-from deepseek_jax.data.loader import TokenRow, window_length
+from deepseek_jax.data.loader import Mixture, TokenRow, Windows, evaluation_sequences, weights_of, window_length
 from deepseek_jax.data.shards import open_part, read_manifest
 from deepseek_jax.data.tokenizer import (
     end_of_document_id,
@@ -47,8 +48,8 @@ class PreparedData:
     tokenizer: Tokenizer
     sets: tuple[TokenRow, ...]
     """To train on: of each of `data.path`, or the one of `data.input`."""
-    held_out: TokenRow
-    """Of the first of them."""
+    held_out: tuple[TokenRow, ...]
+    """Of each of them."""
     end_of_document: int
     token_bytes: np.ndarray
     """Bytes of text that each token stands for, int32 [vocab_size]; special tokens 0."""
@@ -65,6 +66,16 @@ class PreparedData:
     def train_tokens(self) -> int:
         """How many there are to train on."""
         return sum(map(len, self.sets))
+
+    @property
+    def held_out_tokens(self) -> int:
+        """How many are held out."""
+        return sum(map(len, self.held_out))
+
+    def to_evaluate(self, config: Config) -> dict[str, Windows | Mixture]:
+        """By name what is evaluated on: of the sets together what is held out, and `eval`."""
+        of_sets = {HELD_OUT_NAME: evaluation_sequences(config, self.held_out, weights_of(config, self.sets))}
+        return of_sets | {name: evaluation_sequences(config, [text], [1]) for name, text in self.eval.items()}
 
 
 def prepare(config: Config, directory: Path) -> PreparedData:
@@ -89,13 +100,12 @@ def open_prepared(config: Config, directory: Path) -> PreparedData:
     tokenizer = load_tokenizer(directory / TOKENIZER)
     token_bytes = token_byte_lengths(tokenizer, config.model.vocab_size)
     sets: tuple[TokenRow, ...]
-    held_out: TokenRow
+    held_out: tuple[TokenRow, ...]
     if config.data.path:
-        sets = tuple(open_part(Path(path), "train") for path in config.data.path)
-        held_out = open_part(Path(config.data.path[0]), "held_out")
+        sets, held_out = (tuple(open_part(Path(path), part) for path in config.data.path) for part in ("train", "held_out"))
     else:
-        sets, held_out = (open_tokens(directory / TRAIN),), open_tokens(directory / HELD_OUT)
-    _check_lengths(config, min(map(len, sets)), len(held_out))
+        sets, held_out = (open_tokens(directory / TRAIN),), (open_tokens(directory / HELD_OUT),)
+    _check_lengths(config, min(map(len, sets)), min(map(len, held_out)))
     return PreparedData(tokenizer, sets, held_out, end_of_document_id(tokenizer), token_bytes)
 
 

@@ -11,7 +11,7 @@ import numpy as np
 from jax.sharding import PartitionSpec
 
 from deepseek_jax.config import HELD_OUT, MESH_AXES, Config
-from deepseek_jax.data.loader import Windows, part_size
+from deepseek_jax.data.loader import Mixture, Windows, part_size
 from deepseek_jax.data.packing import PreparedData
 from deepseek_jax.model.router import dropless
 from deepseek_jax.model.transformer import DeepseekV3
@@ -24,12 +24,10 @@ from deepseek_jax.training.step import TrainState
 
 
 class Evaluation:
-    """Bits per byte of the first train.eval_sequences sequences of the held-out text, and of each set of `data.eval`."""
+    """Bits per byte of the first train.eval_sequences sequences held out, and of each set of `data.eval`."""
 
     def __init__(self, config: Config, data: PreparedData, division: Optional[Division] = None):
-        train, texts = config.train, {HELD_OUT: data.held_out} | data.eval
-        length = train.sequence_length
-        windows = {name: Windows(text, length + 1, length, seed=None) for name, text in texts.items()}
+        train, windows = config.train, data.to_evaluate(config)
         counts = {name: min(train.eval_sequences, len(of_text)) for name, of_text in windows.items()}
         unit = 1 if division is None else division.batch_unit()
         size = -(-min(part_size(train), max(counts.values())) // unit) * unit
@@ -60,7 +58,7 @@ def counted_bytes(windows: np.ndarray, token_bytes: np.ndarray, end: int) -> int
 class _Batch:
     """Sequences start and on of a text that has `count`; what is missing to `size` repeats the last, without weight."""
 
-    windows: Windows
+    windows: Windows | Mixture
     start: int
     size: int
     count: int

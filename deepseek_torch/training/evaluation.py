@@ -6,19 +6,19 @@ import numpy as np
 import torch
 
 from deepseek_jax.config import HELD_OUT, Config
-from deepseek_jax.data.loader import TokenRow, Windows, part_size
+from deepseek_jax.data.loader import Mixture, Windows, part_size
 from deepseek_jax.data.packing import PreparedData
 from deepseek_torch.model.transformer import DeepseekV3
 from deepseek_torch.training.loss import cross_entropy
 
 
 class Evaluation:
-    """Bits per byte of the first train.eval_sequences sequences of the held-out text, and of each set of `data.eval`."""
+    """Bits per byte of the first train.eval_sequences sequences held out, and of each set of `data.eval`."""
 
     def __init__(self, config: Config, data: PreparedData):
         self._chunk = config.train.loss_chunk_tokens
         self._end = config.data.end_of_document if config.data.mask_documents else None
-        self._batches = {name: _batches(config, text) for name, text in ({HELD_OUT: data.held_out} | data.eval).items()}
+        self._batches = {name: _batches(config, text) for name, text in data.to_evaluate(config).items()}
         self._bytes = dict.fromkeys(self._batches, 0)
         for name, batches in self._batches.items():
             for batch in batches:  # what follows an end of a document nothing of its own predicts
@@ -43,10 +43,9 @@ class Evaluation:
         return nats / math.log(2) / self._bytes[name]
 
 
-def _batches(config: Config, text: TokenRow) -> list[np.ndarray]:
-    """The first sequences of a text, [B, T + 1] each."""
+def _batches(config: Config, windows: Windows | Mixture) -> list[np.ndarray]:
+    """The first sequences, [B, T + 1] each."""
     train = config.train
-    windows = Windows(text, train.sequence_length + 1, train.sequence_length, seed=None)
     count = min(train.eval_sequences, len(windows))
     size = min(part_size(train), count)
     return [windows.take(start, min(size, count - start)) for start in range(0, count, size)]
