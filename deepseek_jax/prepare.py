@@ -30,15 +30,16 @@ from tokenizers import Tokenizer
 
 from deepseek_jax.config import PrepareConfig, load_config, presets
 from deepseek_jax.data import stages
-from deepseek_jax.data.dedup import WIDTH, find_originals
+from deepseek_jax.data.dedup import EXACT, WIDTH, find_originals
+from deepseek_jax.data.division import plan_reading
 from deepseek_jax.data.documents import DataError
 from deepseek_jax.data.domains import DOMAINS
 from deepseek_jax.data.infilling import OWN, find_marks
 from deepseek_jax.data.mixing import Mixed, mix_documents, shares_of
-from deepseek_jax.data.report import write_report
+from deepseek_jax.data.report import quantiles, write_report
 from deepseek_jax.data.shards import MANIFEST, PARTS, SIGNATURES, TOKENIZER, open_shard, read_manifest, write_manifest
 from deepseek_jax.data.shuffle import permute
-from deepseek_jax.data.sources import DATASET, PYTHON, plan_reading
+from deepseek_jax.data.sources import DATASET, PYTHON, Piece
 from deepseek_jax.data.stages import Settings
 from deepseek_jax.data.tokenizer import DEEPSEEK_WORDS, end_of_document_id, find_tokenizer, largest_id, train_tokenizer
 from deepseek_jax.errors import run_command, write_atomically
@@ -103,12 +104,11 @@ def prepare(config: PrepareConfig, strict: bool = False, map_shards: Optional[Ma
     names = [part["name"] for part in parts]
     if not names:
         raise DataError(f"{', '.join(config.input)}: no document in it; {_first_fault(read)}")
-    total = sum(part["bytes"] for part in parts)
     counts = [part["documents"] for part in parts]
     firsts = np.cumsum([0, *counts])[:-1].tolist()
 
     watch("sign", lambda: run("signatures", partial(stages.sign_part, settings), names))
-    originals, earlier = watch("deduplicate", lambda: _deduplicate(settings, names, counts))
+    duplicates = watch("deduplicate", lambda: _deduplicate(settings, names, counts))
     tasks = list(zip(names, firsts))
     judged = watch("judge", lambda: run("judging", partial(stages.judge_part, settings), tasks))
     tokenizer = watch("tokenizer", lambda: _make_tokenizer(settings, names))
@@ -119,7 +119,7 @@ def prepare(config: PrepareConfig, strict: bool = False, map_shards: Optional[Ma
     packed = dict(zip((name for name, _ in packing),
                       watch("pack", lambda: run("packing", partial(stages.pack_shard, settings), packing))))  # fmt: skip
 
-    report = _report(config, read, originals, earlier, judged, encoded, mixed, held_out, packed, total, watch.seconds)
+    report = _report(read, duplicates, judged, encoded, lengths, mixed, held_out, packed, watch.seconds)
     samples = [sample for rule in report["dropped"] for sample in _samples(judged, rule)]
     write_report(out, report, samples, lengths)
     _finish(settings, out, names, tokenizer, fingerprint, {part: [packed[name] for name in shards[part]] for part in PARTS})
@@ -175,7 +175,7 @@ class _Watch:
         return result
 
 
-def _fingerprint(config: PrepareConfig, groups: list[list[str]]) -> str:
+def _fingerprint(config: PrepareConfig, groups: list[list[Piece]]) -> str:
     """What the result depends on; files by path, size and time of change."""
 
     def state(name: str) -> list[Any]:
@@ -189,7 +189,8 @@ def _fingerprint(config: PrepareConfig, groups: list[list[str]]) -> str:
     if config.tokenizer and config.tokenizer != "deepseek" and not Path(config.tokenizer).expanduser().exists():
         raise DataError(f"{config.tokenizer}: no such file; prepare.tokenizer must be a tokenizer.json, deepseek or null")
     settings = {key: value for key, value in dataclasses.asdict(config).items() if key not in ("out", "workers")}
-    files = [state(name) for group in groups for name in group] + ([state(config.tokenizer)] if config.tokenizer else [])
+    names = dict.fromkeys(piece.name for group in groups for piece in group)
+    files = [state(name) for name in (*names, *([config.tokenizer] if config.tokenizer else []))]
     earlier = [read_manifest(Path(path))["fingerprint"] for path in config.against]
     return hashlib.sha256(json.dumps([settings, files, earlier]).encode()).hexdigest()
 
@@ -212,8 +213,8 @@ def _first_fault(read: list[dict[str, Any]]) -> str:
     return f"the first of what could not be read: {faults[0]}" if faults else "give text"
 
 
-def _deduplicate(settings: Settings, names: list[str], counts: list[int]) -> tuple[np.ndarray, int]:
-    """Of each document the number of its original, or -1; and how many are copies of documents of earlier sets."""
+def _deduplicate(settings: Settings, names: list[str], counts: list[int]) -> dict[str, int]:
+    """Write of each document the number of its original, or -1; and tell how many copies there are of which kind."""
     earlier = [np.load(Path(path).expanduser() / SIGNATURES, mmap_mode="r") for path in settings.config.against]
     before = sum(map(len, earlier))
     path = settings.work / SIGNATURES
@@ -222,9 +223,14 @@ def _deduplicate(settings: Settings, names: list[str], counts: list[int]) -> tup
     for found in (*earlier, *(np.load(settings.work / stages.SIGNED / f"{name}.npy", mmap_mode="r") for name in names)):
         rows[start : start + len(found)] = found
         start += len(found)
-    originals = find_originals(rows, before, settings.config.near_duplicate_threshold)[before:]
-    np.save(settings.work / stages.ORIGINALS, originals)
-    return originals, int(((originals >= 0) & (originals < before)).sum())
+    originals = find_originals(rows, before, settings.config.near_duplicate_threshold)
+    np.save(settings.work / stages.ORIGINALS, originals[before:])
+    copies = np.flatnonzero(originals >= 0)
+    roots = originals[copies]
+    exact = int((rows[copies, :EXACT] == rows[roots, :EXACT]).all(axis=1).sum())
+    _, groups = np.unique(roots, return_counts=True)
+    return {"copies": len(copies), "exact": exact, "near": len(copies) - exact, "of earlier sets": int((roots < before).sum()),
+            "most of one document": int(groups.max(initial=0))}  # fmt: skip
 
 
 def _make_tokenizer(settings: Settings, names: list[str]) -> Tokenizer:
@@ -257,11 +263,11 @@ def _spread_texts(settings: Settings, names: list[str]) -> Iterator[str]:
                 break
 
 
-def _plan(settings: Settings, names: list[str]) -> tuple[np.ndarray, dict[str, Mixed], dict[str, int]]:
+def _plan(settings: Settings, names: list[str]) -> tuple[dict[str, np.ndarray], dict[str, Mixed], dict[str, int]]:
     """Which documents go into which shard, written as files.
 
     Returns:
-        The lengths of all documents, what mixing did to each domain, and the tokens held out of each.
+        By domain the lengths of all documents, what mixing did to it, and the tokens held out of it.
     """
     config = settings.config
     lengths, domains = [], []
@@ -295,15 +301,17 @@ def _plan(settings: Settings, names: list[str]) -> tuple[np.ndarray, dict[str, M
         shard = np.cumsum(of_all[numbers]) // (config.shard_bytes // 2)
         for i, piece in enumerate(np.split(numbers, np.flatnonzero(np.diff(shard)) + 1)):
             np.save(folder / f"{part}-{i:05d}.npy", piece)
-    return of_all, mixed, told
+    return {name: of_all[domain == number] for number, name in enumerate(DOMAINS)}, mixed, told
 
 
-def _report(config: PrepareConfig, read: list, originals: np.ndarray, earlier: int, judged: list, encoded: list,
-            mixed: dict[str, Mixed], held_out: dict[str, int], packed: dict[str, dict[str, Any]], total: int,
+def _report(read: list, duplicates: dict[str, int], judged: list, encoded: list, lengths: dict[str, np.ndarray],
+            mixed: dict[str, Mixed], held_out: dict[str, int], packed: dict[str, dict[str, Any]],
             seconds: dict[str, float]) -> dict[str, Any]:  # fmt: skip
     """All that is known of what was done."""
     reasons, rules, unique = Counter[str](), Counter[str](), Counter[str]()
-    stayed, tokens = Counter[str](), Counter[str]()
+    stayed, tokens, infilled = Counter[str](), Counter[str](), Counter[str]()
+    parts = [part for told in read for part in told["parts"]]
+    total = sum(part["bytes"] for part in parts)
     for told in read:
         reasons.update(told["reasons"])
     for told in judged:
@@ -312,19 +320,21 @@ def _report(config: PrepareConfig, read: list, originals: np.ndarray, earlier: i
     for told in encoded:
         stayed.update(told["documents"])
         tokens.update(told["tokens"])
+        infilled.update(told["infilled"])
     everything = max(sum(tokens.values()), 1)
     return {
-        "documents": {"read": len(originals), "unique": sum(unique.values()), "good": sum(stayed.values()),
-                      "packed": sum(shard["documents"] for shard in packed.values())},
+        "documents": {"read": sum(part["documents"] for part in parts), "unique": sum(unique.values()),
+                      "good": sum(stayed.values()), "packed": sum(shard["documents"] for shard in packed.values())},
         "bytes": total,
         "tokens": {"before mixing": sum(tokens.values()),
                    "train": sum(domain.tokens for domain in mixed.values()), "held_out": sum(held_out.values())},
-        "duplicates": {"copies": int((originals >= 0).sum()), "of earlier sets": earlier},
-        "dropped": {"copy": int((originals >= 0).sum()), **dict(rules.most_common())},
+        "duplicates": duplicates,
+        "dropped": {"copy": duplicates["copies"], **dict(rules.most_common())},
         "faults": {"count": sum(reasons.values()), "reasons": dict(reasons.most_common()),
                    "first": [fault for told in read for fault in told["faults"]][: stages.FAULTS_KEPT]},
         "domains": {name: {"unique": unique[name], "good": stayed[name], "tokens_before_mixing": tokens[name],
-                           "share_in": tokens[name] / everything, **mixed[name].as_dict()} for name in DOMAINS},
+                           "share_in": tokens[name] / everything, **mixed[name].as_dict(), "infilled": infilled[name],
+                           "lengths": quantiles(lengths[name])} for name in DOMAINS},
         "held_out": held_out,
         "seconds": seconds,
         "megabytes_per_second": {name: round(total / 1e6 / max(taken, 1e-9), 2) for name, taken in seconds.items()},

@@ -1,14 +1,18 @@
 """Copies, quality and domains of planted and real texts; shards of tokens and the sequences read from them."""
 
 import base64
+import json
 import random
 import struct
 
 import numpy as np
+import pyarrow as pa
 import pytest
+from pyarrow import parquet
 
 from deepseek_jax.config import load_config
 from deepseek_jax.data.dedup import find_originals, shingles, signatures
+from deepseek_jax.data.division import plan_reading
 from deepseek_jax.data.documents import DataError
 from deepseek_jax.data.domains import classify
 from deepseek_jax.data.loader import Mixture, Windows, evaluation_sequences
@@ -16,7 +20,7 @@ from deepseek_jax.data.megatron import HEADER, MAGIC, read_megatron
 from deepseek_jax.data.mixing import mix_documents
 from deepseek_jax.data.quality import judge
 from deepseek_jax.data.shards import Tokens, open_shard, write_shard
-from deepseek_jax.data.sources import Document, read_source
+from deepseek_jax.data.sources import Document, Piece, read_source
 from deepseek_jax.data.tokenizer import DEEPSEEK_WORDS, pieces, train_tokenizer
 from parity_tests.texts import TEXT, one_line
 
@@ -35,7 +39,7 @@ PROSE = (
 
 @pytest.fixture(scope="module")
 def library() -> dict[str, list[str]]:
-    documents = [d for d in read_source("python:", "text", "domain", None) if isinstance(d, Document)]
+    documents = [d for d in read_source(Piece("python:"), "text", "domain", None) if isinstance(d, Document)]
     topics = [d.text for d in documents if "topics/" in d.source and len(d.text) > 600]
     return {"general": topics, "code": [d.text for d in documents if "topics/" not in d.source and len(d.text) > 600]}
 
@@ -77,6 +81,16 @@ def test_the_first_of_copies_stays_whatever_the_language():
     assert roots.tolist() == [-1, -1, 0, -1, 1, 3, -1, -1, -1, 0]
     assert find_originals(signatures(texts), 0, 1).tolist() == [-1, -1, 0, -1, -1, 3, -1, -1, -1, -1]
     assert find_originals(signatures([*texts[:4], *texts]), 4, 0.8)[4:].tolist() == [0, 1, 0, 3, 1, 3, -1, -1, -1, 0]
+
+
+def test_what_was_there_earlier_counts_however_alike():
+    """Of two earlier documents that are copies of each other now, the other's copy is one, too."""
+    generator = random.Random(1)
+    first = [f"v{i}" for i in range(2000)]
+    second = near_copy(first, 0.78, generator)
+    known = signatures([" ".join(first), second, near_copy(second.split(), 0.78, generator)])
+    assert find_originals(known, 0, 0.7).tolist() == [-1, 0, -1]
+    assert find_originals(known, 2, 0.7).tolist() == [-1, -1, 1]
 
 
 GOOD = {"prose": (PROSE, "general"), "chinese": (CHINESE, "multilingual"), "code": (TEXT[: len(TEXT) // 2], "code")}
@@ -205,6 +219,25 @@ def test_of_several_sets_all_are_evaluated_as_much_as_they_are_read():
     assert (evaluation_sequences(config, rows[:1], [1]).take(0, 20)[:, 0] == np.arange(0, 100, 5)).all()
 
 
+def test_a_large_file_is_divided_between_lines_or_row_groups(tmp_path):
+    generator = random.Random(0)
+    lines = [json.dumps({"text": f"{i} {'x' * generator.randrange(400)}"}) for i in range(300)]
+    lines[7], lines[205], lines[299] = "{broken", "", json.dumps({"text": "y" * 5000})
+    rows = {"text": [None if i == 250 else f"{i}" for i in range(300)]}
+    (tmp_path / "long.jsonl").write_text("\n".join(lines))
+    parquet.write_table(pa.table(rows), tmp_path / "long.parquet", row_group_size=40)
+    for name, size in (("long.jsonl", 1000), ("long.jsonl", 7), ("long.parquet", 200)):
+        path = str(tmp_path / name)
+        pieces_of = [piece for group in plan_reading([path], size) for piece in group]
+        found = [item for piece in pieces_of for item in read_source(piece, "text", "domain", None)]
+        assert len(pieces_of) >= 5 and found == list(read_source(Piece(path), "text", "domain", None))
+        assert len(found) == (299 if "jsonl" in name else 300)
+    assert len(plan_reading([str(tmp_path)], 10**6)) == 1 and len(plan_reading([str(tmp_path)], 20_000)) > 2
+    (tmp_path / "long.parquet").write_bytes(b"PAR1")
+    (piece,) = (piece for group in plan_reading([str(tmp_path / "long.parquet")], 9) for piece in group)
+    assert [fault.reason for fault in read_source(piece, "text", "domain", None)] == ["not sound parquet"]
+
+
 def test_megatron_is_read_and_checked(tmp_path, tokenizer):
     texts = ["one text", "another,\nof two parts"]
     ids = [np.array(tokenizer.encode(text).ids, "<u2") for text in (texts[0], texts[1][:9], texts[1][9:])]
@@ -215,9 +248,10 @@ def test_megatron_is_read_and_checked(tmp_path, tokenizer):
     index.with_suffix(".bin").write_bytes(b"".join(part.tobytes() for part in ids))
     index.write_bytes(content)
     tokenizer.save(str(tokenizer_file))
-    assert [d.text for d in read_source(str(index), "text", "domain", str(tokenizer_file)) if isinstance(d, Document)] == texts
+    read = read_source(Piece(str(index)), "text", "domain", str(tokenizer_file))
+    assert [d.text for d in read if isinstance(d, Document)] == texts
     with pytest.raises(DataError, match=r"prepare\.tokenizer=PATH"):
-        list(read_source(str(index), "text", "domain", None))
+        list(read_source(Piece(str(index)), "text", "domain", None))
     for wrong in (
         content[:-1],
         b"x" + content[1:],

@@ -88,7 +88,9 @@ def test_every_token_is_of_its_text_and_domains_are_as_asked(raw, prepared):
     for name, asked in (("general", 0.6), ("code", 0.2), ("math", 0.1), ("multilingual", 0.1)):
         assert abs(sizes[name] / sizes.total() - asked) < 0.01
         told = report["domains"][name]
-        assert told["tokens"] == sizes[name] and told["repetition"] <= config.max_repetition
+        assert told["tokens"] == sizes[name] and told["repetition"] <= config.max_repetition and told["infilled"] == 0
+        lengths = told["lengths"]
+        assert 100 < lengths["shortest"] < lengths["10%"] < lengths["median"] < lengths["90%"] < lengths["longest"] < 10_000
     times = Counter(train)
     assert max(times.values()) <= 4 and max(n for (_, d), n in times.items() if d == "code") == 1 < max(times.values())
     assert (Path(config.out) / "report.png").stat().st_size > 10_000
@@ -136,7 +138,9 @@ def test_against_an_earlier_set_nothing_is_new(raw, prepared, tmp_path):
     )
     again = replace(again, input=[*again.input, str(tmp_path / "*.txt")], mix=MixConfig(1, 0, 0, 0), held_out_fraction=0.5)
     report = prepare(again, map_shards=HERE)
-    assert report["duplicates"]["of earlier sets"] >= prepared[1]["documents"]["good"] and report["documents"]["good"] == 2
+    found = report["duplicates"]
+    assert prepared[1]["documents"]["good"] <= found["of earlier sets"] == found["exact"] == found["copies"]
+    assert report["documents"]["good"] == 2 and found["near"] == 0 and found["most of one document"] == 1
 
 
 BAD = {
@@ -177,11 +181,11 @@ def test_bad_input_is_counted_and_named(raw, tmp_path, capsys):
 def test_a_share_of_documents_is_arranged_for_infilling(raw, tmp_path):
     config = config_of(raw[0], tmp_path / "set", fim_rate=0.5, mix=MixConfig(0, 1, 0, 0))
     config = replace(config, input=[str(raw[0] / "code"), str(raw[0] / "more.jsonl.gz")])
-    prepare(config, map_shards=HERE)
-    texts = [text for text, _ in documents(config, "train")]
+    told = prepare(config, map_shards=HERE)["domains"]["code"]
+    texts = [text for part in ("train", "held_out") for text, _ in documents(config, part)]
     begin, hole, end = OWN
     arranged = [text for text in texts if begin in text]
-    assert 0.2 < len(arranged) / len(texts) < 0.8
+    assert 0.2 < len(arranged) / len(texts) < 0.8 and told["infilled"] == len(arranged)
     for text in texts:
         if begin in text:
             prefix, rest = text.removeprefix(begin).split(hole)

@@ -182,7 +182,7 @@ class PrepareConfig:
     """Score from 0 to 1 below which a document is dropped; at 0.6 the rules' limits are those published."""
     mix: MixConfig = field(default_factory=MixConfig)
     tokens: Optional[int] = None
-    """To train on, after mixing; null takes as many as there were before it, or as max_repetition allows."""
+    """To train on, after mixing; null takes as many as the domains had before it, or as max_repetition allows."""
     max_repetition: float = 4.0
     """How often a domain may be read at most for the sake of the mix."""
     tokenizer: Optional[str] = None

@@ -48,8 +48,8 @@ def mix_documents(
     Args:
         domains: number of each document's name, [documents].
         lengths: their tokens.
-        total: tokens wanted; None wants as many as there are. There are fewer where max_repetition does not allow it,
-            with the same shares.
+        total: tokens wanted; None wants as many as the domains asked for have. There are fewer where max_repetition does
+            not allow it, with the same shares.
 
     Returns:
         Numbers of documents in the order in which they are packed, and by domain what was done.
@@ -64,7 +64,8 @@ def mix_documents(
         if not sizes[name]:
             raise DataError(f"prepare.mix.{name}={asked[name]:g}: no document of this domain is left to train on; give text "
                             f"of it or set prepare.mix.{name}=0")  # fmt: skip
-    wanted = min([total or sum(sizes.values()), *(max_repetition * sizes[name] / share for name, share in asked.items())])
+    total = total or sum(sizes[name] for name in asked)
+    wanted = min([total, *(max_repetition * sizes[name] / share for name, share in asked.items())])
     picked = {name: _pick(own[name], lengths, asked[name] * wanted, seed) for name in asked}
     tokens = {name: int(lengths[chosen].sum()) for name, chosen in picked.items()}
     everything = sum(tokens.values())

@@ -9,11 +9,13 @@ import numpy as np
 REPORT, PLOTS, DROPPED = "report.json", "report.png", "dropped.jsonl"
 
 
-def write_report(directory: Path, report: dict[str, Any], samples: list[dict[str, Any]], lengths: np.ndarray) -> None:
+def write_report(
+    directory: Path, report: dict[str, Any], samples: list[dict[str, Any]], lengths: dict[str, np.ndarray]
+) -> None:
     """Write report.json, dropped.jsonl (samples of what was dropped) and report.png.
 
     Args:
-        lengths: tokens of each document that stayed.
+        lengths: by domain, tokens of each document that stayed.
     """
     (directory / REPORT).write_text(json.dumps(report, indent=1, ensure_ascii=False), encoding="utf-8")
     lines = (json.dumps(sample, ensure_ascii=False) + "\n" for sample in samples)
@@ -21,27 +23,44 @@ def write_report(directory: Path, report: dict[str, Any], samples: list[dict[str
     _plot(directory / PLOTS, report, lengths)
 
 
-def _plot(path: Path, report: dict[str, Any], lengths: np.ndarray) -> None:
+def quantiles(lengths: np.ndarray) -> dict[str, float]:
+    """How long documents are, in tokens; nothing where there are none."""
+    if not len(lengths):
+        return {}
+    names = {"shortest": 0, "10%": 0.1, "median": 0.5, "90%": 0.9, "longest": 1}
+    return {name: float(np.quantile(lengths, share)) for name, share in names.items()} | {"mean": float(lengths.mean())}
+
+
+def _plot(path: Path, report: dict[str, Any], lengths: dict[str, np.ndarray]) -> None:
     from matplotlib.figure import Figure  # here, for it takes a second
 
-    figure = Figure(figsize=(11, 8), layout="constrained")
-    stages, reasons, mix, sizes = figure.subplots(2, 2).flat
-    documents = report["documents"]
-    stages.bar(list(documents), list(documents.values()), color="tab:blue")
+    figure = Figure(figsize=(15, 8), layout="constrained")
+    stages, reasons, copies, mix, tokens, sizes = figure.subplots(2, 3).flat
+    for stage, count in report["documents"].items():
+        stages.bar(stage, count, color="tab:blue")
     stages.set_title("documents after each stage")
     why = report["dropped"] | {f"input: {reason}": count for reason, count in report["faults"]["reasons"].items()}
     top = sorted(why.items(), key=lambda item: item[1])[-12:]
     reasons.barh([name for name, _ in top], [count for _, count in top], color="tab:red")
     reasons.set_title("dropped, by reason")
+    found = report["duplicates"]
+    copies.bar(list(found), list(found.values()), color="tab:orange")
+    copies.tick_params("x", labelsize=8)
+    copies.set_title("copies")
     domains = report["domains"]
     places = np.arange(len(domains))
-    for offset, key, label in ((-0.3, "share_in", "before"), (0, "asked", "asked"), (0.3, "share", "after")):
-        mix.bar(places + offset, [domain[key] for domain in domains.values()], 0.28, label=label)
-    named = [f"{name}\nread {domain['repetition']:.2f} times" for name, domain in domains.items()]
-    mix.set_xticks(places, named, fontsize=8)
-    mix.set_title("share of tokens by domain")
-    mix.legend(frameon=False)
-    if len(lengths):
-        sizes.hist(np.log10(np.maximum(lengths, 1)), bins=40, color="tab:green")
+    for axes, names in ((mix, ("share_in", "asked", "share")), (tokens, ("tokens_before_mixing", "tokens"))):
+        for place, name in enumerate(names):
+            label = {"asked": "asked", "share": "after", "tokens": "after"}.get(name, "before")
+            axes.bar(places + 0.3 * (place - (len(names) - 1) / 2), [own[name] for own in domains.values()], 0.28, label=label)
+        axes.legend(frameon=False)
+    mix.set_xticks(places, [f"{name}\nread {own['repetition']:.2f} times" for name, own in domains.items()], fontsize=8)
+    mix.set_title("share of tokens by domain, mixing")
+    tokens.set_xticks(places, [f"{name}\n{own['infilled']:,} infilled" for name, own in domains.items()], fontsize=8)
+    tokens.set_title("tokens by domain, mixing")
+    for name, own in lengths.items():
+        if len(own):
+            sizes.hist(np.log10(np.maximum(own, 1)), bins=40, histtype="step", label=name)
+            sizes.legend(frameon=False)
     sizes.set_title("tokens of a document, powers of ten")
     figure.savefig(path, dpi=110)

@@ -5,13 +5,13 @@
 
 import json
 import sysconfig
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, BinaryIO, Optional
+from typing import Any, BinaryIO, NamedTuple, Optional
 
 from deepseek_jax.data.compressed import BROKEN, COMPRESSED_SUFFIXES, kind_of, open_binary
-from deepseek_jax.data.documents import READ_ROWS, DataError, find_files
+from deepseek_jax.data.documents import READ_ROWS, DataError
 from deepseek_jax.data.megatron import read_megatron
 from deepseek_jax.data.tokenizer import find_tokenizer
 
@@ -63,37 +63,26 @@ class Fault:
     reason: str
 
 
-def plan_reading(inputs: Sequence[str], shard_bytes: int) -> list[list[str]]:
-    """Inputs as groups of files that are read together, of about `shard_bytes`; a large file is a group of its own.
+class Piece(NamedTuple):
+    """What is read at once: a source, or a part of a large file."""
 
-    Raises:
-        DataError: an input that is not there.
-    """
-    if not inputs:
-        raise DataError("prepare.input is empty; give prepare.input=FILE (text, .jsonl, .parquet, a directory or a glob)")
-    groups: list[list[str]] = []
-    room = 0
-    for name in inputs:
-        if name.startswith((DATASET, PYTHON)):
-            groups.append([name])
-            room = 0
-            continue
-        for path in find_files([name], SUFFIXES, field="prepare.input", with_empty=True):
-            size = path.stat().st_size
-            if not groups or size > room:
-                groups.append([])
-                room = shard_bytes
-            groups[-1].append(str(path))
-            room -= size
-    return groups
+    name: str
+    """A file, `python:` or `dataset:...`."""
+    start: int = 0
+    """Byte of a .jsonl file, or row group of a .parquet file."""
+    stop: Optional[int] = None
+    """Its end; null is the file's."""
+    before: int = 0
+    """Lines or rows before it."""
 
 
-def read_source(name: str, text_field: str, domain_field: str, tokenizer: Optional[str]) -> Iterator[Document | Fault]:
-    """The documents of one file, of the standard library, or of a `dataset:`.
+def read_source(piece: Piece, text_field: str, domain_field: str, tokenizer: Optional[str]) -> Iterator[Document | Fault]:
+    """The documents of a file or a part of it, of the standard library, or of a `dataset:`.
 
     Args:
         tokenizer: with which Megatron's tokens become text again.
     """
+    name = piece.name
     if name.startswith(PYTHON):
         yield from python_library()
     elif name.startswith(DATASET):
@@ -103,9 +92,9 @@ def read_source(name: str, text_field: str, domain_field: str, tokenizer: Option
         try:
             kind = kind_of(path)
             if kind == ".jsonl":
-                yield from _read_jsonl(path, text_field, domain_field)
+                yield from _read_jsonl(path, piece, text_field, domain_field)
             elif kind == ".parquet":
-                yield from _read_parquet(path, text_field, domain_field)
+                yield from _read_parquet(path, piece, text_field, domain_field)
             elif kind == ".idx":
                 yield from _read_megatron(path, tokenizer)
             else:
@@ -136,11 +125,13 @@ def _document(content: bytes, where: str, domain: Optional[str] = None) -> Docum
     return Document(text, where, domain) if text.strip() else Fault(where, "empty")
 
 
-def _read_jsonl(path: Path, text_field: str, domain_field: str) -> Iterator[Document | Fault]:
-    number = 0
+def _read_jsonl(path: Path, piece: Piece, text_field: str, domain_field: str) -> Iterator[Document | Fault]:
+    number = piece.before
     try:
         with open_binary(path) as file:
-            for number, line in enumerate(_lines(file), 1):
+            if piece.start:
+                file.seek(piece.start)
+            for number, line in enumerate(_lines(file, piece.stop), piece.before + 1):
                 where = f"{path}:{number}"
                 if len(line) > MAX_DOCUMENT_BYTES:
                     yield Fault(where, f"longer than {MAX_DOCUMENT_BYTES} bytes")
@@ -152,9 +143,9 @@ def _read_jsonl(path: Path, text_field: str, domain_field: str) -> Iterator[Docu
         yield Fault(str(path), "empty")
 
 
-def _lines(file: BinaryIO) -> Iterator[bytes]:
-    """Lines, of which one that is too long comes cut, and is passed over to its end."""
-    while line := file.readline(MAX_DOCUMENT_BYTES + 1):
+def _lines(file: BinaryIO, stop: Optional[int]) -> Iterator[bytes]:
+    """Lines to there, of which one that is too long comes cut, and is passed over to its end."""
+    while (stop is None or file.tell() < stop) and (line := file.readline(MAX_DOCUMENT_BYTES + 1)):
         yield line
         while line and not line.endswith(b"\n"):
             line = file.readline(2**20)
@@ -185,11 +176,11 @@ def _from_record(record: dict[str, Any], where: str, text_field: str, domain_fie
     return Document(text, str(record.get("source") or where), domain if isinstance(domain, str) else None)
 
 
-def _read_parquet(path: Path, text_field: str, domain_field: str) -> Iterator[Document | Fault]:
+def _read_parquet(path: Path, piece: Piece, text_field: str, domain_field: str) -> Iterator[Document | Fault]:
     import pyarrow
     from pyarrow import parquet
 
-    row = 0
+    row = piece.before
     try:
         with parquet.ParquetFile(path) as table:
             names = table.schema_arrow.names
@@ -197,7 +188,8 @@ def _read_parquet(path: Path, text_field: str, domain_field: str) -> Iterator[Do
                 yield Fault(str(path), f"has no column {text_field}")
                 return
             wanted = [name for name in (text_field, domain_field, "source") if name in names]
-            for batch in table.iter_batches(batch_size=READ_ROWS, columns=wanted):
+            groups = range(piece.start, table.num_row_groups if piece.stop is None else piece.stop)
+            for batch in table.iter_batches(batch_size=READ_ROWS, row_groups=groups, columns=wanted):
                 for record in batch.to_pylist():
                     row += 1
                     yield _from_record(record, f"{path}:{row}", text_field, domain_field)

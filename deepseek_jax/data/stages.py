@@ -25,7 +25,7 @@ from deepseek_jax.data.domains import DOMAINS, classify
 from deepseek_jax.data.infilling import Marks, cut_for_infilling, find_marks
 from deepseek_jax.data.quality import judge
 from deepseek_jax.data.shards import Shard, open_shard, write_shard
-from deepseek_jax.data.sources import Document, Fault, read_source
+from deepseek_jax.data.sources import Document, Fault, Piece, read_source
 from deepseek_jax.data.tokenizer import end_of_document_id, largest_id, load_tokenizer, pieces
 
 READ, SIGNED, JUDGED, ENCODED, PACKED = "read", "signed", "judged", "encoded", "packed"
@@ -58,9 +58,9 @@ def _once(settings: Settings, stage: str, name: str, make: Callable[[Path], dict
     return told
 
 
-def read_group(settings: Settings, task: tuple[int, list[str]]) -> dict[str, Any]:
+def read_group(settings: Settings, task: tuple[int, list[Piece]]) -> dict[str, Any]:
     """Read some inputs into parts, parquet files of about `shard_bytes` of text each."""
-    number, names = task
+    number, group = task
     config = settings.config
 
     def make(path: Path) -> dict[str, Any]:
@@ -77,8 +77,8 @@ def read_group(settings: Settings, task: tuple[int, list[str]]) -> dict[str, Any
                 parts.append({"name": name, "documents": len(held), "bytes": size})
                 held.clear()
 
-        for name in names:
-            for item in read_source(name, config.text_field, config.domain_field, config.tokenizer):
+        for piece in group:
+            for item in read_source(piece, config.text_field, config.domain_field, config.tokenizer):
                 if isinstance(item, Fault):
                     if settings.strict:
                         raise DataError(f"{item.where}: {item.reason}; mend it, or leave --strict out to pass over such")
@@ -210,10 +210,13 @@ def encode_part(settings: Settings, task: tuple[str, int]) -> dict[str, Any]:
         encoded = list(encode(texts(), tokenizer, settings.config.fim_rate, settings.config.seed, dtype))
         domains = [DOMAINS[found["domain"][number]] for number, _ in rows]
         write_shard(path.with_suffix(".arrow"), encoded, domains, [source for _, source in rows], dtype)
+        begin = find_marks(tokenizer).begin if settings.config.fim_rate else None
         tokens: Counter[str] = Counter()
+        infilled: Counter[str] = Counter()
         for domain, ids in zip(domains, encoded):
             tokens[domain] += len(ids)
-        return {"documents": dict(Counter(domains)), "tokens": dict(tokens)}
+            infilled[domain] += begin is not None and bool(ids[0] == begin)
+        return {"documents": dict(Counter(domains)), "tokens": dict(tokens), "infilled": dict(infilled)}
 
     return _once(settings, ENCODED, name, make)
 
