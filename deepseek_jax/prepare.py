@@ -36,7 +36,7 @@ from deepseek_jax.data.documents import DataError
 from deepseek_jax.data.domains import DOMAINS
 from deepseek_jax.data.infilling import OWN, find_marks
 from deepseek_jax.data.mixing import Mixed, mix_documents, shares_of
-from deepseek_jax.data.report import quantiles, write_report
+from deepseek_jax.data.report import REPORT, quantiles, write_report
 from deepseek_jax.data.shards import MANIFEST, PARTS, SIGNATURES, TOKENIZER, open_shard, read_manifest, write_manifest
 from deepseek_jax.data.shuffle import permute
 from deepseek_jax.data.sources import DATASET, PYTHON, Piece
@@ -94,12 +94,15 @@ def prepare(config: PrepareConfig, strict: bool = False, map_shards: Optional[Ma
         if read_manifest(out)["fingerprint"] != fingerprint:
             raise DataError(f"{out}: holds a set prepared from other text or settings; give another prepare.out, or remove it")
         print(f"{out}: is prepared already")
-        return json.loads((out / "report.json").read_text(encoding="utf-8"))
+        report = json.loads((out / REPORT).read_text(encoding="utf-8"))
+        _stop_at(report["faults"]["first"] if strict else [])
+        return report
     settings = Settings(_work_directory(out, fingerprint), config, strict)
     run = map_shards or partial(map_in_processes, config.workers)
     watch = _Watch()
 
     read = watch("read", lambda: run("reading", partial(stages.read_group, settings), list(enumerate(groups))))
+    _stop_at([fault for told in read for fault in told["faults"]] if strict else [])  # of a run before this one
     parts = [part for told in read for part in told["parts"]]
     names = [part["name"] for part in parts]
     if not names:
@@ -206,6 +209,11 @@ def _work_directory(out: Path, fingerprint: str) -> Path:
     work.mkdir(parents=True, exist_ok=True)
     write_atomically(path, json.dumps(fingerprint))
     return work
+
+
+def _stop_at(faults: list[str]) -> None:
+    if faults:
+        raise DataError(f"{faults[0]}; {stages.STRICT}")
 
 
 def _first_fault(read: list[dict[str, Any]]) -> str:

@@ -167,6 +167,9 @@ def test_bad_input_is_counted_and_named(raw, tmp_path, capsys):
                          ("bad.jsonl:8", "surrogate")):  # fmt: skip
         assert any(name in fault and reason in fault for fault in faults["first"]), (name, faults["first"])
     with pytest.raises(DataError) as error:
+        prepare(config, strict=True, map_shards=HERE)  # what was passed over before is not passed over now
+    one_line(error, faults["first"][0], "--strict")
+    with pytest.raises(DataError) as error:
         prepare(replace(config, out=str(tmp_path / "strict"), input=[str(bad / "bad.jsonl")]), strict=True, map_shards=HERE)
     one_line(error, "bad.jsonl:2", "null in field text", "--strict")
     with pytest.raises(DataError) as error:

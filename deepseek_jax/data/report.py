@@ -28,7 +28,9 @@ def quantiles(lengths: np.ndarray) -> dict[str, float]:
     if not len(lengths):
         return {}
     names = {"shortest": 0, "10%": 0.1, "median": 0.5, "90%": 0.9, "longest": 1}
-    return {name: float(np.quantile(lengths, share)) for name, share in names.items()} | {"mean": float(lengths.mean())}
+    return {name: round(float(np.quantile(lengths, share)), 1) for name, share in names.items()} | {
+        "mean": round(float(lengths.mean()), 1)
+    }
 
 
 def _plot(path: Path, report: dict[str, Any], lengths: dict[str, np.ndarray]) -> None:
@@ -44,8 +46,7 @@ def _plot(path: Path, report: dict[str, Any], lengths: dict[str, np.ndarray]) ->
     reasons.barh([name for name, _ in top], [count for _, count in top], color="tab:red")
     reasons.set_title("dropped, by reason")
     found = report["duplicates"]
-    copies.bar(list(found), list(found.values()), color="tab:orange")
-    copies.tick_params("x", labelsize=8)
+    copies.barh(list(found), list(found.values()), color="tab:orange")
     copies.set_title("copies")
     domains = report["domains"]
     places = np.arange(len(domains))

@@ -32,6 +32,7 @@ READ, SIGNED, JUDGED, ENCODED, PACKED = "read", "signed", "judged", "encoded", "
 ORIGINALS, TOKENIZER, PLAN, BASES = "originals.npy", "tokenizer.json", "plan", "bases.npy"
 FAULTS_KEPT, SAMPLES_OF_A_RULE, SAMPLE_CHARACTERS = 100, 3, 500
 BATCH_CHARACTERS = 2**20
+STRICT = "mend it, or leave --strict out to pass over such"
 
 
 @dataclass(frozen=True)
@@ -81,7 +82,7 @@ def read_group(settings: Settings, task: tuple[int, list[Piece]]) -> dict[str, A
             for item in read_source(piece, config.text_field, config.domain_field, config.tokenizer):
                 if isinstance(item, Fault):
                     if settings.strict:
-                        raise DataError(f"{item.where}: {item.reason}; mend it, or leave --strict out to pass over such")
+                        raise DataError(f"{item.where}: {item.reason}; {STRICT}")
                     reasons[item.reason] += 1
                     faults += [f"{item.where}: {item.reason}"] if len(faults) < FAULTS_KEPT else []
                     continue
