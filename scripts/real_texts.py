@@ -1,17 +1,26 @@
 """Real texts of known domains that a machine may have at hand, to measure what `deepseek_jax.data` tells of them."""
 
 import ast
+import gettext
 import gzip
 import importlib.util
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from itertools import islice
 from pathlib import Path
 
+import numpy as np
+
 from deepseek_jax.data.sources import python_library
 
-MAN = Path("/usr/share/man")
+MAN, LOCALE = Path("/usr/share/man"), Path("/usr/share/locale")
 MIN_CHARACTERS = 600
+MATH = {"sympy": ("polys", "ntheory", "integrals", "functions", "series", "matrices"), "mpmath": ("",)}
+OTHER_MATH = {
+    "scipy": ("special", "stats", "linalg", "integrate", "interpolate", "spatial"),
+    "numpy": ("polynomial", "linalg"),
+}
+API = {"matplotlib": ("",), "pandas": ("",), "datasets": ("",)}
 
 
 def labelled(limit: int) -> Iterator[tuple[str, str, str]]:
@@ -25,11 +34,48 @@ def labelled(limit: int) -> Iterator[tuple[str, str, str]]:
     yield from islice((("code", "C headers", text) for path in headers[:: max(len(headers) // (2 * limit), 1)]
                        if len(text := path.read_text(errors="ignore")) >= MIN_CHARACTERS), limit)  # fmt: skip
     yield from islice((("general", "man pages, English", text) for text in man_pages("en")), limit)
-    yield from islice((("math", "docstrings of sympy and mpmath", text) for text in math_docstrings()), limit)
+    yield from islice((("math", "docstrings of sympy and mpmath", text) for text in docstrings(MATH)), limit)
     for name in sorted(path.name for path in MAN.glob("*") if path.is_dir() and not path.name.startswith("man")):
         yield from islice(
             (("multilingual", "man pages, other languages", text) for text in man_pages(name)), max(limit // 10, 3)
         )
+
+
+def held_out(limit: int) -> Iterator[tuple[str, str, str]]:
+    """As `labelled`, of sources on which no rule was tried before the figures were taken."""
+    yield from islice((("general", "docstrings of matplotlib, pandas, datasets", text) for text in docstrings(API)), limit)
+    yield from spread("general", "descriptions of Python packages", sorted(_packages().glob("*.dist-info/METADATA")), limit)
+    yield from spread("code", "npm's JavaScript", sorted(Path("/usr/lib/node_modules/npm").rglob("*.js")), limit)
+    yield from spread("code", "Perl's modules", sorted(Path("/usr/share/perl").rglob("*.pm")), limit)
+    yield from spread("math", "docstrings of scipy and numpy", list(docstrings(OTHER_MATH)), limit)
+    yield from spread("multilingual", "translations of programs' messages", sorted(LOCALE.glob("*/LC_MESSAGES/*.mo")), limit)
+
+
+def spread(domain: str, source: str, found: Sequence[Path | str], limit: int) -> Iterator[tuple[str, str, str]]:
+    """About `limit` texts from all over what was found."""
+    for each in found[:: -(-len(found) // limit) or 1]:
+        if isinstance(each, str):
+            text = each
+        elif each.suffix == ".mo":
+            text = _messages(each)
+        else:
+            text = each.read_text(errors="ignore").split("\n\n", each.name == "METADATA")[-1]
+        if len(text) >= MIN_CHARACTERS:
+            yield domain, source, text
+
+
+def _messages(path: Path) -> str:
+    """What a gettext catalogue says in place of English."""
+    try:
+        with path.open("rb") as file:
+            catalogue = gettext.GNUTranslations(file)
+    except (OSError, UnicodeDecodeError, ValueError):
+        return ""
+    return "\n".join(said for name, said in catalogue._catalog.items() if name and said != name and len(said) > 30)  # type: ignore[attr-defined]
+
+
+def _packages() -> Path:
+    return Path(np.__file__).parent.parent
 
 
 def man_pages(language: str) -> Iterator[str]:
@@ -60,9 +106,9 @@ def _untranslated(path: Path, lines: list[str]) -> float:
     return sum(line in seen for line in running) / max(len(running), 1)
 
 
-def math_docstrings() -> Iterator[str]:
-    """Of the packages' functions and classes about polynomials, number theory, integrals, special functions."""
-    for name, folders in (("sympy", ("polys", "ntheory", "integrals", "functions", "series", "matrices")), ("mpmath", ("",))):
+def docstrings(folders_of: dict[str, tuple[str, ...]]) -> Iterator[str]:
+    """Of functions and classes in folders of packages, without the examples."""
+    for name, folders in folders_of.items():
         spec = importlib.util.find_spec(name)
         if spec is None or spec.origin is None:
             continue
