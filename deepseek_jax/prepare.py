@@ -303,7 +303,11 @@ def _plan(settings: Settings, names: list[str]) -> tuple[dict[str, np.ndarray], 
             order = permute(np.arange(len(chosen)), len(chosen), config.seed)
             told = {name: int(of_all[chosen[domain[chosen] == number]].sum()) for number, name in enumerate(DOMAINS)}
         if not len(order):
-            raise DataError(f"{config.out}: no document is left for the part {part}; give more text or lower "
+            why = {
+                "train": "no document is left to train on; give more text",
+                "held_out": "no domain of the mix has a second document, to hold out; give a long text in several files",
+            }
+            raise DataError(f"{config.out}: {why[part]}, or lower "
                             f"prepare.quality_threshold={config.quality_threshold}")  # fmt: skip
         numbers = chosen[order]
         shard = np.cumsum(of_all[numbers]) // (config.shard_bytes // 2)

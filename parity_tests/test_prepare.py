@@ -176,6 +176,10 @@ def test_bad_input_is_counted_and_named(raw, tmp_path, capsys):
         prepare(replace(config, out=str(tmp_path / "nothing"), input=[str(bad / "latin1.txt")]), map_shards=HERE)
     one_line(error, "no document in it", "latin1.txt: not UTF-8")
     with pytest.raises(DataError) as error:
+        prepare(replace(config, out=str(tmp_path / "one"), mix=MixConfig(0, 1, 0, 0), input=[str(raw[0] / "code/03.py")]),
+                map_shards=HERE)  # fmt: skip
+    one_line(error, "no domain of the mix has a second document", "in several files")
+    with pytest.raises(DataError) as error:
         prepare(replace(config, out=str(tmp_path / "math"), mix=MixConfig(0, 1, 0, 1),
                         input=[str(raw[0] / "code")]), map_shards=HERE)  # fmt: skip
     one_line(error, "prepare.mix.multilingual=0.5: no document of this domain")

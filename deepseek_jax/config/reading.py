@@ -167,7 +167,12 @@ def _scalar(kind: type, value: Any, name: str, where: str) -> Any:
     if kind is str and _is_number(value):
         return str(value)
     if type(value) is not kind:
-        expected = {int: "a whole number", float: "a number", bool: "true or false", str: "text"}[kind]
+        expected = {
+            int: "a whole number",
+            float: "a number",
+            bool: "true or false",
+            str: "text, in quotes if it is not a plain word",
+        }[kind]
         raise ConfigError(f"{where}: {name} is {value!r}; it must be {expected}")
     return value
 
