@@ -22,7 +22,7 @@ from deepseek_jax.config import RopeScaling, load_config
 from deepseek_jax.errors import UserError
 from deepseek_jax.generation.continuation import Continuation
 from deepseek_jax.generation.generator import Generator
-from deepseek_jax.generation.sampling import Sampling, choices, sequence_keys
+from deepseek_jax.generation.sampling import Form, Sampling, choices, sequence_keys
 from deepseek_jax.generation.sampling import sample_token as jax_sample_token
 from deepseek_jax.model import decoding
 from deepseek_torch.generate import generate, sample_token
@@ -115,6 +115,28 @@ def test_the_context_is_the_limit():
     for from_sibling in (from_torch, from_jax):
         with pytest.raises(UserError, match=r"41 tokens; the context .* is 40"):
             from_sibling([list(range(41))], 1)
+
+
+@pytest.mark.parametrize(("asked", "form"), [
+    ({}, Form(greedy=True, filters=False, penalizes=False, tells=False)),
+    ({"temperature": 1e-3}, Form(greedy=False, filters=False, penalizes=False, tells=False)),
+    ({"top_k": 3, "min_p": 0.5}, Form(greedy=True, filters=False, penalizes=False, tells=False)),
+    ({"temperature": 1, "top_k": 1}, Form(greedy=False, filters=True, penalizes=False, tells=False)),
+    ({"temperature": 1, "top_p": 0.99}, Form(greedy=False, filters=True, penalizes=False, tells=False)),
+    ({"temperature": 1, "min_p": 0.01}, Form(greedy=False, filters=True, penalizes=False, tells=False)),
+    ({"repetition_penalty": 0.9}, Form(greedy=True, filters=False, penalizes=True, tells=False)),
+    ({"log_probabilities": True}, Form(greedy=True, filters=False, penalizes=False, tells=True)),
+])  # fmt: skip
+def test_what_is_compiled_is_what_is_asked_for(asked, form):
+    assert Sampling(**asked).form() == form
+    assert [Sampling(top_k=k).settings(40).top_k.item() for k in (0, 7, 50)] == [40, 7, 40]
+
+
+def test_what_cannot_be_asked_for():
+    for asked in ({"temperature": -0.1}, {"top_k": -1}, {"top_p": 0}, {"top_p": 1.1}, {"min_p": -0.1}, {"min_p": 1},
+                  {"repetition_penalty": 0}):  # fmt: skip
+        with pytest.raises(UserError, match=f"^{next(iter(asked))}="):
+            Sampling(**asked)
 
 
 @pytest.mark.parametrize(("temperature", "top_p"), [(1.0, 1.0), (0.7, 0.8), (2.0, 0.5), (1.0, 1e-6)])

@@ -14,11 +14,11 @@ MODULES = {
     "packing": ("data/packing.py", "test_packing.py test_eval_sets.py"),
     "sampling": (
         "generation/sampling.py",
-        """test_generation.py::test_what_is_sampled_among_is_what_transformers_has
+        """test_generation.py::test_what_is_compiled_is_what_is_asked_for test_generation.py::test_what_cannot_be_asked_for
+        test_generation.py::test_what_is_sampled_among_is_what_transformers_has
         test_generation.py::test_every_sequence_and_token_has_a_key_of_its_own
         test_generation.py::test_log_probabilities_and_a_penalty_for_repetition
-        test_generation.py::test_samples_follow_temperature_and_top_p
-        test_generate_command.py::test_words_that_cannot_be_are_one_line""",
+        test_generation.py::test_samples_follow_temperature_and_top_p""",
     ),
     "rope": (
         "model/rope.py",
