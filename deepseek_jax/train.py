@@ -18,6 +18,7 @@ from typing import Any, Optional
 import jax
 from flax.traverse_util import flatten_dict
 
+from deepseek_jax.checkpoint.tensors import CheckpointError
 from deepseek_jax.compilation import keep_programs
 from deepseek_jax.config import Config, ConfigError, load_config, presets, to_yaml
 from deepseek_jax.config.trainable import check_trainable, trainable
@@ -35,6 +36,7 @@ from deepseek_jax.training import initial
 from deepseek_jax.training.adapters import describe_adapters
 from deepseek_jax.training.checkpoint import CHECKPOINTS, Checkpoints, DamagedCheckpoint
 from deepseek_jax.training.goodput import Times, goodput, goodput_text
+from deepseek_jax.training.local_checkpoint import LocalCheckpoints
 from deepseek_jax.training.lock import sole_use
 from deepseek_jax.training.loop import Loop
 from deepseek_jax.training.metrics import METRICS_FILE
@@ -138,7 +140,9 @@ def train(
     if not resume and (run_dir / METRICS_FILE).exists():
         raise ConfigError(f"{run_dir} already holds a run: add --resume to go on with it, or give another run_dir")
     with sole_use(run_dir) if processes.is_first() else nullcontext():
-        resumed = _resumed(config, run_dir, shardings, allowed) if resume else None
+        local = LocalCheckpoints(config, run_dir)
+        resumed = _resumed(config, run_dir, local, fresh, shardings, allowed) if resume else None
+        local.clear(after=resumed[0].step if resumed else 0)
         if resumed is None and variables is None and config.init_from is not None:
             variables = initial.initial_variables(config)
             processes.first_alone(lambda: initial.keep_texts(config))
@@ -154,7 +158,7 @@ def train(
         processes.first_alone(lambda: write_atomically(run_dir / CONFIG_FILE, to_yaml(asked)))
         # Known from the tokenizer, and no setting that a checkpoint keeps.
         known = dataclasses.replace(config, data=dataclasses.replace(config.data, end_of_document=data.end_of_document))
-        return Loop(known, run_dir, data, checkpoints, position, division, times).run(state)
+        return Loop(known, run_dir, data, checkpoints, position, local, division, times).run(state)
 
 
 def _prepare_data(config: Config, run_dir: Path) -> None:
@@ -165,13 +169,35 @@ def _prepare_data(config: Config, run_dir: Path) -> None:
 
 
 def _resumed(
-    config: Config, run_dir: Path, shardings: Optional[TrainState], allowed: Collection[str]
+    config: Config,
+    run_dir: Path,
+    local: LocalCheckpoints,
+    fresh: TrainState,
+    shardings: Optional[TrainState],
+    allowed: Collection[str],
 ) -> tuple[Position, TrainState] | None:
     """Where the run's last checkpoint that can be read left off, or None without any; those after it are set aside."""
     check_same_text(config, run_dir)
-    if not (run_dir / CHECKPOINTS).is_dir():
+    checkpoints, damaged = None, None
+    if (run_dir / CHECKPOINTS).is_dir():
+        checkpoints = Checkpoints(run_dir, config, shardings)
+    last = -1 if checkpoints is None else max(checkpoints.steps(), default=-1)
+    for step in local.steps():
+        if step <= last:
+            break
+        try:
+            meta = local.meta(step)
+        except CheckpointError as error:
+            if processes.is_first():
+                report(f"{error}; going on from the one before")
+            continue
+        position = Position(**meta["position"])
+        changes = check_changes(meta, config, allowed, position)
+        state = local.restore(step, fresh, shardings)
+        print("\n".join([*changes, f"step {step} is the local checkpoint's, from {config.train.local_checkpoint_dir}"]))
+        return position, state
+    if checkpoints is None:
         return None
-    checkpoints, damaged = Checkpoints(run_dir, config, shardings), None
     for step in checkpoints.steps():
         try:
             position = checkpoints.position(step)

@@ -89,6 +89,8 @@ def train(config: Config, model: Optional[DeepseekV3] = None, resume: bool = Fal
             "stages: this sibling trains one at a time; give stages=[], and to the next init_from=RUN/models/STEP"
         )
     run_dir = Path(config.run_dir)
+    if config.train.local_checkpoint_dir is not None:
+        raise ConfigError("train.local_checkpoint_dir: the PyTorch sibling keeps its states in run_dir alone; leave it out")
     if not resume and (run_dir / METRICS_FILE).exists():
         raise ConfigError(f"{run_dir} already holds a run: add --resume to go on with it, or give another run_dir")
     with sole_use(run_dir):

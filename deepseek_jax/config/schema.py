@@ -269,6 +269,10 @@ class TrainConfig:
     """How many of the last are kept."""
     keep_every: Optional[int] = None
     """Checkpoints whose step is a multiple of it are kept for good."""
+    local_checkpoint_dir: Optional[str] = None
+    """A disk of each host's own, or /dev/shm, for checkpoints between those that all share; for the same mesh and hosts."""
+    local_checkpoint_every: int = 20
+    """Steps."""
     max_skips: int = 10
     """Steps in a row whose loss or gradients may be no numbers, and which then change nothing, before the run ends."""
     hang_after: int = 3600

@@ -151,7 +151,7 @@ def _validate_prepare(p: PrepareConfig) -> None:
 def _validate_train(t: TrainConfig, m: ModelConfig) -> None:
     _at_least("train", t, 1, "steps", "sequence_length", "batch_size", "batch_size_start",
               "gradient_accumulation_steps", "loss_chunk_tokens", "eval_every", "eval_sequences",
-              "checkpoint_every", "keep_checkpoints", "keep_every", "max_skips")  # fmt: skip
+              "checkpoint_every", "local_checkpoint_every", "keep_checkpoints", "keep_every", "max_skips")  # fmt: skip
     _at_least("train", t, 0, "warmup_steps", "weight_decay", "sequence_balance_weight", "batch_size_ramp_tokens", "seed",
               "hang_after", "checkpoint_minutes")  # fmt: skip
     _require(t.profile is None or re.fullmatch(r"[1-9]\d*-[1-9]\d*", t.profile) is not None, "train.profile", t.profile,

@@ -22,6 +22,7 @@ from deepseek_jax.training.checkpoint import Checkpoints
 from deepseek_jax.training.culprit import Search
 from deepseek_jax.training.evaluation import Evaluation
 from deepseek_jax.training.goodput import Times, goodput, goodput_text
+from deepseek_jax.training.local_checkpoint import LocalCheckpoints
 from deepseek_jax.training.metrics import MetricsFile, Progress, evaluation_line, evaluation_text, expert_line
 from deepseek_jax.training.plot import PLOT_FILE, plot_experts, plot_run
 from deepseek_jax.training.schedules import Position, StepPlan, plan_steps
@@ -47,9 +48,10 @@ class Loop:
     """The steps of a run and what is written along the way."""
 
     def __init__(self, config: Config, run_dir: Path, data: PreparedData, checkpoints: Checkpoints, position: Position,
-                 division: Optional[Division], times: Times):  # fmt: skip
+                 local: LocalCheckpoints, division: Optional[Division], times: Times):  # fmt: skip
         train = config.train
         self._config, self._run_dir, self._checkpoints, self._position = config, run_dir, checkpoints, position
+        self._local = local
         self._windows = training_sequences(config, data.sets)
         self._division = division
         self._evaluation = Evaluation(config, data, division)
@@ -88,6 +90,9 @@ class Loop:
                     self._tell(told, state)
                     told = None
                 with self._progress.aside():
+                    if not saves and plan.step % train.local_checkpoint_every == 0:
+                        with self._times.aside("saving"):
+                            self._local.save(self._position, state)
                     if plan.step % train.eval_every == 0 or plan.step == train.steps:
                         with self._times.aside("evaluating"):
                             self._evaluate(plan, state)

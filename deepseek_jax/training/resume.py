@@ -14,7 +14,7 @@ FREE = (
     "data.eval", "train.gradient_accumulation_steps", "train.loss_chunk_tokens", "train.eval_every", "train.eval_sequences",
     "train.checkpoint_every", "train.checkpoint_minutes", "train.keep_checkpoints", "train.keep_every", "train.max_skips",
     "train.hang_after", "train.profile",
-    "train.tensorboard", "train.wandb",
+    "train.tensorboard", "train.wandb", "train.local_checkpoint_dir", "train.local_checkpoint_every",
 )  # fmt: skip
 """Fields that may change without a word: where and how a step is computed, what is saved and told. So may the mesh."""
 FIXED = ("train.trainable", "lora.rank", "lora.alpha", "lora.modules")
