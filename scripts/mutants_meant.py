@@ -45,12 +45,12 @@ MODULES = {
     "optimizer": (
         "training/optimizer.py",
         """test_training.py::test_adamw_is_the_same
-        test_muon.py::test_both_siblings_choose_the_same_parameters test_muon.py::test_six_steps_in_lockstep
+        test_muon.py::test_both_siblings_choose_the_same_parameters
         test_initial.py::test_only_what_is_named_learns""",
     ),
     "evaluation": (
         "training/evaluation.py",
-        """test_document_masks.py::test_bytes_and_stages
+        """test_document_masks.py::test_bytes_of_documents
         test_scoring.py::test_bits_per_byte_of_a_run_are_exactly_those_of_its_targets""",
     ),
     "attention": (
