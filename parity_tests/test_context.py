@@ -6,9 +6,12 @@ from functools import partial
 import jax
 import numpy as np
 import pytest
+from jax.sharding import Mesh, PartitionSpec
 
 from deepseek_jax.config import Config, ConfigError, load_config
 from deepseek_jax.model import chunked_attention
+from deepseek_jax.model.attention import keys_and_values
+from deepseek_jax.model.context_attention import context_attention
 from deepseek_jax.parallel.mesh import make_mesh, resolve
 from deepseek_jax.parallel.sharding import Division
 from deepseek_jax.training.evaluation import evaluation_nats
@@ -106,3 +109,27 @@ def test_room_is_counted_over_the_whole_sequence(start):
 def test_what_cannot_be_divided_is_one_line(fields, complaint):
     with pytest.raises(ConfigError, match=complaint):
         resolve(load_config("tiny", ["parallel.data=2", "parallel.context=4", *fields]), 8)
+
+
+def test_memory_is_linear_in_the_length(monkeypatch):
+    """Of attention over two devices, forward and backward: twice the tokens take twice as much, not four times."""
+    monkeypatch.setattr(chunked_attention, "CHUNK", 64)
+    config = dataclasses.replace(load_config("tiny").model, q_lora_rank=None)
+    mesh = Mesh(np.array(jax.devices()[:2]), ("context",))
+    expand, weight = partial(keys_and_values, config), jax.ShapeDtypeStruct((16, 3 * (12 + 10)), "float32")
+
+    def temporaries(length: int) -> int:
+        shapes = (1, length, 3, 20), (1, length, 16), (1, length, 8)
+        q, *latents = (jax.ShapeDtypeStruct(shape, "float32") for shape in shapes)
+
+        def gradients(q, latents, weight):
+            out, pull = jax.vjp(lambda *x: context_attention(expand, 0.1, *x, None), q, latents, weight)
+            of_q, of_latents, of_weight = pull(out)
+            return of_q, of_latents, jax.lax.psum(of_weight, "context")
+
+        own = PartitionSpec(None, "context")
+        spread = jax.shard_map(gradients, mesh=mesh, in_specs=(own, own, PartitionSpec()),
+                               out_specs=(own, own, PartitionSpec()), check_vma=False)  # fmt: skip
+        return jax.jit(spread).lower(q, tuple(latents), weight).compile().memory_analysis().temp_size_in_bytes
+
+    assert temporaries(8192) < 2.1 * temporaries(4096)
