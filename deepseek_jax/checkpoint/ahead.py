@@ -7,7 +7,7 @@ from typing import Any, TypeVar
 
 Item = TypeVar("Item")
 
-BYTES_AHEAD = 64 * 2**20
+BYTES_AHEAD = 32 * 2**20
 """Of items that are ready and not yet taken; one more may be larger."""
 
 
@@ -36,6 +36,9 @@ def ahead(items: Iterator[Item], nbytes: Callable[[Item], int]) -> Generator[Ite
             put("end", None, 0)
         except BaseException as error:
             put("error", error, 0)
+        finally:
+            if isinstance(items, Generator):
+                items.close()
 
     thread = threading.Thread(target=make, daemon=True)
     thread.start()

@@ -27,11 +27,17 @@ def planned(source: Source, form: str) -> list[TensorSpec]:
 
 
 def encoded(source: Source, form: str) -> Iterator[np.ndarray]:
-    """Their numbers, each read when it is asked for."""
+    """Their numbers; what comes next is read meanwhile."""
     quantized, dtypes = source.quantized(), _dtypes(source, form)
-    for place in layout(source.config):
-        specs = stored_as(place, form, quantized, dtypes)
-        yield from encode(specs, source.read(place), source.scales(place) if len(specs) > 1 else None)
+
+    def tensors() -> Iterator[tuple[list[TensorSpec], np.ndarray, np.ndarray | None]]:
+        for place in layout(source.config):
+            specs = stored_as(place, form, quantized, dtypes)
+            yield specs, source.read(place), source.scales(place) if len(specs) > 1 else None
+
+    with closing(ahead(tensors(), lambda item: item[1].nbytes)) as read:
+        for specs, weights, scales in read:
+            yield from encode(specs, weights, scales)
 
 
 def _dtypes(source: Source, form: str) -> Mapping[str, str]:

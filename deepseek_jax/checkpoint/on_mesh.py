@@ -18,6 +18,7 @@ from jax.sharding import NamedSharding
 from deepseek_jax.checkpoint.layout import TensorPlace, layout
 from deepseek_jax.checkpoint.orbax_step import StackedArray, stacked_arrays
 from deepseek_jax.checkpoint.source import Source
+from deepseek_jax.checkpoint.tensors import fill
 from deepseek_jax.config import ConfigError, ModelConfig, from_mapping
 from deepseek_jax.model.layers import param_dtype
 from deepseek_jax.parallel.mesh import make_mesh, resolve_serving
@@ -151,7 +152,7 @@ def _placed(
     for (first, end), places in of_experts.items():
         weights = np.empty((end - first, *shape[has_experts:]), dtype)
         for expert in range(first, end):
-            weights[expert - first] = read(expert)
+            fill(weights[expert - first], read(expert))
         for device, index in places:
             part = np.ascontiguousarray(weights[:, *index])
             parts[device] = jax.device_put(part if has_experts else part[0], device)

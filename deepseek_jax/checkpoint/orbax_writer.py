@@ -10,6 +10,7 @@ import math
 import shutil
 from collections import deque
 from collections.abc import Callable, Iterator
+from contextlib import closing
 from pathlib import Path
 from typing import Any
 
@@ -33,7 +34,7 @@ from deepseek_jax.checkpoint.orbax_step import (
 from deepseek_jax.checkpoint.safetensors_writer import write_tensors
 from deepseek_jax.checkpoint.source import Source
 from deepseek_jax.checkpoint.staging import disk_errors
-from deepseek_jax.checkpoint.tensors import CheckpointError
+from deepseek_jax.checkpoint.tensors import CheckpointError, row_major
 from deepseek_jax.config import ModelConfig
 
 Write = tuple[TensorPlace, int, Any]
@@ -89,14 +90,20 @@ def _check_room(step: Path, arrays: dict[tuple[str, ...], StackedArray], dtype: 
 def _writes(source: Source, stores: dict[tuple[str, ...], Any]) -> Iterator[Write]:
     """Begin the write of one place after the other."""
 
-    def parts() -> Iterator[tuple[TensorPlace, np.ndarray]]:
+    def tensors() -> Iterator[tuple[TensorPlace, np.ndarray]]:
         for place in layout(source.config):
             if not place.is_copy:
-                weights, dtype = source.read(place), stores[place.path].dtype.numpy_dtype
-                yield place, (weights.T if place.transposed else weights).astype(dtype, order="C", copy=False)
+                yield place, source.read(place)
 
-    for place, part in ahead(parts(), lambda item: item[1].nbytes):
-        yield place, part.nbytes, stores[place.path][place.index].write(part)
+    def parts() -> Iterator[tuple[TensorPlace, np.ndarray]]:
+        with closing(ahead(tensors(), lambda item: item[1].nbytes)) as read:
+            for place, weights in read:
+                dtype = stores[place.path].dtype.numpy_dtype
+                yield place, row_major(weights.T if place.transposed else weights, dtype)
+
+    with closing(ahead(parts(), lambda item: item[1].nbytes)) as ready:
+        for place, part in ready:
+            yield place, part.nbytes, stores[place.path][place.index].write(part)
 
 
 def _in_flight(writes: Iterator[Write]) -> Iterator[Write]:

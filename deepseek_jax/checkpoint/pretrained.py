@@ -17,7 +17,7 @@ from deepseek_jax.checkpoint.hf_writer import SHARD_BYTES, write_huggingface
 from deepseek_jax.checkpoint.layout import TensorPlace, layout
 from deepseek_jax.checkpoint.orbax_step import stacked_arrays
 from deepseek_jax.checkpoint.staging import staged_directory
-from deepseek_jax.checkpoint.tensors import CheckpointError
+from deepseek_jax.checkpoint.tensors import CheckpointError, fill
 from deepseek_jax.config import ModelConfig
 
 
@@ -32,7 +32,7 @@ def load_pretrained(directory: str | os.PathLike[str]) -> tuple[ModelConfig, dic
     for place in layout(source.config):
         if not place.is_copy:
             weights = source.read(place)
-            arrays[place.path][place.index] = weights.T if place.transposed else weights
+            fill(arrays[place.path][place.index], weights.T if place.transposed else weights)
     variables: dict[str, Any] = {"params": {}, "router_state": {}}
     for path, array in arrays.items():
         node = variables

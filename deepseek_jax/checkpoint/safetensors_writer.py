@@ -18,7 +18,7 @@ import numpy as np
 
 from deepseek_jax.checkpoint.hf_files import INDEX_FILE, SINGLE_FILE
 from deepseek_jax.checkpoint.staging import disk_errors
-from deepseek_jax.checkpoint.tensors import DTYPES, MAX_DIMENSIONS, CheckpointError, TensorSpec
+from deepseek_jax.checkpoint.tensors import DTYPES, MAX_DIMENSIONS, CheckpointError, TensorSpec, row_major
 from deepseek_jax.checkpoint.untrusted import MAX_JSON_BYTES, is_count, shown
 
 CHUNK_BYTES = 16 * 2**20
@@ -173,7 +173,7 @@ def _pieces(array: np.ndarray) -> Iterator[memoryview]:
     array = np.atleast_1d(array)
     rows = max(1, CHUNK_BYTES // (array.nbytes // len(array)))
     for start in range(0, len(array), rows):
-        piece = np.ascontiguousarray(array[start : start + rows])
+        piece = row_major(array[start : start + rows], array.dtype)
         yield piece.reshape(-1).view(np.uint8).data
 
 
