@@ -24,9 +24,10 @@ from deepseek_jax.data.texts import as_prompts, continued
 from deepseek_jax.data.tokenizer import end_of_document_id, load_tokenizer
 from deepseek_jax.training.fitting import History, plan_run, trainer_fields
 from deepseek_jax.training.plot import plot_run
-from deepseek_torch.generate import check_sampling, generate, model_directory
+from deepseek_torch.generate import generate, generate_by_drafts, model_directory
 from deepseek_torch.model.transformer import DeepseekV3
 from deepseek_torch.pretrained import load_pretrained, save_pretrained
+from deepseek_torch.sampling import check_sampling
 from deepseek_torch.train import train
 
 
@@ -36,7 +37,10 @@ class DeepSeekModel:
     Attributes:
         config: its sizes and forms.
         tokenizer: of the library `tokenizers`; None before there is one.
+        accepted_share: of the drafts of the last `generate`, those that the main model took; None where none drafted.
     """
+
+    accepted_share: Optional[float] = None
 
     def __init__(self, preset: Optional[str] = None, *, seed: int = 0, **sizes: Any):
         """A model with fresh weights, which are drawn when they are first needed.
@@ -80,7 +84,13 @@ class DeepSeekModel:
         return self._module
 
     def generate(
-        self, ids: Any, max_new_tokens: int = 100, temperature: float = 0.8, top_p: float = 0.95, seed: int = 0
+        self,
+        ids: Any,
+        max_new_tokens: int = 100,
+        temperature: float = 0.8,
+        top_p: float = 0.95,
+        seed: int = 0,
+        speculative: bool = False,
     ) -> list[Any]:
         """Go on from a prompt, or from several at once.
 
@@ -88,18 +98,25 @@ class DeepSeekModel:
             ids: token ids of a prompt, or several such: lists or arrays.
             temperature: 0 always takes the likeliest token.
             top_p: sample among the likeliest tokens of this total.
+            speculative: let the MTP modules draft and the main model check: greedily the same tokens, else the same
+                distribution; see `accepted_share`.
 
         Returns:
             The prompt's ids and those after it, as a list; of several a list of lists. The token that ends a document
             ends a sequence.
 
         Raises:
-            UserError: when the ids are none, or do not fit the context.
+            UserError: when the ids are none, or do not fit the context; or when there are no MTP modules that could draft.
         """
         check_sampling(max_new_tokens, temperature, top_p)
         prompts, is_batch = as_prompts(ids, self.config.vocab_size)
         end = None if self.tokenizer is None else end_of_document_id(self.tokenizer)
-        sequences = continued(prompts, generate(self.module, prompts, max_new_tokens, end, temperature, top_p, seed), end)
+        asked = (self.module, prompts, max_new_tokens, end, temperature, top_p, seed)
+        if speculative:
+            rows, self.accepted_share = generate_by_drafts(*asked)
+            sequences = [prompt + row for prompt, row in zip(prompts, rows)]
+        else:
+            sequences, self.accepted_share = continued(prompts, generate(*asked), end), None
         return sequences if is_batch else sequences[0]
 
     def save_pretrained(self, directory: str | Path, dtype: str = "float32") -> None:

@@ -18,6 +18,8 @@ from deepseek_jax.errors import UserError, run_command
 from deepseek_torch.model.decoding import decode, prefill
 from deepseek_torch.model.transformer import DeepseekV3
 from deepseek_torch.pretrained import load_pretrained
+from deepseek_torch.sampling import Sampler, check_sampling
+from deepseek_torch.speculative import Drafts, continuation, require_modules
 from deepseek_torch.train import MODELS
 from deepseek_torch.training.checkpoint import saved_steps
 
@@ -31,6 +33,7 @@ def main() -> None:
     parser.add_argument("--temperature", type=float, default=0.8, help="0 always takes the likeliest token")
     parser.add_argument("--top-p", type=float, default=0.95, help="sample among the likeliest tokens of this total")
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--speculative", action="store_true", help="the MTP modules draft and the main model checks")
     args = parser.parse_args()
     run_command(lambda: write(args))
 
@@ -43,21 +46,17 @@ def write(args: argparse.Namespace) -> None:
     end = end_of_document_id(tokenizer)
     texts = args.prompt or [""]
     prompts = [tokenizer.encode(text, add_special_tokens=False).ids or [end] for text in texts]
-    steps = generate(model, prompts, args.max_new_tokens, end, args.temperature, args.top_p, args.seed)
-    for number, (text, tokens) in enumerate(zip(texts, zip(*steps))):
+    asked, share = (args.max_new_tokens, end, args.temperature, args.top_p, args.seed), None
+    if args.speculative:
+        rows, share = generate_by_drafts(model, prompts, *asked)
+    else:
+        rows = [list(row) for row in zip(*generate(model, prompts, *asked))]
+    for number, (text, tokens) in enumerate(zip(texts, rows)):
         separator = "---\n" if number else ""
         written = tokenizer.decode([token for token in tokens if token != end], skip_special_tokens=False)
         print(f"{separator}{text}{written}")
-
-
-def check_sampling(max_new_tokens: int, temperature: float, top_p: float) -> None:
-    """Refuse what cannot be sampled by; raises `UserError`."""
-    if max_new_tokens < 1:
-        raise UserError(f"max_new_tokens={max_new_tokens}: must be at least 1")
-    if temperature < 0:
-        raise UserError(f"temperature={temperature}: must be at least 0")
-    if not 0 < top_p <= 1:
-        raise UserError(f"top_p={top_p}: must be in (0, 1]")
+    if share is not None:
+        print(f"drafts: {share:.0%} accepted")
 
 
 def model_directory(path: Path) -> Path:
@@ -80,7 +79,7 @@ def generate(
     top_p: float = 1.0,
     seed: int = 0,
 ) -> Iterator[list[int]]:
-    """Continue several prompts at once.
+    """Continue several prompts at once, token by token.
 
     Args:
         prompts: token ids, at least one each; their lengths may differ.
@@ -96,18 +95,15 @@ def generate(
     """
     model.eval()  # every choice of an expert is served
     lengths = [len(prompt) for prompt in prompts]
-    context, longest = model.config.max_position_embeddings, max(lengths)
-    if longest > context:
-        raise UserError(f"the prompt has {longest} tokens; the context (max_position_embeddings) is {context}")
-    steps = min(max_new_tokens, context + 1 - longest)
+    longest, steps = max(lengths), _steps(model, prompts, max_new_tokens)
     padded = torch.tensor([[*prompt, *[0] * (longest - len(prompt))] for prompt in prompts])
     positions = torch.tensor(lengths)
-    random = torch.Generator().manual_seed(seed)
+    sampler = Sampler(temperature, top_p, seed)
     end = -1 if end_of_document is None else end_of_document  # -1 is no token
     ended = [False] * len(prompts)
     logits, cache = prefill(model, padded, positions, cache_length=longest + steps)
     for step in range(1, steps + 1):
-        chosen = sample_token(logits, temperature, top_p, random)
+        chosen = sampler.draw_rows(logits)
         told = [end if over else token for over, token in zip(ended, chosen.tolist())]
         yield told
         ended = [token == end for token in told]
@@ -117,14 +113,36 @@ def generate(
         positions = positions + 1
 
 
-def sample_token(logits: torch.Tensor, temperature: float, top_p: float, random: torch.Generator) -> torch.Tensor:
-    """Choose a token per row of logits [B, V] among the likeliest that together reach `top_p`."""
-    if temperature == 0:
-        return logits.argmax(dim=-1)
-    probabilities, order = torch.softmax(logits / temperature, dim=-1).sort(dim=-1, descending=True, stable=True)
-    before = probabilities.cumsum(dim=-1) - probabilities
-    choice = torch.multinomial(probabilities.masked_fill(before >= top_p, 0.0), 1, generator=random)
-    return order.gather(-1, choice)[:, 0]
+def generate_by_drafts(
+    model: DeepseekV3,
+    prompts: Sequence[Sequence[int]],
+    max_new_tokens: int,
+    end_of_document: int | None,
+    temperature: float = 0.0,
+    top_p: float = 1.0,
+    seed: int = 0,
+) -> tuple[list[list[int]], float | None]:
+    """The same by speculative decoding: greedily the same tokens, else of the same distribution.
+
+    Returns:
+        The new tokens of each sequence, up to `end_of_document`; and the share of the drafts that were taken.
+
+    Raises:
+        UserError: when a prompt does not fit the context, or there are no MTP modules that could draft.
+    """
+    require_modules(model)
+    model.eval()
+    steps, sampler, drafts = _steps(model, prompts, max_new_tokens), Sampler(temperature, top_p, seed), Drafts()
+    end = -1 if end_of_document is None else end_of_document
+    return [continuation(model, prompt, steps, end, sampler, drafts) for prompt in prompts], drafts.share
+
+
+def _steps(model: DeepseekV3, prompts: Sequence[Sequence[int]], max_new_tokens: int) -> int:
+    """How many tokens can be written after all of them."""
+    context, longest = model.config.max_position_embeddings, max(map(len, prompts))
+    if longest > context:
+        raise UserError(f"the prompt has {longest} tokens; the context (max_position_embeddings) is {context}")
+    return min(max_new_tokens, context + 1 - longest)
 
 
 if __name__ == "__main__":

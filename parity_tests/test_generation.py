@@ -25,7 +25,8 @@ from deepseek_jax.generation.generator import Generator
 from deepseek_jax.generation.sampling import Form, Sampling, choices, sequence_keys
 from deepseek_jax.generation.sampling import sample_token as jax_sample_token
 from deepseek_jax.model import decoding
-from deepseek_torch.generate import generate, sample_token
+from deepseek_torch.generate import generate
+from deepseek_torch.sampling import Sampler
 from parity_tests.comparison import relative_difference
 from parity_tests.siblings import Siblings
 
@@ -149,7 +150,7 @@ def test_samples_follow_temperature_and_top_p(temperature, top_p):
     expected = np.zeros(7)
     expected[kept] = exact[kept] / exact[kept].sum()
     rows = np.tile(logits, (draws, 1))
-    in_torch = sample_token(torch.from_numpy(rows), temperature, top_p, torch.Generator().manual_seed(0))
+    in_torch = Sampler(temperature, top_p).draw_rows(torch.from_numpy(rows))
     asked, keys = Sampling(temperature=temperature, top_p=top_p), sequence_keys(0, np.arange(draws))
     in_jax = jax_sample_token(jnp.asarray(rows), None, asked.form(), asked.settings(7), keys)
     for tokens in (in_torch, in_jax):

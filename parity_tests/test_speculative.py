@@ -9,12 +9,13 @@ import numpy as np
 import pytest
 import torch
 
+import deepseek_torch
 from deepseek_jax.config import load_config
 from deepseek_jax.errors import UserError
 from deepseek_jax.generation.continuation import Continuation
 from deepseek_jax.generation.generator import Generator
 from deepseek_jax.generation.sampling import Sampling
-from deepseek_torch.generate import generate
+from deepseek_torch.generate import generate, generate_by_drafts
 from parity_tests.siblings import Siblings
 
 VOCABULARY, NEW, ROWS = 4, 10, 1500
@@ -85,14 +86,20 @@ def test_greedy_tokens_of_200_prompts_are_those_without_drafts(fields, asked):
     assert 0.2 < made.accepted / made.drafted < 0.95
     for number in range(12):  # the drafts are the modules' own: with a wrong cache they would be others
         assert [came for came in rounds[number] if came] == rounds_by_definition(pair, prompts[number], tokens[number])
+    of_sibling, share = generate_by_drafts(pair.torch, prompts[:8], NEW, None)
+    assert of_sibling == tokens[:8] and 0 < share < 1
 
 
-def test_samples_have_the_main_models_distribution():
+@pytest.mark.parametrize("in_torch", [False, pytest.param(True, marks=pytest.mark.slow)])
+def test_samples_have_the_main_models_distribution(in_torch):
     """All texts of four tokens: chi-square against their probabilities by the whole model, filters included."""
     asked, prompt, draws = Sampling(temperature=1.5, top_p=0.97), [1, 3, 0, 2, 2, 1, 3], ROWS
-    before = generator().drafted, generator().accepted
-    tokens = [row[:4] for row in write([prompt] * draws, asked, 8)[0]]
-    share = (generator().accepted - before[1]) / (generator().drafted - before[0])
+    if in_torch:
+        tokens, share = generate_by_drafts(siblings().torch, [prompt] * draws, 4, None, 1.5, 0.97)
+    else:
+        before = generator().drafted, generator().accepted
+        tokens = [row[:4] for row in write([prompt] * draws, asked, 8)[0]]
+        share = (generator().accepted - before[1]) / (generator().drafted - before[0])
     assert 0.2 < share < 0.95, "drafts must be both taken and refused for this to prove anything"
     model, texts = siblings().torch.eval(), list(itertools.product(range(VOCABULARY), repeat=4))
     with torch.no_grad():
@@ -117,3 +124,5 @@ def test_without_a_module_there_is_one_line():
     config = dataclasses.replace(load_config("tiny").model, num_nextn_predict_layers=0)
     with pytest.raises(UserError, match="has no MTP modules"):
         Generator(config, {}, speculative=True)
+    with pytest.raises(UserError, match="has no MTP modules"):
+        deepseek_torch.DeepSeekModel("tiny", num_nextn_predict_layers=0).generate([1], speculative=True)

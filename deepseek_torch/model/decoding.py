@@ -27,11 +27,14 @@ def prefill(model: DeepseekV3, tokens: torch.Tensor, lengths: torch.Tensor, cach
     """
     batch, length = tokens.shape
     positions = torch.arange(length, device=tokens.device).expand(batch, length)
-    hidden, cache = _run(model, tokens, positions, [None] * model.config.num_hidden_layers)
+    hidden, cache = run(model, tokens, positions, [None] * model.config.num_hidden_layers)
     last = hidden[torch.arange(batch, device=tokens.device), lengths - 1]
-    room = (0, 0, 0, cache_length - length)
-    cache = [Latents(*(F.pad(part, room) for part in latents)) for latents in cache]
-    return _logits(model, last), cache
+    return logits_of(model, last), with_room(cache, cache_length)
+
+
+def with_room(cache: Cache, length: int) -> Cache:
+    """The latents of prompts [B, P, ...] in a cache of so many positions."""
+    return [Latents(*(F.pad(part, (0, 0, 0, length - part.shape[1])) for part in latents)) for latents in cache]
 
 
 def decode(model: DeepseekV3, cache: Cache, tokens: torch.Tensor, positions: torch.Tensor) -> tuple[torch.Tensor, Cache]:
@@ -43,14 +46,14 @@ def decode(model: DeepseekV3, cache: Cache, tokens: torch.Tensor, positions: tor
     Returns:
         Logits [B, V] for the token after, and the cache with these tokens in it.
     """
-    hidden, cache = _run(model, tokens[:, None], positions[:, None], cache)
-    return _logits(model, hidden[:, 0]), cache
+    hidden, cache = run(model, tokens[:, None], positions[:, None], cache)
+    return logits_of(model, hidden[:, 0]), cache
 
 
-def _run(
+def run(
     model: DeepseekV3, tokens: torch.Tensor, positions: torch.Tensor, cache: Sequence[Latents | None]
 ) -> tuple[torch.Tensor, Cache]:
-    """Hidden states [B, T, d] before the final norm, and every layer's latents or updated cache."""
+    """Tokens and positions [B, T] -> hidden states [B, T, d] before the final norm, and every layer's latents or cache."""
     rope = rope_angles(model.config, positions)
     hidden = model.model["embed_tokens"](tokens)
     latents = []
@@ -60,8 +63,12 @@ def _run(
     return hidden, latents
 
 
-def _logits(model: DeepseekV3, hidden: torch.Tensor) -> torch.Tensor:
-    """[B, d] -> [B, V]."""
-    normed = model.model["norm"](hidden)
+def logits_of(model: DeepseekV3, hidden: torch.Tensor) -> torch.Tensor:
+    """Hidden states [..., d] before the final norm -> logits [..., V] in at least float32."""
+    return head_of(model, model.model["norm"](hidden))
+
+
+def head_of(model: DeepseekV3, normed: torch.Tensor) -> torch.Tensor:
+    """Normed states [..., d] -> logits [..., V] in at least float32."""
     wide = widen(normed.dtype)
     return normed.to(wide) @ model.head().to(wide)
