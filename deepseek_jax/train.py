@@ -39,7 +39,7 @@ from deepseek_jax.training.goodput import Times, goodput, goodput_text
 from deepseek_jax.training.local_checkpoint import LocalCheckpoints
 from deepseek_jax.training.lock import sole_use
 from deepseek_jax.training.loop import Loop
-from deepseek_jax.training.metrics import METRICS_FILE
+from deepseek_jax.training.metrics import METRICS_FILE, check_metrics
 from deepseek_jax.training.optimizer import make_optimizer
 from deepseek_jax.training.plot import plot_schedule
 from deepseek_jax.training.resume import check_changes, check_same_text
@@ -142,6 +142,8 @@ def train(
     with sole_use(run_dir) if processes.is_first() else nullcontext():
         local = LocalCheckpoints(config, run_dir)
         resumed = _resumed(config, run_dir, local, fresh, shardings, allowed) if resume else None
+        if resumed is not None:
+            check_metrics(run_dir, resumed[0].step, resumed[0].tokens)
         local.clear(after=resumed[0].step if resumed else 0)
         if resumed is None and variables is None and config.init_from is not None:
             variables = initial.initial_variables(config)

@@ -25,7 +25,14 @@ from deepseek_jax.data.loader import part_size, training_sequences
 from deepseek_jax.data.packing import PreparedData, prepare
 from deepseek_jax.errors import UserError, run_command, write_atomically
 from deepseek_jax.training.lock import sole_use
-from deepseek_jax.training.metrics import METRICS_FILE, MetricsFile, evaluation_line, evaluation_text, expert_line
+from deepseek_jax.training.metrics import (
+    METRICS_FILE,
+    MetricsFile,
+    check_metrics,
+    evaluation_line,
+    evaluation_text,
+    expert_line,
+)
 from deepseek_jax.training.plot import PLOT_FILE, plot_experts, plot_run
 from deepseek_jax.training.resume import check_same_text
 from deepseek_jax.training.schedules import Position
@@ -113,6 +120,7 @@ def _train(config: Config, run_dir: Path, resume: bool, model: Optional[Deepseek
     config = replace(config, data=replace(config.data, end_of_document=data.end_of_document))
     state = init_state(config, model)
     position = restore_state(asked, state, allowed) if resume else Position()
+    check_metrics(run_dir, position.step, position.tokens)
     write_atomically(run_dir / CONFIG_FILE, to_yaml(asked))
     parameters = sum(p.numel() for p in state.model.parameters())
     print(f"{run_dir}: {parameters:,} parameters with MTP; {data.train_tokens:,} tokens to train on", flush=True)

@@ -128,11 +128,13 @@ def run_variables(run_dir: Path, config: Config, step: int | None = None) -> dic
 
 
 def _last(run_dir: Path, checkpoints: Checkpoints, step: Optional[int]) -> int:
-    """The last step, if none is given."""
-    step = checkpoints.latest() if step is None else step
-    if step is None:
+    """The last step, if none is given; raises `UserError` for one that is not there."""
+    there = checkpoints.steps()
+    if not there:
         raise UserError(f"{run_dir}: no checkpoint yet")
-    return step
+    if step is not None and step not in there:
+        raise UserError(f"--step {step}: {run_dir} has checkpoints of step {', '.join(map(str, reversed(there)))}")
+    return there[0] if step is None else step
 
 
 def _named_tokens(directory: Path, field: str) -> tuple[int, ...]:

@@ -12,7 +12,7 @@ from typing import Any, Optional
 
 import numpy as np
 
-from deepseek_jax.config import HELD_OUT
+from deepseek_jax.config import HELD_OUT, ConfigError
 from deepseek_jax.training.trackers import Tracker, numbers_of
 
 METRICS_FILE = "metrics.jsonl"
@@ -68,6 +68,22 @@ def read_metrics(run_dir: Path) -> list[dict[str, Any]]:
         except ValueError:
             break
     return lines
+
+
+def check_metrics(run_dir: Path, step: int, tokens: int) -> None:
+    """Refuse to go on in the metrics of another run, given what the checkpoint says; a file that is missing is no harm.
+
+    Raises:
+        ConfigError: a line is none of ours, or that of the checkpoint's step saw other tokens.
+    """
+    lines = read_metrics(run_dir)
+    for number, line in enumerate(lines, start=1):
+        if not (isinstance(line, dict) and isinstance(line.get("step"), int) and isinstance(line.get("tokens"), int)):
+            raise ConfigError(f"{run_dir / METRICS_FILE}:{number}: is no line of a run's metrics; move the file away")
+    seen = [line["tokens"] for line in lines if line["step"] == step]
+    if seen and seen[-1] != tokens:
+        raise ConfigError(f"{run_dir / METRICS_FILE}: is of another run: its step {step} saw {seen[-1]:,} tokens and the "
+                          f"checkpoint's {tokens:,}; move the file away")  # fmt: skip
 
 
 def evaluation_line(bits: Mapping[str, float]) -> dict[str, Any]:

@@ -37,7 +37,10 @@ def save_state(config: Config, position: Position, state: TrainState) -> None:
     sections = {"model": dataclasses.asdict(config.model)} | saved_sections(config)
     with staged_directory(folder_of(config, position.step)) as folder, disk_errors(folder):
         (folder / ITEM).mkdir()
-        save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, folder / ITEM / TENSORS)
+        try:
+            save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, folder / ITEM / TENSORS)
+        except SafetensorError as error:  # as it tells of a disk that is full
+            raise CheckpointError(f"{folder / ITEM / TENSORS}: cannot be written: {str(error).splitlines()[0]}") from None
         meta = json.dumps(sections | {"position": dataclasses.asdict(position)})
         (folder / ITEM / META).write_text(meta, encoding="utf-8")
         write_digests(folder)
