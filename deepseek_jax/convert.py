@@ -24,7 +24,7 @@ from deepseek_jax.checkpoint.hf_writer import encoded, planned, write_huggingfac
 from deepseek_jax.checkpoint.hub import local_directory
 from deepseek_jax.checkpoint.layout import layout
 from deepseek_jax.checkpoint.orbax_source import OrbaxSource
-from deepseek_jax.checkpoint.orbax_step import META, VARIABLES, stacked_arrays
+from deepseek_jax.checkpoint.orbax_step import AVERAGE, META, VARIABLES, stacked_arrays
 from deepseek_jax.checkpoint.peft_writer import require_exportable, write_adapter
 from deepseek_jax.checkpoint.run_writer import COMPANIONS_FOLDER, FIRST_STEP, write_run
 from deepseek_jax.checkpoint.safetensors_reader import SafetensorsDirectory
@@ -53,10 +53,11 @@ def main() -> None:
     parser.add_argument("--dry-run", action="store_true", help="only say what would be read and written")
     parser.add_argument("--verify", action="store_true", help="read what was written and compare it with SRC")
     parser.add_argument("--adapter", action="store_true", help="of a run with lora.rank its adapter alone, as peft reads it")
+    parser.add_argument("--ema", action="store_true", help="of a run with train.ema_decay the average of its weights")
     parser.add_argument("--allow-non-finite", action="store_true", help="rescue what is left of a model with NaN or infinity")
     args = parser.parse_args()
     _share_one_heap()
-    options = (args.dtype, args.max_shard_size, args.dry_run, args.verify, args.allow_non_finite)
+    options = (args.dtype, args.max_shard_size, args.dry_run, args.verify, args.allow_non_finite, args.ema)
     if args.adapter:
         run_command(lambda: export_adapter(args.source, args.destination, args.dry_run))
         return
@@ -82,6 +83,7 @@ def convert(
     dry_run: bool = False,
     verify: bool = False,
     allow_non_finite: bool = False,
+    ema: bool = False,
 ) -> None:
     """Convert `source` to `destination`, which appears whole or not at all; see `main` for the arguments.
 
@@ -91,12 +93,15 @@ def convert(
     max_shard_bytes = parse_size(max_shard_size)
     source = local_directory(source)
     if _is_huggingface(source):
+        if ema:
+            raise CheckpointError(f"{source}: --ema is of a run that has train.ema_decay; this is a Hugging Face directory")
         _from_huggingface(HuggingFaceSource(source, allow_non_finite), source, destination, dtype, dry_run, verify)
     else:
         step = source if _holds(source, VARIABLES) else _last_step(source)
         _to_huggingface(
-            OrbaxSource(step, allow_non_finite), source, step, destination, dtype, max_shard_bytes, dry_run, verify
-        )
+            OrbaxSource(step, allow_non_finite, AVERAGE if ema else VARIABLES), source, step, destination, dtype,
+            max_shard_bytes, dry_run, verify,
+        )  # fmt: skip
 
 
 def export_adapter(source: Path, destination: Path, dry_run: bool = False) -> None:

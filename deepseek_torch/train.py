@@ -95,6 +95,8 @@ def train(config: Config, model: Optional[DeepseekV3] = None, resume: bool = Fal
         raise ConfigError(
             "stages: this sibling trains one at a time; give stages=[], and to the next init_from=RUN/models/STEP"
         )
+    if config.train.ema_decay:
+        raise ConfigError(f"train.ema_decay={config.train.ema_decay}: this sibling keeps no average of weights; give 0")
     run_dir = Path(config.run_dir)
     if config.train.local_checkpoint_dir is not None:
         raise ConfigError("train.local_checkpoint_dir: the PyTorch sibling keeps its states in run_dir alone; leave it out")

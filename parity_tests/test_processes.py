@@ -10,9 +10,14 @@ import time
 from pathlib import Path
 from types import SimpleNamespace
 
+import numpy as np
 import pytest
 
+from deepseek_jax.checkpoint.layout import layout
+from deepseek_jax.checkpoint.orbax_source import OrbaxSource
+from deepseek_jax.checkpoint.orbax_step import AVERAGE
 from deepseek_jax.errors import report
+from parity_tests.comparison import assert_close
 from parity_tests.compiling import QUICKLY
 from parity_tests.conversions import turn_a_bit
 
@@ -21,7 +26,8 @@ ENVIRONMENT = {**os.environ, "JAX_PLATFORMS": "cpu", "JAX_ENABLE_X64": "1", "XLA
 FIELDS = ["model.precision=float64", "model.num_hidden_layers=3", "model.hidden_size=32", "model.num_nextn_predict_layers=0",
           "train.sequence_length=8",
           "train.batch_size=8", "train.learning_rate_decay=1.0", "train.eval_every=2", "train.eval_sequences=3",
-          "train.checkpoint_every=100", "data.held_out_fraction=0.2"]  # fmt: skip
+          "train.checkpoint_every=100", "data.held_out_fraction=0.2",
+          "train.optimizer=muon", "train.qk_clip=0.01", "train.ema_decay=0.5", "train.ema_on_host=true"]  # fmt: skip
 
 
 def launch(processes: int, devices: int, *words, **options) -> subprocess.Popen:
@@ -58,20 +64,30 @@ def alone(tmp_path_factory) -> Path:
     return folder
 
 
+def average(run_dir: Path, step: int) -> dict[str, np.ndarray]:
+    """Of the weights, as `convert --ema` reads it."""
+    source = OrbaxSource(run_dir / "checkpoints" / str(step), item=AVERAGE)
+    return {place.name: source.read(place) for place in layout(source.config) if not place.is_copy}
+
+
 @pytest.mark.slow
-def test_two_processes_and_then_another_mesh(alone):
-    """Two processes take two steps in stages and with experts apart; one process goes on with other axes."""
+def test_a_job_goes_on_with_fewer_processes_and_with_more(alone):
+    """Two processes take two steps in stages and with experts apart; one takes the third, with half of the devices and so
+    in two parts, and four the last, each on other axes: the batch stays."""
     mesh = ("parallel.data=1", "parallel.pipe=2", "parallel.expert=2")
     told, complaints, code = train(alone, "two", 2, 2, "train.steps=2", *mesh)
     assert code == 0, complaints
     assert "mesh: pipe 2 x data 1 x fsdp 1 x expert 2 = 4 devices in 2 processes" in told
     assert "the bubble is 20.0% of the time" in told and "each device holds: parameters" in told
     assert told.count("2 bits per byte") + told.count("step 2:") == 1, "one process talks"
-    told, complaints, code = train(alone, "two", 1, 4, "--resume", "--allow", "train.steps",
-                                  "train.steps=4", "parallel.data=2", "parallel.fsdp=2")  # fmt: skip
-    assert code == 0, complaints
-    assert "resuming after step 2" in told
-    assert_same_metrics(metrics(alone / "two"), metrics(alone / "alone"))
+    on = ("--resume", "--allow", "train.steps", "parallel.data=-1")
+    told, complaints, code = train(alone, "two", 1, 2, *on, "train.steps=3", "train.gradient_accumulation_steps=2")
+    assert code == 0 and "resuming after step 2" in told, complaints
+    told, complaints, code = train(alone, "two", 4, 1, *on, "train.steps=4", "parallel.fsdp=2")
+    assert code == 0 and "resuming after step 3" in told, complaints
+    ours, theirs = ([line for line in metrics(alone / name) if "loss" in line] for name in ("two", "alone"))
+    assert_same_metrics(ours, theirs)
+    assert_close(average(alone / "two", 4), average(alone / "alone", 4), 1e-10)
 
 
 def test_ctrl_c_saves_on_all_and_two_processes_go_on(tmp_path):

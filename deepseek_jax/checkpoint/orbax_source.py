@@ -21,6 +21,7 @@ from deepseek_jax.checkpoint.fp8_blocks import check_scales
 from deepseek_jax.checkpoint.layout import TensorPlace, layout
 from deepseek_jax.checkpoint.orbax_step import (
     ADAPTER,
+    AVERAGE,
     META,
     SCALES,
     VARIABLES,
@@ -41,10 +42,11 @@ from deepseek_jax.config import ConfigError, LoraConfig, ModelConfig, from_mappi
 class OrbaxSource:
     """See `source.Source`."""
 
-    def __init__(self, step: str | os.PathLike[str], allow_non_finite: bool = False):
+    def __init__(self, step: str | os.PathLike[str], allow_non_finite: bool = False, item: str = VARIABLES):
         """Open every array of a step's folder and compare it with the config saved beside them.
 
         Args:
+            item: AVERAGE reads the weights' average instead.
             allow_non_finite: let NaN and infinity pass, so that what is left of a broken model can be had.
 
         Raises:
@@ -57,7 +59,9 @@ class OrbaxSource:
         self.config = model_config(meta["model"], str(step / META / "metadata"))
         self.lora = _lora(meta, step)
         arrays = stacked_arrays(self.config)
-        self._stores = _open_arrays(step / VARIABLES, arrays)
+        if not (step / item).is_dir() and item == AVERAGE:
+            raise CheckpointError(f"{step}: holds no average of the weights; a run keeps one by train.ema_decay=0.999")
+        self._stores = _open_arrays(step / item, arrays)
         dtypes = Counter(dtype_name(store.dtype.numpy_dtype) for store in self._stores.values())
         self._adapters = _adapters(self.config, self.lora)
         if self._adapters:

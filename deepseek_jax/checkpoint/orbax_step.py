@@ -12,7 +12,7 @@ from deepseek_jax.checkpoint.tensors import CheckpointError
 from deepseek_jax.checkpoint.untrusted import file_inside, read_object, shown
 from deepseek_jax.config import ModelConfig
 
-VARIABLES, META, SCALES, ADAPTER = "variables", "meta", "fp8_scales", "adapter"
+VARIABLES, META, SCALES, ADAPTER, AVERAGE = "variables", "meta", "fp8_scales", "adapter", "average"
 """Items of a step: what the model is; its config; scales that the weights came with, as a safetensors directory; and what
 of a model that has adapters is theirs."""
 CAME_AS = "came_as"

@@ -244,6 +244,11 @@ class TrainConfig:
     0.99."""
     weight_decay: float = 0.1
     gradient_clip: float = 1.0
+    ema_decay: float = 0.0
+    """How much of an average of the weights is kept at each step, such as 0.999; 0 keeps no average. Checkpoints have it
+    beside the weights, and `convert --ema` writes it."""
+    ema_on_host: bool = False
+    """Whether it lies in the hosts' memory and is moved on there (report 3.2.3), instead of on the devices."""
 
     bias_update_speed: list[Phase] = field(default_factory=lambda: [Phase(1e-3)])
     """Gamma of the auxiliary-loss-free balancing (report 2.1.2)."""

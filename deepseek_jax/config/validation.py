@@ -163,7 +163,7 @@ def _validate_train(t: TrainConfig, m: ModelConfig) -> None:
                  "scales weights of queries and keys, which train.trainable may hold fast; give one of the two")  # fmt: skip
     _choice("train.optimizer", t.optimizer, OPTIMIZERS)
     _choice("train.adam_moment_dtype", t.adam_moment_dtype, MOMENT_DTYPES)
-    for name in ("beta1", "beta2", "muon_momentum"):
+    for name in ("beta1", "beta2", "muon_momentum", "ema_decay"):
         _require(0 <= getattr(t, name) < 1, f"train.{name}", getattr(t, name), "must be in [0, 1)")
     _require(t.sequence_length <= m.max_position_embeddings, "train.sequence_length", t.sequence_length,
              f"must be at most model.max_position_embeddings={m.max_position_embeddings}")  # fmt: skip
@@ -188,6 +188,8 @@ def _validate_lora(lora: LoraConfig, train: TrainConfig) -> None:
              f"adapters learn by train.optimizer=adamw, and here it is {train.optimizer}")  # fmt: skip
     _require(not lora.rank or train.qk_clip is None, "lora.rank", lora.rank,
              "train.qk_clip changes weights that adapters leave as they are; give train.qk_clip=null")  # fmt: skip
+    _require(not lora.rank or not train.ema_decay, "lora.rank", lora.rank,
+             "train.ema_decay averages whole weights, and adapters learn beside them; give train.ema_decay=0")  # fmt: skip
 
 
 def _validate_parallel(p: ParallelConfig) -> None:

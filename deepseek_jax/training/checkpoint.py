@@ -16,7 +16,16 @@ import orbax.checkpoint as ocp
 from deepseek_jax.checkpoint.adapters import without_adapters
 from deepseek_jax.checkpoint.digests import damaged_file, write_digests
 from deepseek_jax.checkpoint.orbax_source import OrbaxSource
-from deepseek_jax.checkpoint.orbax_step import ADAPTER, META, VARIABLES, first_line, read_meta, stacked_arrays, step_meta
+from deepseek_jax.checkpoint.orbax_step import (
+    ADAPTER,
+    AVERAGE,
+    META,
+    VARIABLES,
+    first_line,
+    read_meta,
+    stacked_arrays,
+    step_meta,
+)
 from deepseek_jax.checkpoint.tensors import CheckpointError
 from deepseek_jax.config import HOW_COMPUTED, Config, ModelConfig, RopeScaling, TrainConfig
 from deepseek_jax.config.trainable import ADAPTERS, learning_part, trainable, with_part
@@ -112,19 +121,23 @@ class Checkpoints:
             for unfinished in self._folder.glob(f"*{UNFINISHED}"):
                 write_digests(unfinished)
 
-    def save(self, position: Position, state: TrainState) -> None:
+    def save(self, position: Position, state: TrainState, average: Any = None) -> None:
         """Write `state` as of `position`; returns while the files are still being written.
+
+        Args:
+            average: of the parameters, if one is kept.
 
         Raises:
             CheckpointError: what went wrong here or in the save before, and the last good step.
         """
-        self._check_room(state)
+        self._check_room((state, average))
         variables = {"params": without_adapters(state.params), "router_state": state.router_state}
         adapters = learning_part([ADAPTERS], state.params)
         items = ocp.args.Composite(**{
             VARIABLES: ocp.args.StandardSave(variables, save_args=_piecewise(self._config, variables)),
             **({ADAPTER: ocp.args.StandardSave(adapters)} if adapters else {}),
             OPTIMIZER: ocp.args.StandardSave(state.optimizer),
+            **({} if average is None else {AVERAGE: self._saved_average(average, state)}),
             META: ocp.args.JsonSave(
                 step_meta(self._config.model, position.step)
                 | saved_sections(self._config)
@@ -133,11 +146,16 @@ class Checkpoints:
         })  # fmt: skip
         self._guarded(lambda: self._manager.save(position.step, args=items, force=True))
 
+    def _saved_average(self, average: Any, state: TrainState) -> ocp.args.StandardSave:
+        """Whole variables, so that what reads a model reads them."""
+        variables = {"params": average, "router_state": state.router_state}
+        return ocp.args.StandardSave(variables, save_args=_piecewise(self._config, variables))
+
     def wait(self) -> None:
         """Return when all that was saved is on disk; raises as `save` does."""
         self._guarded(self._manager.wait_until_finished)
 
-    def _check_room(self, state: TrainState) -> None:
+    def _check_room(self, state: Any) -> None:
         """Refuse before anything is written; orbax' threads complain at length when a disk is full."""
         numbers, free = sum(leaf.nbytes for leaf in jax.tree.leaves(state)), shutil.disk_usage(self._folder).free
         needed = numbers + numbers // 10 + SPARE_ROOM
@@ -192,6 +210,15 @@ class Checkpoints:
             fresh_ones = partial(with_adapters, self._config, {})
             adapters = jax.jit(fresh_ones, out_shardings=shardings)()
         return restored | {"params": with_part(restored["params"], adapters)}
+
+    def restore_average(self, step: int, places: Any) -> Any:
+        """The average of the parameters saved at `step`, put where `places` says, or None if none was kept."""
+        if not (self._folder / str(step) / AVERAGE).is_dir():
+            return None
+        fresh = jax.eval_shape(lambda: init_state(self._config))
+        biases = jax.tree.map(lambda _: jax.tree.leaves(places)[0].with_memory_kind("device"), fresh.router_state)
+        variables = {"params": fresh.params, "router_state": fresh.router_state}
+        return self._read(step, AVERAGE, variables, {"params": places, "router_state": biases})["params"]
 
     def source(self, step: int) -> OrbaxSource:
         """The same, to be read tensor by tensor; raises as `restore` does."""

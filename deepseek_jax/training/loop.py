@@ -18,6 +18,7 @@ from deepseek_jax.data.packing import PreparedData
 from deepseek_jax.errors import UserError
 from deepseek_jax.parallel import processes
 from deepseek_jax.parallel.sharding import Division, place_batch
+from deepseek_jax.training.average import Average, places
 from deepseek_jax.training.checkpoint import Checkpoints
 from deepseek_jax.training.culprit import Search
 from deepseek_jax.training.evaluation import Evaluation
@@ -75,9 +76,12 @@ class Loop:
         try:
             told: tuple[StepPlan, StepMetrics] | None = None
             asked = _Wishes()
+            average = self._average(state)
             for plan in plan_steps(train, self._position):
                 self._watch(plan.step)
                 state, metrics = self._step(state, self._batch(plan), _scalars(plan, self._config))
+                if average is not None:
+                    average.update(state.params, metrics.skipped)
                 # Telling of the step before keeps the device busy while the host reads its metrics.
                 self._tell(told, state)
                 told = (plan, metrics)
@@ -98,7 +102,7 @@ class Loop:
                             self._evaluate(plan, state)
                     if saves:
                         with self._times.aside("saving"):
-                            self._checkpoints.save(self._position, state)
+                            self._checkpoints.save(self._position, state, average and average.params)
                         self._times.write(plan.step)
                         self._saved, self._saved_at = plan.step, time.monotonic()
                         asked = asked._replace(save=False)  # or a wish from before it would save once more
@@ -120,6 +124,14 @@ class Loop:
             print(goodput_text(seconds))
         print(f"loss plot: {self._run_dir / PLOT_FILE}")
         return state
+
+    def _average(self, state: TrainState) -> Average | None:
+        """Of the weights, if one is asked for: the one that was saved, or it begins here."""
+        train, step = self._config.train, self._position.step
+        if not train.ema_decay:
+            return None
+        so_far = self._checkpoints.restore_average(step, places(train, state.params)) if step else None
+        return Average(train, state.params, so_far)
 
     def _watch(self, step: int) -> None:
         """Begin or end a trace before this step, and tell every thread's stack if the step does not end."""

@@ -13,6 +13,7 @@ FREE = (
     "model.remat", "model.grouped_matmul", "model.attention",
     "data.eval", "train.gradient_accumulation_steps", "train.loss_chunk_tokens", "train.eval_every", "train.eval_sequences",
     "train.checkpoint_every", "train.checkpoint_minutes", "train.keep_checkpoints", "train.keep_every", "train.max_skips",
+    "train.ema_on_host",
     "train.hang_after", "train.profile",
     "train.tensorboard", "train.wandb", "train.local_checkpoint_dir", "train.local_checkpoint_every",
 )  # fmt: skip
