@@ -78,5 +78,7 @@ def test_it_is_saved_restored_and_exported(tmp_path):
 def test_where_there_is_none_is_one_line():
     with pytest.raises(ConfigError, match=r"train.ema_decay=1.0: must be in \[0, 1\)"):
         load_config("tiny", ["train.ema_decay=1"])
+    with pytest.raises(ConfigError, match=r"train.ema_decay=0.9: local checkpoints hold no average of the weights; give"):
+        load_config("tiny", ["train.ema_decay=0.9", "train.local_checkpoint_dir=/dev/shm"])
     with pytest.raises(ConfigError, match=r"train.ema_decay=0.9: this sibling keeps no average of weights; give 0"):
         train_in_torch(load_config("tiny", ["train.ema_decay=0.9"]))

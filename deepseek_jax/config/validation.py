@@ -161,6 +161,8 @@ def _validate_train(t: TrainConfig, m: ModelConfig) -> None:
         _above_zero("train", t, "qk_clip")
         _require(t.trainable is None, "train.qk_clip", t.qk_clip,
                  "scales weights of queries and keys, which train.trainable may hold fast; give one of the two")  # fmt: skip
+    _require(not t.ema_decay or t.local_checkpoint_dir is None, "train.ema_decay", t.ema_decay,
+             "local checkpoints hold no average of the weights; give train.local_checkpoint_dir=null")  # fmt: skip
     _choice("train.optimizer", t.optimizer, OPTIMIZERS)
     _choice("train.adam_moment_dtype", t.adam_moment_dtype, MOMENT_DTYPES)
     for name in ("beta1", "beta2", "muon_momentum", "ema_decay"):

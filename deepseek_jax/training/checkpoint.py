@@ -184,6 +184,8 @@ class Checkpoints:
             CheckpointError: if it is of another model or cannot be read.
         """
         fresh = jax.eval_shape(lambda: init_state(self._config))
+        if self._config.train.ema_decay and (self._folder / str(step) / AVERAGE).is_dir():
+            self._check_files(step, AVERAGE)  # or another step serves
         variables, shardings = self.restore_variables(step), self._shardings and self._shardings.optimizer
         trained_by = self.meta(step).get("train", {}).get("optimizer", TrainConfig.optimizer)
         if (self._folder / str(step) / OPTIMIZER).is_dir() and trained_by == self._config.train.optimizer:
