@@ -164,6 +164,7 @@ def test_samples_follow_temperature_and_top_p(temperature, top_p):
 ])  # fmt: skip
 def test_what_is_sampled_among_is_what_transformers_has(asked):
     logits, seen = np.random.default_rng(0).normal(0, 2, (16, 40)).astype(np.float32), np.arange(3 * 16).reshape(16, 3) % 40
+    logits[0, 5] = 40  # after it float32's shares already sum to 1
     processors = [
         RepetitionPenaltyLogitsProcessor(asked.repetition_penalty), TemperatureLogitsWarper(float(asked.temperature)),
         TopKLogitsWarper(asked.top_k or 40), TopPLogitsWarper(asked.top_p), MinPLogitsWarper(asked.min_p),
