@@ -227,6 +227,8 @@ def _describe(config: Config, data: PreparedData, position: Position, params: An
     if config.lora.rank:
         print(describe_adapters(config, params))
     print(f"data: {data.train_tokens:,} tokens to train on, {data.held_out_tokens:,} held out")
+    if data.conversations:
+        print(f"chat: {data.conversations.told()}")
     end = max((plan.tokens for plan in plan_steps(config.train, position)), default=position.tokens)
     print(f"plan: {config.train.steps:,} steps, {end:,} tokens; device: {jax.devices()[0].device_kind}", flush=True)
 

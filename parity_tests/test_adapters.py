@@ -18,6 +18,7 @@ from deepseek_jax.checkpoint.tensors import CheckpointError
 from deepseek_jax.config import Config, ConfigError, LoraConfig, ParallelConfig, Phase, TrainConfig, load_config, to_yaml
 from deepseek_jax.config.trainable import with_part
 from deepseek_jax.convert import convert, export_adapter
+from deepseek_jax.data.marks import COUNTED, ENDS
 from deepseek_jax.model.layers import Linear
 from deepseek_jax.parallel.mesh import make_mesh, resolve
 from deepseek_jax.parallel.sharding import Division, place_batch
@@ -86,9 +87,18 @@ def randomised(model: TorchModel) -> None:
                 parameter.copy_(0.1 * torch.randn(parameter.shape, generator=generator, dtype=parameter.dtype))
 
 
+def conversations(config: Config, seed: int, shape: tuple[int, ...]) -> np.ndarray:
+    """Tokens of which some count and some end a conversation; see `data.marks`."""
+    rng = np.random.default_rng(seed)
+    tokens = rng.integers(0, config.model.vocab_size, shape, dtype=np.int32)
+    return tokens | COUNTED * (rng.random(shape) < 0.4) | ENDS * (rng.random(shape) < 0.15)
+
+
 @pytest.mark.parametrize("steps", [2, pytest.param(20, marks=pytest.mark.slow)])
 def test_both_siblings_learn_the_same(steps):
+    """Of conversations, in which the assistant's tokens count."""
     config = config_with(steps)
+    config = dataclasses.replace(config, data=dataclasses.replace(config.data, format="chat"))
     pair = Siblings(config.model)
     base = {name: tensor.clone() for name, tensor in pair.torch.state_dict().items()}
     in_torch = init_torch_state(config, pair.torch)
@@ -101,7 +111,7 @@ def test_both_siblings_learn_the_same(steps):
         in_jax = in_jax._replace(params=with_part(in_jax.params, start))
         step = jax.jit(partial(train_step, config=config), compiler_options=COMPILE_QUICKLY)
         for plan in plan_steps(config.train):
-            tokens = np.random.default_rng(plan.step).integers(0, config.model.vocab_size, (2, 2, 14), dtype=np.int32)
+            tokens = conversations(config, plan.step, (2, 2, 14))
             scalars = Scalars(*map(jnp.float64, (plan.learning_rate, plan.bias_update_speed, plan.mtp_loss_weight)))
             in_jax, ours = step(in_jax, tokens, scalars)
             theirs = torch_train_step(in_torch, torch.from_numpy(tokens).long(), plan, config)
@@ -129,7 +139,8 @@ def test_a_step_is_that_of_one_device(mesh):
     config = dataclasses.replace(config_with(), parallel=ParallelConfig(**{"data": 1} | mesh))
     devices = int(np.prod(list(mesh.values())))
     config = dataclasses.replace(config, train=dataclasses.replace(config.train, batch_size=16))
-    tokens = np.random.default_rng(0).integers(0, config.model.vocab_size, (2, 8, 14), dtype=np.int32)
+    config = dataclasses.replace(config, data=dataclasses.replace(config.data, format="chat"))
+    tokens = conversations(config, 0, (2, 8, 14))
     with jax.enable_x64(True):
         state = jax.device_get(jax.jit(partial(init_state, config))())
         rng = np.random.default_rng(1)

@@ -11,10 +11,11 @@ import pytest
 import torch
 from jax.sharding import Mesh, PartitionSpec
 
-from deepseek_jax.config import MESH_AXES, Config, load_config
+from deepseek_jax.config import MESH_AXES, Config, DataConfig, load_config
+from deepseek_jax.data.marks import COUNTED, ENDS, Marked
 from deepseek_jax.model.segments import segments
 from deepseek_jax.training.evaluation import counted_bytes, evaluation_nats
-from deepseek_jax.training.loss import counts_of_targets, training_loss
+from deepseek_jax.training.loss import counted_targets, targets_of_part, training_loss
 from deepseek_jax.training.step import init_state
 from deepseek_torch.model.segments import segments as torch_segments
 from deepseek_torch.training import loss as torch_loss
@@ -38,7 +39,7 @@ def sequences() -> np.ndarray:
 def test_segments_number_documents_and_their_places():
     tokens = np.array([[7, 0, 3, 4, 0, 0, 5], [0, 1, 1, 1, 1, 1, 0]])
     expected = [[0, 0, 1, 1, 1, 2, 3], [0, 1, 1, 1, 1, 1, 1]], [[0, 1, 0, 1, 2, 0, 0], [0, 0, 1, 2, 3, 4, 5]]
-    for found in (segments(jnp.asarray(tokens), END), torch_segments(torch.from_numpy(tokens), END)):
+    for found in (segments(jnp.asarray(tokens) == END), torch_segments(torch.from_numpy(tokens) == END)):
         assert [part.tolist() for part in found] == list(expected)
 
 
@@ -85,10 +86,15 @@ def test_losses_are_those_of_the_documents_one_by_one(x64):
 def test_targets_count_the_same_on_a_mesh():
     tokens = np.concatenate([sequences(), sequences()[::-1]])
     tokens[3, 10:] = END
-    whole = counts_of_targets(jnp.asarray(tokens), END, LENGTH, DEPTH, None)
+
+    def shares(tokens, division):
+        counted = counted_targets(Marked(tokens, tokens == END, None), LENGTH, DEPTH, division)
+        return counted / targets_of_part(counted, division)
+
+    whole = shares(jnp.asarray(tokens), None)
     assert np.allclose(whole.sum((1, 2)), 1)
     mesh = Mesh(np.array(jax.devices()[:2]).reshape(1, 2, 1, 1, 1), MESH_AXES)
-    of_device = partial(counts_of_targets, end=END, length=LENGTH, depth=DEPTH, division=SimpleNamespace(mesh=mesh))
+    of_device = partial(shares, division=SimpleNamespace(mesh=mesh))
     batch = PartitionSpec("data")
     parts = jax.shard_map(of_device, mesh=mesh, in_specs=batch, out_specs=PartitionSpec(None, "data"), check_vma=False)(tokens)
     assert np.allclose(np.asarray(parts) / 2, whole, rtol=1e-6)  # the loss is the devices' mean
@@ -137,5 +143,8 @@ def test_what_stages_predict_of_documents_is_what_one_device_predicts(masked_sta
 
 
 def test_bytes_of_documents():
-    assert counted_bytes(np.array([[3, 0, 4, 4]]), np.array([0, 1, 1, 2, 5]), END) == 5
-    assert counted_bytes(np.array([[3, 0, 4, 4]]), np.array([0, 1, 1, 2, 5]), -1) == 10
+    row, sizes = np.array([[3, 0, 4, 4]]), np.array([0, 1, 1, 2, 5])
+    assert counted_bytes(DataConfig(mask_documents=True, end_of_document=END), row, sizes) == 5
+    assert counted_bytes(DataConfig(), row, sizes) == 10
+    chat = np.array([[3, COUNTED | 3, COUNTED | ENDS | 4, COUNTED | 2]])
+    assert counted_bytes(DataConfig(format="chat"), chat, sizes) == 2 + 5

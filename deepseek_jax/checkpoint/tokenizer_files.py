@@ -16,6 +16,7 @@ from deepseek_jax.checkpoint.untrusted import MAX_JSON_BYTES, file_inside, read_
 from deepseek_jax.data.tokenizer import end_of_document_id, load_tokenizer
 
 TOKENIZER_JSON = "tokenizer.json"
+CHAT_TEMPLATE = "chat_template.jinja"
 TOKENIZER_CONFIG = "tokenizer_config.json"
 GENERATION_CONFIG = "generation_config.json"
 COMPANIONS = (
@@ -23,7 +24,7 @@ COMPANIONS = (
     TOKENIZER_CONFIG,
     "special_tokens_map.json",
     "added_tokens.json",
-    "chat_template.jinja",
+    CHAT_TEMPLATE,
     "chat_template.json",
     "tokenizer.model",
     "vocab.json",
@@ -78,7 +79,9 @@ def write_tokenizer(directory: Path, tokenizer: Path | None, context: int) -> di
         end = end_of_document_id(loaded)
         token_ids = {"bos_token_id": end, "eos_token_id": end}
         with disk_errors(directory / TOKENIZER_JSON):
-            shutil.copyfile(tokenizer / TOKENIZER_JSON, directory / TOKENIZER_JSON)
+            for name in (TOKENIZER_JSON, CHAT_TEMPLATE):
+                if (tokenizer / name).is_file():
+                    shutil.copyfile(tokenizer / name, directory / name)
         fields: dict[str, Any] = dict.fromkeys(("eos_token", "bos_token", "pad_token"), loaded.id_to_token(end))
         fields |= {"tokenizer_class": "PreTrainedTokenizerFast"}
         fields |= {"model_max_length": context, "clean_up_tokenization_spaces": False}

@@ -16,6 +16,7 @@ ATTENTIONS = ("auto", "reference", "blocked", "chunked", "splash", "cudnn")
 HOW_COMPUTED = ("precision", "remat", "grouped_matmul", "attention", "capacity_factor")
 """Fields of `ModelConfig` that a checkpoint says nothing of: how it is computed, and what training alone limits."""
 OPTIMIZERS = ("adamw", "muon")
+DATA_FORMATS = ("text", "chat")
 MOMENT_DTYPES = ("float32", "bfloat16")
 EXCHANGES = ("auto", "rounds", "ragged")
 SCORING_FUNCS = ("sigmoid", "softmax")
@@ -133,6 +134,9 @@ class ModelConfig:
 class DataConfig:
     """Which text, and how it becomes tokens."""
 
+    format: str = "text"
+    """`text`; or `chat`, conversations: a list `messages` of {role, content} in each line of .jsonl or row of .parquet,
+    rendered by the tokenizer's chat template. The loss counts the assistant's words, and conversations are kept apart."""
     input: list[str] = field(default_factory=list)
     """Text, .jsonl or .parquet files (the latter with a `text` column), directories or globs; also as .gz or .zst."""
     path: list[str] = field(default_factory=list)
@@ -141,6 +145,8 @@ class DataConfig:
     """How much of each of `path` is read, in any unit; empty takes each as often as it has tokens."""
     tokenizer: Optional[str] = None
     """A tokenizer.json; null trains a byte-level BPE of model.vocab_size on the training text."""
+    chat_template: Optional[str] = None
+    """A Jinja file, for a tokenizer that has no chat template, or instead of its own."""
     held_out_fraction: float = 0.02
     seed: int = 0
     """Order of the documents and of the training sequences."""

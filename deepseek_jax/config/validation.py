@@ -6,6 +6,7 @@ from typing import Any
 
 from deepseek_jax.config.schema import (
     ATTENTIONS,
+    DATA_FORMATS,
     EXCHANGES,
     FEED_FORWARDS,
     GROUPED_MATMULS,
@@ -120,6 +121,10 @@ def _validate_groups(m: ModelConfig) -> None:
 
 
 def _validate_data(d: DataConfig) -> None:
+    _choice("data.format", d.format, DATA_FORMATS)
+    _require(d.format == "text" or not d.path, "data.path", d.path, "conversations are given as data.input")
+    _require(d.format == "chat" or d.chat_template is None, "data.chat_template", d.chat_template,
+             "renders conversations; give data.format=chat")  # fmt: skip
     _require(0 < d.held_out_fraction < 1, "data.held_out_fraction", d.held_out_fraction, "must be between 0 and 1")
     _at_least("data", d, 0, "seed")
     _require(not (d.path and d.input), "data.path", d.path, "give either data.path or data.input, not both")

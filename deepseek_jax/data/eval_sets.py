@@ -1,10 +1,13 @@
 """Texts to evaluate on beside the held-out one, each by its name: `data.eval.wiki=FILE`, tokenized once into the run."""
 
 import json
+import os
+import tempfile
 from pathlib import Path
 from typing import Any
 
 from deepseek_jax.config import Config
+from deepseek_jax.data.conversations import chat_fingerprint, conversation_files, pack_conversations
 from deepseek_jax.data.documents import DataError, Texts, find_files, read_documents
 from deepseek_jax.data.loader import TokenRow
 from deepseek_jax.data.packing import FORMAT, TOKENIZER, open_tokens, state_of, write_tokens
@@ -30,22 +33,32 @@ def make_sets(config: Config, directory: Path) -> None:
         DataError: a text cannot be read, or a prepared set has another tokenizer.
     """
     tokenizer = load_tokenizer(directory / TOKENIZER)
+    find = conversation_files if config.data.format == "chat" else find_files
     for name, paths in config.data.eval.items():
         if _is_prepared_set(config, name):
+            if config.data.format == "chat":
+                raise DataError(f"data.eval.{name}={paths[0]}: prepared text; with data.format=chat give conversations")
             if load_tokenizer(Path(paths[0]) / TOKENIZER).get_vocab() != tokenizer.get_vocab():
                 raise DataError(f"data.eval.{name}={paths[0]}: has another tokenizer than the run; give its text instead")
             continue
         tokens, known = _places(directory, name)
         fingerprint = {
             "format": FORMAT,
-            "files": [state_of(path) for path in find_files(paths, field=f"data.eval.{name}")],
+            **chat_fingerprint(config),
+            "files": [state_of(path) for path in find(paths, field=f"data.eval.{name}")],
             "tokenizer": state_of(directory / TOKENIZER)[1:],
         }
         if tokens.exists() and _read(known) == fingerprint:
             continue
         tokens.parent.mkdir(parents=True, exist_ok=True)
         known.unlink(missing_ok=True)
-        write_tokens(Texts(read_documents(paths)), tokenizer, tokens, f"tokenizing {name}")
+        if config.data.format == "chat":
+            with tempfile.TemporaryDirectory(prefix=".making-", dir=tokens.parent) as folder:
+                part = Path(folder, tokens.name)
+                pack_conversations(config, find(paths, field=f"data.eval.{name}"), Path(folder), [(part, 1.0)])
+                os.replace(part, tokens)
+        else:
+            write_tokens(Texts(read_documents(paths)), tokenizer, tokens, f"tokenizing {name}")
         write_atomically(known, json.dumps(fingerprint, indent=1))
 
 

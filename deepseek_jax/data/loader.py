@@ -24,6 +24,11 @@ def window_length(config: Config) -> int:
     return config.train.sequence_length + 1 + config.model.num_nextn_predict_layers
 
 
+def stride(config: Config) -> int:
+    """Tokens between the beginnings of two sequences: of text they overlap by their targets, conversations are not cut."""
+    return window_length(config) if config.data.format == "chat" else config.train.sequence_length
+
+
 class TokenRow(Protocol):
     """One row of token ids, such as an array, a memory map, or `shards.Tokens`."""
 
@@ -112,8 +117,8 @@ def training_sequences(config: Config, sets: Sequence[TokenRow]) -> Windows | Mi
     Raises:
         DataError: when a set is shorter than one sequence.
     """
-    length, seed = config.train.sequence_length, config.data.seed
-    streams = [Windows(tokens, window_length(config), length, seed) for tokens in sets]
+    seed = config.data.seed
+    streams = [Windows(tokens, window_length(config), stride(config), seed) for tokens in sets]
     return streams[0] if len(streams) == 1 else Mixture(streams, weights_of(config, sets), seed)
 
 
@@ -123,8 +128,7 @@ def evaluation_sequences(config: Config, texts: Sequence[TokenRow], weights: Seq
     Raises:
         DataError: as `training_sequences`.
     """
-    length = config.train.sequence_length
-    streams = [Windows(tokens, length + 1, length, seed=None) for tokens in texts]
+    streams = [Windows(tokens, config.train.sequence_length + 1, stride(config), seed=None) for tokens in texts]
     count = min(config.train.eval_sequences, sum(map(len, streams)))
     return streams[0] if len(streams) == 1 else Mixture(streams, weights, config.data.seed, count)
 

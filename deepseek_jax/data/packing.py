@@ -11,15 +11,23 @@ from collections.abc import Collection, Iterable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any, BinaryIO, Optional
 
 import numpy as np
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeRemainingColumn
 from tokenizers import Tokenizer
 
+from deepseek_jax.checkpoint.tokenizer_files import CHAT_TEMPLATE
 from deepseek_jax.config import HELD_OUT as HELD_OUT_NAME
 from deepseek_jax.config import Config
+from deepseek_jax.data.conversations import (
+    Packed,
+    chat_fingerprint,
+    conversation_files,
+    keep_template,
+    pack_conversations,
+)
 from deepseek_jax.data.documents import DataError, Texts, find_files, read_documents, split_documents
 from deepseek_jax.data.loader import Mixture, TokenRow, Windows, evaluation_sequences, weights_of, window_length
 from deepseek_jax.data.shards import open_part, read_manifest
@@ -36,6 +44,8 @@ from deepseek_jax.errors import write_atomically
 FORMAT = 1
 """Raise it when the same text would give other tokens."""
 BATCH_CHARACTERS = 2**21
+CONVERSATIONS = "data/conversations.json"
+"""What became of them, as `Packed`."""
 TOKENIZER, TRAIN, HELD_OUT, FINGERPRINT = (
     "tokenizer.json", "data/train.npy", "data/held_out.npy", "data/fingerprint.json",
 )  # fmt: skip
@@ -55,6 +65,8 @@ class PreparedData:
     """Bytes of text that each token stands for, int32 [vocab_size]; special tokens 0."""
     eval: dict[str, TokenRow] = field(default_factory=dict)
     """What else is evaluated on, by the names of `data.eval`."""
+    conversations: Optional[Packed] = None
+    """What became of those to train on, where there are some."""
 
     @property
     def train(self) -> TokenRow:
@@ -106,7 +118,8 @@ def open_prepared(config: Config, directory: Path) -> PreparedData:
     else:
         sets, held_out = (open_tokens(directory / TRAIN),), (open_tokens(directory / HELD_OUT),)
     _check_lengths(config, min(map(len, sets)), min(map(len, held_out)))
-    return PreparedData(tokenizer, sets, held_out, end_of_document_id(tokenizer), token_bytes)
+    packed = Packed(**json.loads((directory / CONVERSATIONS).read_text())) if config.data.format == "chat" else None
+    return PreparedData(tokenizer, sets, held_out, end_of_document_id(tokenizer), token_bytes, conversations=packed)
 
 
 def is_prepared(config: Config, directory: Path) -> bool:
@@ -217,7 +230,8 @@ def _make(config: Config, directory: Path, fingerprint: dict[str, Any]) -> None:
         with tempfile.TemporaryDirectory(prefix=".making-", dir=directory / "data") as name:
             _make_in(Path(name), config, fingerprint)
             (directory / FINGERPRINT).unlink(missing_ok=True)
-            for file in (TOKENIZER, TRAIN, HELD_OUT, FINGERPRINT):
+            of_chat = (CHAT_TEMPLATE, CONVERSATIONS) if config.data.format == "chat" else ()
+            for file in (TOKENIZER, TRAIN, HELD_OUT, *of_chat, FINGERPRINT):
                 os.replace(Path(name, file), directory / file)
     except OSError as error:
         raise DataError(f"{directory}: the tokens cannot be written: {error.strerror or error}") from None
@@ -242,6 +256,8 @@ def _take(config: Config, directory: Path, fingerprint: dict[str, Any]) -> None:
 
 def _make_in(staging: Path, config: Config, fingerprint: dict[str, Any]) -> None:
     (staging / "data").mkdir()
+    if config.data.format == "chat":
+        return _make_chat(staging, config, fingerprint)
     dataset = read_documents(config.data.input, cache_dir=staging / "documents")
     train, held_out = split_documents(dataset, config.data.held_out_fraction, config.data.seed)
     vocab_size = config.model.vocab_size
@@ -251,6 +267,19 @@ def _make_in(staging: Path, config: Config, fingerprint: dict[str, Any]) -> None
     train_count = write_tokens(train, tokenizer, staging / TRAIN, "tokenizing the training text")
     held_out_count = write_tokens(held_out, tokenizer, staging / HELD_OUT, "tokenizing the held-out text")
     _check_lengths(config, train_count, held_out_count)
+    (staging / FINGERPRINT).write_text(json.dumps(fingerprint, indent=1), encoding="utf-8")
+
+
+def _make_chat(staging: Path, config: Config, fingerprint: dict[str, Any]) -> None:
+    """As `_make_in`, of conversations."""
+    tokenizer = load_tokenizer(str(config.data.tokenizer))
+    token_byte_lengths(tokenizer, config.model.vocab_size)
+    files, share = conversation_files(config.data.input), config.data.held_out_fraction
+    parts = (staging / TRAIN, 1 - share), (staging / HELD_OUT, share)
+    packed, _ = pack_conversations(config, files, staging, parts)
+    tokenizer.save(str(staging / TOKENIZER))
+    keep_template(config, staging)
+    (staging / CONVERSATIONS).write_text(json.dumps(packed._asdict()), encoding="utf-8")
     (staging / FINGERPRINT).write_text(json.dumps(fingerprint, indent=1), encoding="utf-8")
 
 
@@ -275,12 +304,15 @@ def _fingerprint(config: Config) -> dict[str, Any]:
     tokenizer = config.data.tokenizer
     if tokenizer and not Path(tokenizer).expanduser().exists():
         raise DataError(f"{tokenizer}: no such file; data.tokenizer must be a tokenizer.json or null")
+    chat = chat_fingerprint(config)
+    files = conversation_files(config.data.input) if chat else find_files(config.data.input)
     return {
         "format": FORMAT,
+        **chat,
         "data": {name: getattr(config.data, name) for name in ("input", "tokenizer", "held_out_fraction", "seed")},
         "vocab_size": config.model.vocab_size,
         "tokenizer": state_of(Path(tokenizer).expanduser().resolve()) if tokenizer else None,
-        "files": [state_of(path) for path in find_files(config.data.input)],
+        "files": [state_of(path) for path in files],
     }
 
 

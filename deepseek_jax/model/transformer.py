@@ -81,20 +81,20 @@ class DeepseekV3(nn.Module):
         if not c.tie_word_embeddings:
             self.lm_head = Linear(c, c.hidden_size, c.vocab_size)
 
-    def __call__(self, tokens: jax.Array, end_of_document: Optional[int] = None) -> ModelOutput:
+    def __call__(self, tokens: jax.Array, ends: Optional[jax.Array] = None) -> ModelOutput:
         """Predict at every depth.
 
         Args:
             tokens: [B, T + D] ids, D = num_nextn_predict_layers: depth k reads tokens k to T + k. Along the mesh's `context`
                 all devices are given the same, and each predicts from its T / C of them.
-            end_of_document: the token after which another document begins, to keep them apart; static.
+            ends: booleans like `tokens`, whether a token is its document's last, to keep documents apart.
         """
         c = self.config
         depth = c.num_nextn_predict_layers
         length = tokens.shape[1] - depth
         own = pieces(self.division, tokens, length)
         embedded = self.embed_tokens(own.reshape(len(own), -1)).reshape(*own.shape, -1)
-        shared = self._shared(tokens[:, :length], end_of_document)
+        shared = self._shared(tokens[:, :length], None if ends is None else ends[:, :length])
         hidden, outputs = self._layers(joined(embedded, depth), shared)
         normed = self.norm(hidden)
         states = normed[None]
@@ -106,18 +106,18 @@ class DeepseekV3(nn.Module):
         scores = {name: output.largest_scores for name, output in outputs.items() if output.largest_scores is not None}
         return ModelOutput(states, self.head(), *_routing(c, outputs), scores)
 
-    def hidden_states(self, tokens: jax.Array, end_of_document: Optional[int] = None) -> jax.Array:
+    def hidden_states(self, tokens: jax.Array, ends: Optional[jax.Array] = None) -> jax.Array:
         """Normed states [B, T / C, hidden_size] of the main model for this device's of tokens [B, T]."""
         own = own_tokens(self.division, tokens, tokens.shape[1])
-        hidden, _ = self._layers(self.embed_tokens(own), self._shared(tokens, end_of_document))
+        hidden, _ = self._layers(self.embed_tokens(own), self._shared(tokens, ends))
         return self.norm(hidden)
 
-    def _shared(self, tokens: jax.Array, end_of_document: Optional[int]) -> Shared:
+    def _shared(self, tokens: jax.Array, ends: Optional[jax.Array]) -> Shared:
         """What all layers need to know of the places of this device's of tokens [B, T]."""
-        if end_of_document is None:
+        if ends is None:
             numbers, positions = None, jnp.broadcast_to(jnp.arange(tokens.shape[1]), tokens.shape)
         else:
-            numbers, positions = segments(tokens, end_of_document)
+            numbers, positions = segments(ends)
             numbers = own_tokens(self.division, numbers, tokens.shape[1])
         return self._placed(own_tokens(self.division, positions, tokens.shape[1]), numbers)
 

@@ -10,8 +10,9 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import PartitionSpec
 
-from deepseek_jax.config import HELD_OUT, MESH_AXES, Config
+from deepseek_jax.config import HELD_OUT, MESH_AXES, Config, DataConfig
 from deepseek_jax.data.loader import Mixture, Windows, part_size
+from deepseek_jax.data.marks import counts, read_marks
 from deepseek_jax.data.packing import PreparedData
 from deepseek_jax.model.router import dropless
 from deepseek_jax.model.transformer import DeepseekV3
@@ -31,12 +32,11 @@ class Evaluation:
         counts = {name: min(train.eval_sequences, len(of_text)) for name, of_text in windows.items()}
         unit = 1 if division is None else division.batch_unit()
         size = -(-min(part_size(train), max(counts.values())) // unit) * unit
-        end = config.data.end_of_document if config.data.mask_documents else -1
         self._batches, self._bytes = {}, {}
         for name, count in counts.items():
             of_text = windows[name]
             self._batches[name] = [_Batch(of_text, start, size, count, division) for start in range(0, count, size)]
-            self._bytes[name] = sum(counted_bytes(of_text.take(i, 1), data.token_bytes, end) for i in range(count))
+            self._bytes[name] = sum(counted_bytes(config.data, of_text.take(i, 1), data.token_bytes) for i in range(count))
         self._nats = jax.jit(partial(evaluation_nats, config=config, division=division))
 
     def bits_per_byte(self, state: TrainState, name: str = HELD_OUT) -> float:
@@ -49,9 +49,11 @@ class Evaluation:
         return {name: self.bits_per_byte(state, name) for name in self._batches}
 
 
-def counted_bytes(windows: np.ndarray, token_bytes: np.ndarray, end: int) -> int:
-    """Bytes of the targets in sequences [B, T + 1]; not of those that follow `end`, which nothing of theirs predicts."""
-    return int(token_bytes[windows[:, 1:]][windows[:, :-1] != end].sum())
+def counted_bytes(data: DataConfig, windows: np.ndarray, token_bytes: np.ndarray) -> int:
+    """Bytes of the targets that count in sequences [B, T + 1]."""
+    marked = read_marks(data, windows)
+    which = counts(marked)
+    return int(token_bytes[marked.ids[:, 1:]][... if which is None else which].sum())
 
 
 @dataclass(frozen=True)
@@ -101,12 +103,14 @@ def _nats(
 ) -> jax.Array:
     model = DeepseekV3(dropless(config.model), division)
     variables = {"params": scaled(params, config.lora), "router_state": router_state}
-    end = config.data.end_of_document if config.data.mask_documents else None
-    hidden = model.apply(variables, tokens[:, :-1], end, method="hidden_states")
+    marked = read_marks(config.data, tokens)
+    ends = None if marked.ends is None else marked.ends[:, :-1]
+    hidden = model.apply(variables, marked.ids[:, :-1], ends, method="hidden_states")
     length = tokens.shape[1] - 1
-    targets = own_tokens(division, tokens, length, ahead=1).reshape(-1)
+    targets = own_tokens(division, marked.ids, length, ahead=1).reshape(-1)
     head = model.apply(variables, method="head")
     by_token = jnp.repeat(weights, hidden.shape[1]).astype(hidden.dtype)
-    if end is not None:
-        by_token *= own_tokens(division, tokens, length).reshape(-1) != end
+    which = counts(marked)
+    if which is not None:
+        by_token *= own_tokens(division, which, length).reshape(-1)
     return cross_entropy(hidden.reshape(-1, hidden.shape[-1]), head, targets, by_token, config.train.loss_chunk_tokens)[0]

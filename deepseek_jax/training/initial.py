@@ -15,6 +15,7 @@ from deepseek_jax.checkpoint.tokenizer_files import TOKENIZER_JSON, keep_compani
 from deepseek_jax.config import HOW_COMPUTED, Config, ConfigError, ModelConfig, from_mapping
 from deepseek_jax.config.sizes import to_go_on
 from deepseek_jax.config.stages import STRETCHED
+from deepseek_jax.data.conversations import keep_template
 from deepseek_jax.training.loading import run_config, run_variables
 
 MTP = "num_nextn_predict_layers"
@@ -77,6 +78,8 @@ def keep_texts(config: Config) -> None:
     origin = source if (source / CONFIG_JSON).is_file() else source / COMPANIONS_FOLDER
     if (origin / CONFIG_JSON).is_file() and not kept.exists():
         keep_companions(origin, kept)
+        if config.data.chat_template is not None:
+            keep_template(config, kept)
 
 
 def _named(overrides: Sequence[str]) -> Path:

@@ -10,6 +10,7 @@ import jax
 import jax.numpy as jnp
 
 from deepseek_jax.config import MESH_AXES, Config
+from deepseek_jax.data.marks import Marked, read_marks
 from deepseek_jax.model.layers import widen
 from deepseek_jax.model.matmul import columns
 from deepseek_jax.model.segments import segments
@@ -42,26 +43,32 @@ def training_loss(
     config: Config,
     mtp_weight: jax.Array,
     division: Optional[Division] = None,
+    whole: Optional[jax.Array] = None,
 ) -> tuple[jax.Array, LossParts]:
     """CE_0 + lambda/D sum_k CE_k + alpha * balance.
 
     Args:
-        tokens: [B, T + 1 + D]; depth k at position i predicts token i + k + 1.
+        tokens: [B, T + 1 + D], see `data.marks`; depth k at position i predicts token i + k + 1.
         mtp_weight: lambda.
         division: the mesh, inside `shard_map` over it; the loss is then this device's share of the mean over all.
+        whole: what `targets_of_part` makes of the batch of which these tokens are a part; by default they are all of it.
     """
     model, depth = config.model, config.model.num_nextn_predict_layers
     if division is not None:
         params = gather_unstacked(division, model, params, tokens[:, :-1].size // devices_of_a_sequence(division))
     variables = {"params": scaled(params, config.lora), "router_state": router_state}
-    end = config.data.end_of_document if config.data.mask_documents else None
+    marked = read_marks(config.data, tokens)
+    tokens, ends = marked.ids, marked.ends
     module = DeepseekV3(model, division, tells_scores=config.train.qk_clip is not None)
-    output = module.apply(variables, tokens[:, :-1], end)
+    output = module.apply(variables, tokens[:, :-1], None if ends is None else ends[:, :-1])
     length = tokens.shape[1] - 1 - depth
     targets = jnp.stack([own_tokens(division, tokens, length, ahead=k + 1) for k in range(depth + 1)])
     dtype = widen(output.hidden.dtype)
     depth_weights = jnp.concatenate([jnp.ones((1,), dtype), jnp.full((depth,), mtp_weight.astype(dtype) / max(depth, 1))])
-    counted = None if end is None else counts_of_targets(tokens, end, length, depth, division).astype(dtype)
+    counted = None
+    if ends is not None:
+        own = counted_targets(marked, length, depth, division)
+        counted = own / at_least_one(targets_of_part(own, division) if whole is None else whole).astype(dtype)
     share = 1 / targets[0].size if counted is None else counted
     weights = jnp.broadcast_to(depth_weights[:, None, None] * share, targets.shape)
     with jax.named_scope("head"):
@@ -77,21 +84,38 @@ def training_loss(
     return loss, LossParts(by_depth, output.balance_loss, output.counts, output.dropped, scores)
 
 
-def counts_of_targets(tokens: jax.Array, end: int, length: int, depth: int, division: Optional[Division]) -> jax.Array:
-    """What each target counts in the mean of its depth: nothing if it is of another document than the token that predicts it.
-
-    On a mesh the mean is over all devices' targets, and what is returned this device's share times their number.
+def counted_targets(marked: Marked, length: int, depth: int, division: Optional[Division]) -> jax.Array:
+    """Which targets count: those of the same document as the token that predicts them, if they are marked, where some are.
 
     Returns:
-        [1 + D, B, T], or this device's of the T.
+        Booleans [1 + D, B, T], or this device's of the T.
     """
-    numbers, _ = segments(tokens, end)
+    assert marked.ends is not None
+    numbers, _ = segments(marked.ends)
     own, *following = (own_tokens(division, numbers, length, ahead) for ahead in range(depth + 2))
     same = jnp.stack([own == other for other in following])
-    count = jnp.sum(same, axis=(1, 2), keepdims=True)
+    if marked.counted is not None:
+        same &= jnp.stack([own_tokens(division, marked.counted, length, ahead) for ahead in range(1, depth + 2)])
+    return same
+
+
+def targets_of_part(counted: jax.Array, division: Optional[Division], parts: int | jax.Array = 1) -> jax.Array:
+    """How many targets of each depth count, [1 + D, 1, 1], in the mean over the parts of a batch and over devices.
+
+    With it as denominator the mean over parts and devices is that of the batch's targets, however they are spread.
+
+    Args:
+        counted: of `counted_targets`, of all parts.
+    """
+    count = jnp.sum(counted, axis=(1, 2), keepdims=True)
     if division is not None:
         count = jax.lax.psum(count, MESH_AXES) / division.mesh.size
-    return same / jnp.maximum(count, 1)
+    return count / parts
+
+
+def at_least_one(count: jax.Array) -> jax.Array:
+    """A count to divide by, of which there may be none."""
+    return jnp.where(count > 0, count, 1)
 
 
 def cross_entropy(

@@ -11,13 +11,14 @@ from jax.sharding import PartitionSpec
 from deepseek_jax.compilation import compiler_options
 from deepseek_jax.config import MESH_AXES, Config, ModelConfig
 from deepseek_jax.config.trainable import learning_part, trainable, with_part
+from deepseek_jax.data.marks import read_marks
 from deepseek_jax.model.layers import param_dtype
 from deepseek_jax.model.router import updated_bias
 from deepseek_jax.model.transformer import DeepseekV3
 from deepseek_jax.parallel.sharding import PIPELINED, Division
 from deepseek_jax.parallel.weights import collect, deliver, largest_of_layers, sum_of_layers
 from deepseek_jax.training.adapters import with_adapters
-from deepseek_jax.training.loss import LossParts, training_loss
+from deepseek_jax.training.loss import LossParts, counted_targets, targets_of_part, training_loss
 from deepseek_jax.training.optimizer import make_optimizer
 from deepseek_jax.training.qk_clip import clipped_heads
 
@@ -163,18 +164,18 @@ def _accumulated(
 ) -> tuple[Any, StepMetrics]:
     """Gradients of what learns and metrics of the whole batch: means over its parts, but sums of the expert counts."""
     learning = learning_part(trainable(config), params)
-    wide = param_dtype(config.model)
+    wide, count = param_dtype(config.model), tokens.shape[0] if scalars.parts is None else scalars.parts
+    whole = _targets(tokens, count, config, division)
 
     @partial(jax.jit, inline=True)  # traced once, for its shapes and for the loop; the program is the same
     def one(part: jax.Array) -> tuple[Any, jax.Array, LossParts]:
         def loss_of(learning: Any) -> tuple[jax.Array, LossParts]:
             every = with_part(params, learning)
-            return training_loss(every, router_state, part, config, scalars.mtp_loss_weight, division)
+            return training_loss(every, router_state, part, config, scalars.mtp_loss_weight, division, whole)
 
         (loss, parts), gradients = jax.value_and_grad(loss_of, has_aux=True)(learning)
         return jax.tree.map(lambda gradient: gradient.astype(wide), gradients), loss, parts
 
-    count = tokens.shape[0] if scalars.parts is None else scalars.parts
     if scalars.parts is None and count == 1:
         gradients, loss, parts = one(tokens[0])
     else:
@@ -194,3 +195,14 @@ def _accumulated(
         gradients, loss = mean(gradients), mean(loss)
         parts = mean(parts._replace(counts={}))._replace(counts=parts.counts, largest_scores=scores)
     return gradients, StepMetrics(loss, parts)
+
+
+def _targets(tokens: jax.Array, count: int | jax.Array, config: Config, division: Optional[Division]) -> Optional[jax.Array]:
+    """`targets_of_part` of the first `count` parts of [A, B / A, T + 1 + D]; None where every target counts."""
+    depth = config.model.num_nextn_predict_layers
+    marked = read_marks(config.data, tokens.reshape(-1, tokens.shape[-1]))
+    if marked.ends is None:
+        return None
+    counted = counted_targets(marked, tokens.shape[-1] - 1 - depth, depth, division)
+    is_read = jnp.repeat(jnp.arange(len(tokens)) < count, tokens.shape[1])
+    return targets_of_part(counted & is_read[:, None], division, count)

@@ -69,16 +69,16 @@ class DeepseekV3(nn.Module):
         """The modules or heads of multi-token prediction, the first for depth 1."""
         return list(self.model["layers"])[self.config.num_hidden_layers :]
 
-    def forward(self, tokens: torch.Tensor, end_of_document: Optional[int] = None) -> ModelOutput:
+    def forward(self, tokens: torch.Tensor, ends: Optional[torch.Tensor] = None) -> ModelOutput:
         """Predict at every depth.
 
         Args:
             tokens: [B, T + D] ids, D = num_nextn_predict_layers: depth k reads tokens k to T + k.
-            end_of_document: the token after which another document begins, to keep them apart.
+            ends: booleans like `tokens`, whether a token is its document's last, to keep documents apart.
         """
         c = self.config
         length = tokens.shape[1] - c.num_nextn_predict_layers
-        numbers, positions = _places(tokens[:, :length], end_of_document)
+        numbers, positions = _places(tokens[:, :length], None if ends is None else ends[:, :length])
         rope = rope_angles(c, positions)
         embedded = self.model["embed_tokens"](tokens)
 
@@ -99,9 +99,9 @@ class DeepseekV3(nn.Module):
         nothing = hidden.new_zeros((), dtype=param_dtype(c))
         return ModelOutput(torch.stack(states), self.head(), *_routing(outputs, nothing))
 
-    def hidden_states(self, tokens: torch.Tensor, end_of_document: Optional[int] = None) -> torch.Tensor:
+    def hidden_states(self, tokens: torch.Tensor, ends: Optional[torch.Tensor] = None) -> torch.Tensor:
         """Normed states [B, T, hidden_size] of the main model for tokens [B, T]."""
-        numbers, positions = _places(tokens, end_of_document)
+        numbers, positions = _places(tokens, ends)
         rope = rope_angles(self.config, positions)
         hidden = self.model["embed_tokens"](tokens)
         for layer in self.main_layers:
@@ -115,10 +115,10 @@ class DeepseekV3(nn.Module):
         return weight.to(compute_dtype(self.config)).T
 
 
-def _places(tokens: torch.Tensor, end_of_document: Optional[int]) -> tuple[Optional[torch.Tensor], torch.Tensor]:
+def _places(tokens: torch.Tensor, ends: Optional[torch.Tensor]) -> tuple[Optional[torch.Tensor], torch.Tensor]:
     """The document of each token, if they are kept apart, and its position: 0, 1, 2, ... in its sequence or document."""
-    if end_of_document is not None:
-        return segments(tokens, end_of_document)
+    if ends is not None:
+        return segments(ends)
     return None, torch.arange(tokens.shape[1], device=tokens.device).expand_as(tokens)
 
 

@@ -7,6 +7,7 @@ import torch
 
 from deepseek_jax.config import HELD_OUT, Config
 from deepseek_jax.data.loader import Mixture, Windows, part_size
+from deepseek_jax.data.marks import counts, read_marks
 from deepseek_jax.data.packing import PreparedData
 from deepseek_torch.model.transformer import DeepseekV3
 from deepseek_torch.training.loss import cross_entropy
@@ -17,13 +18,14 @@ class Evaluation:
 
     def __init__(self, config: Config, data: PreparedData):
         self._chunk = config.train.loss_chunk_tokens
-        self._end = config.data.end_of_document if config.data.mask_documents else None
+        self._data = config.data
         self._batches = {name: _batches(config, text) for name, text in data.to_evaluate(config).items()}
         self._bytes = dict.fromkeys(self._batches, 0)
         for name, batches in self._batches.items():
-            for batch in batches:  # what follows an end of a document nothing of its own predicts
-                counts = np.ones_like(batch[:, 1:], bool) if self._end is None else batch[:, :-1] != self._end
-                self._bytes[name] += int(data.token_bytes[batch[:, 1:]][counts].sum())
+            for batch in batches:
+                marked = read_marks(config.data, batch)
+                which = counts(marked)
+                self._bytes[name] += int(data.token_bytes[marked.ids[:, 1:]][... if which is None else which].sum())
 
     def by_set(self, model: DeepseekV3) -> dict[str, float]:
         """`bits_per_byte` of every text by its name, HELD_OUT first."""
@@ -35,11 +37,11 @@ class Evaluation:
         nats = 0.0
         model.eval()  # every choice of an expert is served
         for batch in self._batches[name]:
-            tokens = torch.from_numpy(batch).long()
-            hidden, targets = model.hidden_states(tokens[:, :-1], self._end), tokens[:, 1:]
+            marked = read_marks(self._data, torch.from_numpy(batch).long())
+            ends = None if marked.ends is None else marked.ends[:, :-1]
+            hidden, targets, which = model.hidden_states(marked.ids[:, :-1], ends), marked.ids[:, 1:], counts(marked)
             by_token = cross_entropy(hidden.flatten(0, 1), model.head(), targets.flatten(), self._chunk)
-            counts = torch.ones_like(by_token) if self._end is None else (tokens[:, :-1] != self._end).flatten()
-            nats += (by_token * counts).sum().item()
+            nats += (by_token if which is None else by_token * which.flatten()).sum().item()
         return nats / math.log(2) / self._bytes[name]
 
 

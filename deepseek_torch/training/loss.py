@@ -7,6 +7,7 @@ import torch.nn.functional as F
 from torch.utils.checkpoint import checkpoint
 
 from deepseek_jax.config import Config
+from deepseek_jax.data.marks import Marked, read_marks
 from deepseek_torch.model.layers import widen
 from deepseek_torch.model.segments import segments
 from deepseek_torch.model.transformer import DeepseekV3
@@ -29,25 +30,24 @@ class LossParts(NamedTuple):
 
 
 def training_loss(
-    model: DeepseekV3, tokens: torch.Tensor, config: Config, mtp_weight: float
+    model: DeepseekV3, tokens: torch.Tensor, config: Config, mtp_weight: float, whole: Optional[list[float]] = None
 ) -> tuple[torch.Tensor, LossParts]:
     """CE_0 + lambda/D sum_k CE_k + alpha * balance.
 
     Args:
-        tokens: [B, T + 1 + D]; depth k at position i predicts token i + k + 1.
+        tokens: [B, T + 1 + D], see `data.marks`; depth k at position i predicts token i + k + 1.
         mtp_weight: lambda.
+        whole: by depth, of how many targets the loss is the mean; by default those that count here.
     """
-    end = config.data.end_of_document if config.data.mask_documents else None
-    output = model(tokens[:, :-1], end)
+    marked = read_marks(config.data, tokens)
+    output = model(marked.ids[:, :-1], None if marked.ends is None else marked.ends[:, :-1])
     length = output.hidden.shape[2]
-    losses = []
+    losses, counted = [], counted_targets(marked, length, config)
     for depth, hidden in enumerate(output.hidden):
-        targets = tokens[:, depth + 1 : depth + 1 + length]
+        targets = marked.ids[:, depth + 1 : depth + 1 + length]
         nats = cross_entropy(hidden.flatten(0, 1), output.head, targets.flatten(), config.train.loss_chunk_tokens)
-        if end is not None:  # what is of another document than the token that predicts it does not count
-            numbers, _ = segments(tokens, end)
-            nats = nats[(numbers[:, :length] == numbers[:, depth + 1 : depth + 1 + length]).flatten()]
-        losses.append(nats.sum() / max(len(nats), 1))
+        nats = nats[counted[depth].flatten()]
+        losses.append(nats.sum() / ((whole[depth] if whole else len(nats)) or 1))
     next_token, *further = losses
     loss = next_token + config.train.sequence_balance_weight * output.balance_loss
     if further:
@@ -55,6 +55,19 @@ def training_loss(
     scores = None if config.train.qk_clip is None else largest_scores(model)
     parts = LossParts(torch.stack(losses).detach(), output.balance_loss.detach(), output.counts, output.dropped, scores)
     return loss, parts
+
+
+def counted_targets(marked: Marked, length: int, config: Config) -> list[torch.Tensor]:
+    """Which targets of each depth count, [B, T]: of the same document as what predicts them, and marked, where some are."""
+    found = []
+    for depth in range(config.model.num_nextn_predict_layers + 1):
+        targets = slice(depth + 1, depth + 1 + length)
+        which = torch.ones_like(marked.ids[:, targets], dtype=torch.bool)
+        if marked.ends is not None:
+            numbers, _ = segments(marked.ends)
+            which = numbers[:, :length] == numbers[:, targets]
+        found.append(which if marked.counted is None else which & marked.counted[:, targets])
+    return found
 
 
 def cross_entropy(hidden: torch.Tensor, head: torch.Tensor, targets: torch.Tensor, chunk: int) -> torch.Tensor:

@@ -8,10 +8,11 @@ from deepseek_jax.checkpoint.adapters import adapter_layout
 from deepseek_jax.checkpoint.layout import layout
 from deepseek_jax.config import Config
 from deepseek_jax.config.trainable import check_trainable, learns, trainable
+from deepseek_jax.data.marks import read_marks
 from deepseek_torch.model.router import updated_bias
 from deepseek_torch.model.transformer import DeepseekV3
 from deepseek_torch.training.adapters import add_adapters
-from deepseek_torch.training.loss import LossParts, training_loss
+from deepseek_torch.training.loss import LossParts, counted_targets, training_loss
 from deepseek_torch.training.optimizer import clip_by_global_norm, make_optimizer
 from deepseek_torch.training.qk_clip import clip_heads
 from deepseek_torch.training.schedules import StepPlan
@@ -85,8 +86,11 @@ def _accumulated(state: TrainState, tokens: torch.Tensor, mtp_weight: float, con
     state.model.train()
     state.optimizer.zero_grad()
     losses, parts = [], []
+    depth = config.model.num_nextn_predict_layers
+    counted = counted_targets(read_marks(config.data, tokens.flatten(0, 1)), tokens.shape[-1] - 1 - depth, config)
+    whole = [which.sum().item() / len(tokens) for which in counted]
     for part in tokens:
-        loss, of_part = training_loss(state.model, part, config, mtp_weight)
+        loss, of_part = training_loss(state.model, part, config, mtp_weight, whole)
         (loss / len(tokens)).backward()
         losses.append(loss.detach())
         parts.append(of_part)
