@@ -1,6 +1,7 @@
 """Documents to files of tokens, which are made once."""
 
 import json
+import os
 from dataclasses import replace
 
 import numpy as np
@@ -8,10 +9,10 @@ import pytest
 from tokenizers import Tokenizer, models
 
 from deepseek_jax.config import Config
-from deepseek_jax.data import packing
+from deepseek_jax.data import packing, shards
 from deepseek_jax.data import tokenizer as tokenizing
 from deepseek_jax.data.documents import DataError
-from deepseek_jax.data.packing import is_prepared, prepare, write_tokens
+from deepseek_jax.data.packing import changed_files, is_prepared, prepare, write_tokens
 from deepseek_jax.data.tokenizer import train_tokenizer
 from parity_tests.texts import TEXT, VOCAB_SIZE, one_line, tiny
 
@@ -100,6 +101,35 @@ def test_prepared_data_is_reused_until_something_changes(tmp_path, text_file, mo
     assert [times_made(config), times_made(config)] == [1, 0]
     (run / "data" / "fingerprint.json").write_text("{")
     assert times_made(config) == 1
+
+
+def test_files_that_changed_are_named(tmp_path, text_file):
+    others = [tmp_path / name for name in ("gone.txt", "touched.txt")]
+    for other in others:
+        other.write_text(TEXT)
+    prepare(tiny(text_file, *others), tmp_path / "run")
+    assert changed_files(tiny(text_file, *others), tmp_path / "run") == []
+    size, new = text_file.stat().st_size, tmp_path / "new.txt"
+    text_file.write_text("Less.")
+    new.write_text(TEXT)
+    os.utime(others[1], (1, 1))
+    assert changed_files(tiny(text_file, others[1], new), tmp_path / "run") == [
+        f"{others[0]} is gone", f"{new} is new", f"{text_file} has 5 bytes and had {size:,}", f"{others[1]} has changed",
+    ]  # fmt: skip
+    assert changed_files(tiny(text_file), tmp_path / "none") == []
+
+
+def test_sets_with_another_tokenizer_are_refused(tmp_path, tokenizer):
+    """Each against the first; nothing is left behind."""
+    sets = [tmp_path / name for name in ("one", "same", "other")]
+    for place, vocab_size in zip(sets, (VOCAB_SIZE, VOCAB_SIZE, VOCAB_SIZE - 1)):
+        place.mkdir()
+        train_tokenizer([TEXT], vocab_size).save(str(place / packing.TOKENIZER))
+        (place / shards.MANIFEST).write_text(json.dumps({"format": shards.FORMAT, "fingerprint": {}}))
+    with pytest.raises(DataError) as error:
+        prepare(tiny(path=list(map(str, sets))), tmp_path / "run")
+    one_line(error, f"{sets[2]}: has another tokenizer than {sets[0]}; prepare it with prepare.tokenizer={sets[0]}")
+    assert not (tmp_path / "run").exists()
 
 
 def test_same_text_gives_the_same_files(tmp_path, text_file):
