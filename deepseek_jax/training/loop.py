@@ -234,7 +234,7 @@ class Loop:
         if self._skipped < self._config.train.max_skips:
             self._progress.note(told)
             return
-        self._progress.note(f"{told}; looking where it began")
+        self._progress.note(f"{told}\nlooking where it began")
         batch = self._sequences(plan, 0, part_size(self._config.train))
         where = Search(self._config, self._division).find(state, batch, _scalars(plan, self._config)._replace(parts=None))
         raise UserError(too_many_skips(plan.step, numbers, where, self._skipped))

@@ -14,7 +14,7 @@ SLOW = 1.5
 """Times as long as the others' median that are told of."""
 LEAST = 2e-3
 """Seconds more than the others' that matter."""
-PROBES, SIZE = 5, 512
+PROBES, SIZE = 20, 512
 
 
 class Stragglers:
@@ -38,7 +38,7 @@ class Stragglers:
         self._reading, self._steps = 0.0, 0
         work, reading = np.asarray(multihost_utils.process_allgather(own)).T
         told = partial(slow_ones, hosts=self._hosts)
-        return told(work, what="a fixed piece of work") + told(reading, what="reading a batch")
+        return told(work, what="a fixed product") + told(reading, what="reading a batch")
 
     def _probe(self) -> float:
         """Seconds of the product on the slowest of this process's devices."""
