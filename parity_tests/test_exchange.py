@@ -107,18 +107,19 @@ ROUTINGS = {
 
 
 @pytest.mark.parametrize(
-    "remat, hops",
+    "remat, hops, parts",
     [
-        ("none", 1),
-        pytest.param("products", 1, marks=pytest.mark.slow),
-        ("full", 1),
-        ("full", 2),
+        ("none", 1, 1),
+        pytest.param("products", 1, 1, marks=pytest.mark.slow),
+        ("full", 1, 1),
+        ("full", 2, 1),
+        pytest.param("hidden", 1, 2, marks=pytest.mark.slow),
     ],
 )
-def test_every_token_is_served(remat, hops, x64, monkeypatch):
+def test_every_token_is_served(remat, hops, parts, x64, monkeypatch):
     """As on one device, gradients too, however many rounds it takes; what lies where no row arrived is not read."""
     monkeypatch.setattr(jax.lax, "empty", lambda shape, dtype: jnp.full(shape, jnp.nan, dtype))
-    parallel = ParallelConfig(data=1, expert=DEVICES, exchange_room=1, exchange_groups=hops)
+    parallel = ParallelConfig(data=1, expert=DEVICES, exchange_room=1, exchange_groups=hops, exchange_parts=parts)
 
     def served(indices, *inputs):
         def of(x, weights, *projections):
@@ -157,7 +158,7 @@ def test_every_token_is_served(remat, hops, x64, monkeypatch):
     assert (
         sent_by_group(on_mesh.as_text())
         == {
-            1: {(0, 1, 2, 3): 2 * TOKENS * hidden * 8 * 3 // 4},  # to two devices, where a quarter of the rows are already
+            1: {(0, 1, 2, 3): 2 * TOKENS // parts * hidden * 8 * 3 // 4},  # to two devices, where a quarter is already
             2: {(0, 2): 2 * TOKENS * hidden * 8 // 2, (0, 1): 2 * TOKENS * hidden * 8 // 2},  # to two groups, to two devices
         }[hops]
     )

@@ -112,6 +112,7 @@ MESHES = [
     dict(expert=8),
     dict(data=2, expert=4, exchange_room=1),
     dict(fsdp=2, expert=4),
+    dict(fsdp=4, expert=2, exchange_parts=2),
     dict(fsdp=2, expert=4, exchange_groups=2),
     dict(pipe=4, fsdp=2),
     dict(pipe=8),
@@ -311,7 +312,8 @@ def read_by_overflow(jaxpr, matrices: set[tuple[int, int]]) -> set:
         dict(pipe=2, data=2, fsdp=2), id="tied-plain-queries-no-dense-layer", marks=pytest.mark.slow,
     ),
     pytest.param(
-        dict(first_k_dense_replace=2, num_hidden_layers=2, num_nextn_predict_layers=0), dict(data=4, fsdp=2), id="dense-alone"
+        dict(first_k_dense_replace=2, num_hidden_layers=2, num_nextn_predict_layers=0), dict(fsdp=2, expert=4),
+        id="dense-alone",
     ),
     pytest.param(
         dict(scoring_func="softmax", capacity_factor=1.0, n_shared_experts=2, shared_expert_gate=True, feed_forward="gelu",
@@ -360,7 +362,7 @@ def test_layers_of_stages():
      "parallel.expert=8: must divide model.n_routed_experts=12; nearest 6 or 4"),
     (["parallel.data=2", "parallel.pipe=4"], "parallel.pipe=4 .* 4 parts for 3 mixture-of-experts layers; at most pipe=3"),
     (["parallel.data=8", "train.batch_size=12"], "train.batch_size=12: must be a multiple of 8, .* nearest 16"),
-    (["parallel.data=1", "parallel.fsdp=8", "model.remat=none"], "model.remat=none: .* choose products, attention or full"),
+    (["parallel.data=1", "parallel.fsdp=8", "model.remat=none"], "model.remat=none: .* choose products, hidden, .* or full"),
     (["parallel.data=2", "parallel.expert=4", "parallel.exchange_groups=3"],
      "parallel.exchange_groups=3: must divide parallel.expert=4; nearest 2 or 4"),
     (["parallel.exchange_room=0.5"], "parallel.exchange_room=0.5: must be at least 1"),

@@ -10,7 +10,7 @@ from typing import Any, Optional
 from deepseek_jax.errors import UserError
 
 PRECISIONS = ("float64", "float32", "bfloat16", "fp8")
-REMAT_CHOICES = ("none", "products", "attention", "full")
+REMAT_CHOICES = ("none", "products", "hidden", "attention", "full")
 GROUPED_MATMULS = ("auto", "reference", "blocked", "megablox", "triton")
 ATTENTIONS = ("auto", "reference", "blocked", "chunked", "splash", "cudnn")
 HOW_COMPUTED = ("precision", "remat", "grouped_matmul", "attention", "capacity_factor")
@@ -120,8 +120,8 @@ class ModelConfig:
     leaves embedding, head, routers and the attention core in bfloat16."""
     remat: str = "products"
     """What the backward pass recomputes: nothing (`none`), all but products with weights, attention and what has travelled
-    to experts (`products`), all but attention, the latents before it and the sum after it (`attention`), or every layer
-    (`full`)."""
+    to experts (`products`), all but attention, the latents before it and the sum after it (`attention`), these and the
+    feed-forwards' hidden units (`hidden`), or every layer (`full`)."""
     grouped_matmul: str = "auto"
     """Implementation of the routed experts' product, and in fp8, if it is `triton`, of all products; `auto` takes the
     platform's best."""
@@ -337,6 +337,9 @@ class ParallelConfig:
     exchange_groups: int = 1
     """Groups of neighbours along `expert` with faster links within, such as the hosts that it spans: tokens go once to each
     group and from there on. By itself a token goes once to each device."""
+    exchange_parts: int = 1
+    """In which a device's tokens travel one after the other: one part's exchange may run beside another's products. A part has
+    room of its own, and reads the experts' weights again."""
     exchange: str = "auto"
     """How tokens travel to experts: `ragged` (TPU, GPU) or in `rounds` of equal parts (anywhere); `auto` chooses."""
 

@@ -206,7 +206,7 @@ def _validate_parallel(p: ParallelConfig) -> None:
         _require(size == -1 or size >= 1, f"parallel.{axis}", size, "must be at least 1, or -1 for what remains")
     open_axes = [f"parallel.{axis}" for axis, size in sizes.items() if size == -1]
     _require(len(open_axes) <= 1, " and ".join(open_axes), -1, "only one axis may be -1; give the other a size")
-    _at_least("parallel", p, 1, "pipe_interleave", "microbatch_size", "exchange_room", "exchange_groups")
+    _at_least("parallel", p, 1, "pipe_interleave", "microbatch_size", "exchange_room", "exchange_groups", "exchange_parts")
     _choice("parallel.exchange", p.exchange, EXCHANGES)
 
 

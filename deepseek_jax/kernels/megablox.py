@@ -24,13 +24,11 @@ def rows_by_weight(x: jax.Array, weight: jax.Array, group_sizes: jax.Array, tran
         group_sizes: [E], together at most N.
 
     Returns:
-        [N, M] in x's type, summed in float32; zero in rows that belong to no group.
+        [N, M] in x's type, summed in float32; anything in rows that belong to no group.
     """
     rows, width = x.shape[0], weight.shape[1 if transpose else 2]
     tiling = tiles(rows, weight.shape[0], x.shape[1], width, x.dtype)
-    y = gmm(_whole_tiles(x, tiling[0]), weight, group_sizes, x.dtype, tiling, transpose_rhs=transpose)[:rows]
-    # The kernel leaves memory that it does not write as it found it.
-    return jnp.where(jnp.arange(rows)[:, None] < jnp.sum(group_sizes), y, 0)
+    return gmm(_whole_tiles(x, tiling[0]), weight, group_sizes, x.dtype, tiling, transpose_rhs=transpose)[:rows]
 
 
 def rows_by_rows(x: jax.Array, gradient: jax.Array, group_sizes: jax.Array) -> jax.Array:

@@ -21,13 +21,22 @@ LARGEST_FILLING = 1 / 8
 def splash_attention(q: jax.Array, k: jax.Array, v: jax.Array, scale: float, segment_ids: Optional[jax.Array]) -> jax.Array:
     """What `causal_attention` says, in float32 or bfloat16; heads of any size are taken as they are.
 
-    The end of a length is filled up to whole blocks, where no token looks. Queries are scaled, and rounded, beforehand.
+    Queries are scaled, and rounded, beforehand.
     """
-    length, heads = q.shape[1:3]
+    q, k, v = (x.swapaxes(1, 2) for x in (q * jnp.asarray(scale, q.dtype), k, v))
+    return attention_by_head(q, k, v, segment_ids)
+
+
+def attention_by_head(q: jax.Array, k: jax.Array, v: jax.Array, segment_ids: Optional[jax.Array]) -> jax.Array:
+    """As above, for scaled queries, keys and values [B, H, T, ...]; what they attend to comes by token, [B, T, H, V].
+
+    The end of a length is filled up to whole blocks, where no token looks.
+    """
+    heads, length = q.shape[1:3]
     block = block_size(length, q.dtype)
     whole = length + -length % block
-    q, k, v = (_filled(x, whole).swapaxes(1, 2) for x in (q * jnp.asarray(scale, q.dtype), k, v))
-    documents = None if segment_ids is None else splash.SegmentIds(*[_filled(segment_ids, whole)] * 2)
+    q, k, v = (_filled(x, whole, axis=2) for x in (q, k, v))
+    documents = None if segment_ids is None else splash.SegmentIds(*[_filled(segment_ids, whole, axis=1)] * 2)
     attended: Any = jax.vmap(_kernel(heads, whole, block))(q, k, v, documents)  # an array, unless residuals are asked for
     return with_gradient_apart(attended.swapaxes(1, 2)[:, :length])
 
@@ -52,5 +61,5 @@ def _kernel(heads: int, length: int, block: int) -> splash.splash_attention_kern
     )
 
 
-def _filled(x: jax.Array, length: int) -> jax.Array:
-    return jnp.pad(x, [(0, 0), (0, length - x.shape[1])] + [(0, 0)] * (x.ndim - 2))
+def _filled(x: jax.Array, length: int, axis: int) -> jax.Array:
+    return jnp.pad(x, [(0, length - size if each == axis else 0) for each, size in enumerate(x.shape)])

@@ -13,7 +13,7 @@ import jax
 import jax.numpy as jnp
 
 from deepseek_jax.config import ModelConfig
-from deepseek_jax.model.causal_attention import causal_attention, causal_attention_and_scores
+from deepseek_jax.model.causal_attention import causal_attention, causal_attention_and_scores, resolved
 from deepseek_jax.model.context_attention import context_attention
 from deepseek_jax.model.layers import Linear, RMSNorm, widen
 from deepseek_jax.model.prefix_attention import prefix_attention
@@ -113,8 +113,9 @@ class MultiHeadLatentAttention(nn.Module):
         """
         q, latents = self._project(x, rope)
         if cache is None:
-            out = self._expanded(q, latents, segment_ids)
+            out = self._expanded(q, latents, rope, segment_ids)
         else:
+            q = turned_queries(self.config, q, rope)
             rows, known = jnp.arange(x.shape[0])[:, None], cache.cache if isinstance(cache, Prefix) else cache
             new, latents = latents, Latents(*(old.at[rows, positions].set(own) for old, own in zip(known, latents)))
             if isinstance(cache, Prefix):
@@ -125,28 +126,31 @@ class MultiHeadLatentAttention(nn.Module):
         return self.o_proj(out.reshape(*x.shape[:2], -1)), latents
 
     def _project(self, x: jax.Array, rope: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, Latents]:
-        """Queries [B, T, H, nope + rope], the last of which are turned to their position, and the tokens' latents."""
+        """Queries [B, T, H * (nope + rope)], not turned to their positions yet, and the tokens' latents."""
         c = self.config
         first = self.q_proj if c.q_lora_rank is None else self.q_a_proj
         q, kv = products(c, x, first.weight, self.kv_a_proj_with_mqa.weight)
         q, kv = first.completed(x, q), keep(self.kv_a_proj_with_mqa.completed(x, kv), WAYPOINT)
         if c.q_lora_rank is not None:
             q = self.q_b_proj(self.q_a_layernorm(keep(q, WAYPOINT)))
-        q = turn_ends(q.reshape(*x.shape[:2], c.num_attention_heads, -1), *rope, c.rope_interleave)
         c_kv, k_rope = jnp.split(kv, [c.kv_lora_rank], axis=-1)
         k_rope = apply_rope(k_rope[:, :, None], *rope, c.rope_interleave)[:, :, 0]
         latents = Latents(self.kv_a_layernorm(c_kv), k_rope)
         return q, latents
 
-    def _expanded(self, q: jax.Array, latents: Latents, segment_ids: Optional[jax.Array]) -> jax.Array:
+    def _expanded(
+        self, q: jax.Array, latents: Latents, rope: tuple[jax.Array, jax.Array], segment_ids: Optional[jax.Array]
+    ) -> jax.Array:
         """Attention with keys and values made for every head: the fewest operations for many queries."""
         c = self.config
         if devices_of_a_sequence(self.division) > 1:
-            expand, weight = partial(keys_and_values, c), self.kv_b_proj.whole_weight()
+            expand, weight, q = partial(keys_and_values, c), self.kv_b_proj.whole_weight(), turned_queries(c, q, rope)
             return context_attention(expand, softmax_scale(c), q, tuple(latents), weight, segment_ids)
-        k, v = split_heads(c, self.kv_b_proj(latents.c_kv), latents.k_rope)
+        expanded = self.kv_b_proj(latents.c_kv)
         if not self.is_mutable_collection(SCORES):
-            return causal_attention(q, k, v, softmax_scale(c), segment_ids, implementation=c.attention)
+            return latent_attention(c, q, expanded, latents.k_rope, rope, segment_ids)
+        k, v = split_heads(c, expanded, latents.k_rope)
+        q = turned_queries(c, q, rope)
         out, largest = causal_attention_and_scores(q, k, v, softmax_scale(c), segment_ids, implementation=c.attention)
         self.sow(SCORES, "largest_scores", largest)
         return out
@@ -165,6 +169,42 @@ class MultiHeadLatentAttention(nn.Module):
         weights = masked_softmax(scores * softmax_scale(c), seen).astype(q_nope.dtype)
         attended = jnp.einsum("bhts,bsr->bhtr", weights, cache.c_kv)
         return jnp.einsum("bhtr,hvr->bthv", attended, w_uv)
+
+
+def latent_attention(
+    config: ModelConfig,
+    q: jax.Array,
+    expanded: jax.Array,
+    k_rope: jax.Array,
+    rope: tuple[jax.Array, jax.Array],
+    segment_ids: Optional[jax.Array],
+) -> jax.Array:
+    """Attend by what latents expand to, all of it as products make it.
+
+    Args:
+        q: [B, T, H * (nope + rope)], not turned yet.
+        expanded: [B, T, H * (nope + v)], of every head's key what has no position, and its value.
+        k_rope: [B, T, rope], turned, the rest of every key.
+        rope: cosine and sine of the positions, from `rope_angles`.
+        segment_ids: as for `causal_attention`.
+
+    Returns:
+        [B, T, H, v].
+    """
+    if resolved(config.attention, q.dtype) == "splash" and q.dtype != jnp.float64:
+        from deepseek_jax.kernels.by_head import attention_of_products  # only TPUs should load Pallas
+
+        attended = attention_of_products(config, q, expanded, k_rope, rope, segment_ids)
+        if attended is not None:
+            return attended
+    k, v = split_heads(config, expanded, k_rope)
+    q = turned_queries(config, q, rope)
+    return causal_attention(q, k, v, softmax_scale(config), segment_ids, implementation=config.attention)
+
+
+def turned_queries(config: ModelConfig, q: jax.Array, rope: tuple[jax.Array, jax.Array]) -> jax.Array:
+    """Of every head, [B, T, H, nope + rope], their ends turned to their positions, from [B, T, H * (nope + rope)]."""
+    return turn_ends(q.reshape(*q.shape[:2], config.num_attention_heads, -1), *rope, config.rope_interleave)
 
 
 def keys_and_values(config: ModelConfig, weight: jax.Array, latents: tuple[jax.Array, ...]) -> tuple[jax.Array, jax.Array]:

@@ -39,7 +39,7 @@ def causal_attention(
     Raises:
         UserError: the implementation is unknown, or cannot compute here or in q's dtype.
     """
-    return _IMPLEMENTATIONS[_resolved(implementation, q.dtype)](q, k, v, scale, segment_ids)
+    return _IMPLEMENTATIONS[resolved(implementation, q.dtype)](q, k, v, scale, segment_ids)
 
 
 def causal_attention_and_scores(
@@ -54,12 +54,13 @@ def causal_attention_and_scores(
 
     The scores cost nothing where they are at hand, and a product of queries and keys more beside other implementations.
     """
-    if _resolved(implementation, q.dtype) == "blocked":
+    if resolved(implementation, q.dtype) == "blocked":
         return blocked_attention_and_scores(q, k, v, scale, segment_ids)
     return causal_attention(q, k, v, scale, segment_ids, implementation), largest_scores(q, k, scale, segment_ids)
 
 
-def _resolved(implementation: str, dtype: jnp.dtype) -> str:
+def resolved(implementation: str, dtype: jnp.dtype) -> str:
+    """Which of ATTENTIONS computes in a type where `implementation` is asked for; `UserError` for another word."""
     if implementation not in ATTENTIONS:
         raise UserError(f"model.attention={implementation}: choose one of {', '.join(ATTENTIONS)}")
     return best("attention", is_float64=dtype == jnp.float64) if implementation == "auto" else implementation

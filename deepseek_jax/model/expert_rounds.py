@@ -52,10 +52,14 @@ def serve_in_rounds(
 
     Inside `shard_map` over the axis `expert`, all devices of which serve each other's tokens.
     """
-    x, indices, weights = tokens
-    ready = [prepared(config, x, projection) for projection in projections]  # once, and not in every round
-    setting = Setting(config, hops_of(config, parallel, x.shape[0]), parallel.exchange)
-    return _hop(setting, (prepared_rows(config, x), indices, weights), ready)
+    ready = [prepared(config, tokens[0], projection) for projection in projections]  # once, and not in every round
+    parts = zip(*(jnp.split(each, parallel.exchange_parts) for each in tokens))
+
+    def served(x: jax.Array, indices: jax.Array, weights: jax.Array) -> jax.Array:
+        setting = Setting(config, hops_of(config, parallel, x.shape[0]), parallel.exchange)
+        return _hop(setting, (prepared_rows(config, x), indices, weights), ready)
+
+    return jnp.concatenate([served(*part) for part in parts])
 
 
 def _hop(setting: Setting, tokens: tuple[Operand, jax.Array, jax.Array], projections: Sequence[Operand]) -> jax.Array:

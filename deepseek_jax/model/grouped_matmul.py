@@ -22,7 +22,9 @@ LEAST_ROWS = {512: 385, 128: 65, 32: 9, 4: 1}
 group's costs less than the several smaller ones that would fit exactly."""
 
 
-def grouped_matmul(x: jax.Array, weights: Arrays, group_sizes: jax.Array, implementation: str = "auto") -> Arrays:
+def grouped_matmul(
+    x: jax.Array, weights: Arrays, group_sizes: jax.Array, implementation: str = "auto", all_read: bool = True
+) -> Arrays:
     """Multiply each group of rows by its own matrix, for one or more such sets of matrices.
 
     Args:
@@ -31,6 +33,7 @@ def grouped_matmul(x: jax.Array, weights: Arrays, group_sizes: jax.Array, implem
         group_sizes: [E] int32, how many rows each group has; their sum is at most N.
         implementation: one of `GROUPED_MATMULS`, of which `auto` is the best for the devices at hand. Inside
             `shard_map` megablox and triton need `check_vma=False`, the others nothing.
+        all_read: whether rows that belong to no group are read, or their gradients; if not, both may be anything.
 
     Returns:
         For each of the weights [N, M] in x's dtype, summed in at least float32. Rows that belong to no group
@@ -48,7 +51,11 @@ def grouped_matmul(x: jax.Array, weights: Arrays, group_sizes: jax.Array, implem
     x, group_sizes, *weights = _vary_alike(x, group_sizes, *weights)
     if implementation == "reference":
         return [_reference(x, weight, group_sizes) for weight in weights]
-    return _fast(x, weights, group_sizes, implementation)
+    if implementation != "megablox" or not all_read:
+        return _fast(x, weights, group_sizes, implementation)
+    # The kernel leaves memory that it does not write as it found it.
+    member = (jnp.arange(x.shape[0]) < jnp.sum(group_sizes))[:, None]
+    return [jnp.where(member, y, 0) for y in _fast(jnp.where(member, x, 0), weights, group_sizes, implementation)]
 
 
 def _reference(x: jax.Array, weight: jax.Array, group_sizes: jax.Array) -> jax.Array:

@@ -10,7 +10,7 @@ import jax.numpy as jnp
 from deepseek_jax.config import ModelConfig
 from deepseek_jax.model.matmul import matmul
 from deepseek_jax.model.panels import PANELS
-from deepseek_jax.model.products import grouped_products, products
+from deepseek_jax.model.products import HIDDEN, grouped_products, products
 from deepseek_jax.parallel.embedding import look_up
 from deepseek_jax.parallel.sharding import Division
 from deepseek_jax.precision.fp8_operands import Operand
@@ -153,7 +153,7 @@ def grouped_feed_forward(
         projections: of all groups, [E, in, out] each; the down projection is the last.
     """
     *entering, down_proj = projections
-    entered = grouped_products(config, x, group_sizes, *entering)
+    entered = grouped_products(config, x, group_sizes, *entering, name=HIDDEN)
     # The factor is applied before the down projection, which is linear: its rows are the narrower ones.
     activated = FEED_FORWARD_FORMS[config.feed_forward].activation(*entered) * factors.astype(x.dtype)
     return grouped_products(config, activated, group_sizes, down_proj)[0]
@@ -175,6 +175,6 @@ class FeedForward(nn.Module):
         """[..., hidden_size] -> the same; `factors`, [..., width], act on the hidden units."""
         form = FEED_FORWARD_FORMS[self.config.feed_forward]
         entering = [getattr(self, name) for name in form.projections]
-        entered = products(self.config, x, *(linear.weight for linear in entering))
+        entered = products(self.config, x, *(linear.weight for linear in entering), name=HIDDEN)
         activated = form.activation(*(linear.completed(x, y) for linear, y in zip(entering, entered)))
         return self.down_proj(activated if factors is None else activated * factors.astype(x.dtype))

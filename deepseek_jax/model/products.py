@@ -20,10 +20,16 @@ from deepseek_jax.precision.fp8_matmul import fp8_matmul
 from deepseek_jax.precision.fp8_operands import Operand, Prepared, prepare_rows, prepare_weight
 from deepseek_jax.precision.narrow import narrow
 
-PRODUCT, ATTENDED, WAYPOINT = "product", "attended", "waypoint"
-"""What costs more than elementwise work to make again; attention's output, with what its backward pass needs of it; and the
-few numbers between which a layer can be made again piece by piece."""
-KEPT: dict[str, tuple[str, ...]] = {"products": (PRODUCT, ATTENDED), "attention": (ATTENDED, WAYPOINT), "full": ()}
+PRODUCT, HIDDEN, ATTENDED, WAYPOINT = "product", "hidden", "attended", "waypoint"
+"""What costs more than elementwise work to make again; of that a feed-forward's hidden units, before its activation;
+attention's output, with what its backward pass needs of it; and the few numbers between which a layer can be made again
+piece by piece."""
+KEPT: dict[str, tuple[str, ...]] = {
+    "products": (PRODUCT, HIDDEN, ATTENDED),
+    "hidden": (HIDDEN, ATTENDED, WAYPOINT),
+    "attention": (ATTENDED, WAYPOINT),
+    "full": (),
+}
 """By `model.remat`, what is kept of a layer beside its input."""
 
 
@@ -37,25 +43,30 @@ def policy(remat: str) -> Callable[..., bool]:
     return jax.checkpoint_policies.save_only_these_names(*KEPT[remat])
 
 
-def products(config: ModelConfig, x: jax.Array, *weights: jax.Array | Panels) -> list[jax.Array]:
-    """x [..., K] times each of the weights [K, M], whole or cut: a list of [..., M] in x's type."""
+def products(config: ModelConfig, x: jax.Array, *weights: jax.Array | Panels, name: str = PRODUCT) -> list[jax.Array]:
+    """x [..., K] times each of the weights [K, M], whole or cut: a list of [..., M] in x's type, kept by `name`."""
     whole = tuple(weight for weight in weights if not isinstance(weight, Panels))
     if len(whole) < len(weights):
         return [times(x, weight) for weight in weights]
     ready: list[Any] = [prepared(config, x, weight) for weight in whole]
     is_fp8 = config.precision == "fp8"
     results = fp8_matmul(x, tuple(ready), _fp8_implementation(config)) if is_fp8 else matmul(x, ready)
-    return [keep(result) for result in results]
+    return [keep(result, name) for result in results]
 
 
-def grouped_products(config: ModelConfig, x: Any, group_sizes: jax.Array, *weights: Operand) -> list[jax.Array]:
-    """Rows x [N, K], sorted by group, times each of the weights [E, K, M]: a list of [N, M] in x's type."""
+def grouped_products(
+    config: ModelConfig, x: Any, group_sizes: jax.Array, *weights: Operand, name: str = PRODUCT
+) -> list[jax.Array]:
+    """Rows x [N, K], sorted by group, times each of the weights [E, K, M]: a list of [N, M] in x's type, kept by `name`.
+
+    What lies in rows of no group is anything.
+    """
     ready: list[Any] = [prepared(config, x, weight) for weight in weights]
     if config.precision == "fp8":
         results = fp8_grouped_matmul(x, tuple(ready), group_sizes, _fp8_implementation(config))
     else:
-        results = grouped_matmul(x, ready, group_sizes, config.grouped_matmul)
-    return [keep(result) for result in results]
+        results = grouped_matmul(x, ready, group_sizes, config.grouped_matmul, all_read=False)
+    return [keep(result, name) for result in results]
 
 
 def prepared_rows(config: ModelConfig, x: jax.Array) -> Operand:

@@ -64,20 +64,28 @@ def turned_by_product(x: jax.Array, cos: jax.Array, sin: jax.Array, interleave: 
 
     A product with a matrix of signs brings each of a pair to the other's place; no number changes by it.
     """
-    pairs, start = cos.shape[-1], x.shape[-1] - 2 * cos.shape[-1]
-    places = np.arange(start, x.shape[-1])
+    signs = jnp.asarray(other_of_pairs(x.shape[-1], 2 * cos.shape[-1], interleave), x.dtype)
+    other = jnp.matmul(x, signs, precision=jax.lax.Precision.HIGHEST)
+    of_one, of_other = (
+        factors_of_all(of_pairs, x.shape[-1], before, interleave)[..., None, :] for of_pairs, before in ((cos, 1), (sin, 0))
+    )
+    return (x * of_one + other * of_other).astype(x.dtype)
+
+
+def other_of_pairs(width: int, turned: int, interleave: bool) -> np.ndarray:
+    """The matrix [width, width] that brings the other of each pair, with its sign, to the place of the one."""
+    places = np.arange(width - turned, width)
     one, another = (places[0::2], places[1::2]) if interleave else np.split(places, 2)
-    signs = np.zeros((x.shape[-1], x.shape[-1]))
+    signs = np.zeros((width, width))
     signs[another, one], signs[one, another] = -1, 1
-    other = jnp.matmul(x, jnp.asarray(signs, x.dtype), precision=jax.lax.Precision.HIGHEST)
+    return signs
 
-    def factors(of_pairs: jax.Array, before: float) -> jax.Array:
-        """[..., T, 1, D]."""
-        unturned = jnp.full((*of_pairs.shape[:-1], start), before, of_pairs.dtype)
-        both = [jnp.repeat(of_pairs, 2, axis=-1, total_repeat_length=2 * pairs)] if interleave else [of_pairs, of_pairs]
-        return jnp.concatenate([unturned, *both], axis=-1)[..., None, :]
 
-    return (x * factors(cos, 1) + other * factors(sin, 0)).astype(x.dtype)
+def factors_of_all(of_pairs: jax.Array, width: int, before: float, interleave: bool) -> jax.Array:
+    """Factors of pairs [..., R / 2] at the places of both of each, the last of [..., width], and `before` at all others."""
+    unturned = jnp.full((*of_pairs.shape[:-1], width - 2 * of_pairs.shape[-1]), before, of_pairs.dtype)
+    both = [jnp.repeat(of_pairs, 2, axis=-1)] if interleave else [of_pairs, of_pairs]
+    return jnp.concatenate([unturned, *both], axis=-1)
 
 
 turn_ends.defvjp(

@@ -4,7 +4,6 @@ import jax
 import jax.numpy as jnp
 
 from deepseek_jax.parallel.sharding import Division
-from deepseek_jax.parallel.weights import layer_axes
 
 
 def look_up(division: Division, rows: jax.Array, tokens: jax.Array, dtype: jnp.dtype) -> jax.Array:
@@ -21,7 +20,7 @@ def look_up(division: Division, rows: jax.Array, tokens: jax.Array, dtype: jnp.d
     Returns:
         [B, T, hidden_size].
     """
-    axes = tuple(axis for axis in layer_axes(division, ("embed_tokens",)) if division.mesh.shape[axis] > 1)
+    axes = tuple(axis for axis in division.layer_axes(("embed_tokens",)) if division.mesh.shape[axis] > 1)
     place = jax.lax.all_gather(tokens, axes, tiled=True) - jax.lax.axis_index(axes) * len(rows)
     is_here = (place >= 0) & (place < len(rows))
     found = jnp.where(is_here[..., None], rows[jnp.where(is_here, place, 0)], 0)

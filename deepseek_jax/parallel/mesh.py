@@ -24,6 +24,8 @@ def resolve(config: Config, devices: int) -> ParallelConfig:
     """
     model, train = config.model, config.train
     parallel = _with_experts(config.parallel, model, train.sequence_length, devices)
+    own = train.sequence_length // parallel.context
+    _divides("parallel.exchange_parts", parallel.exchange_parts, "a device's tokens of a sequence", own)
     if parallel.pipe > 1 and model.moe_layer_freq > 1:
         raise ConfigError(
             f"parallel.pipe={parallel.pipe}: stages are of mixture-of-experts layers alone, and with "
@@ -38,7 +40,8 @@ def resolve(config: Config, devices: int) -> ParallelConfig:
     for axis in ("fsdp", "context"):
         if getattr(parallel, axis) > 1 and model.remat == "none":
             raise ConfigError(
-                f"model.remat=none: would keep every gathered weight under parallel.{axis}; choose products, attention or full"
+                f"model.remat=none: would keep every gathered weight under parallel.{axis}; choose products, hidden, "
+                "attention or full"
             )
     context, length = parallel.context, train.sequence_length
     if context > 1 and length % (2 * context):

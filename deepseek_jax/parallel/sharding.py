@@ -38,7 +38,8 @@ TABLE = {
     "experts": Row(("expert",), "an expert's weights stay where they are and tokens travel to it: of many experts' weights "
                                 "and their tokens, these are the smaller load"),
     "features": Row(("fsdp", "context", "pipe", "data", "expert"), "inputs and outputs are the only axes that all weights "
-                                                                   "have; what a step gathers last is cut first"),
+                                                                   "have; what a step gathers last, layer by layer, is cut "
+                                                                   "first"),
     "layers": Row((), "any number of layers must fit; a step deals them out to the pipeline's stages"),
     "served": Row(("fsdp",), "features of a model that only writes or scores: it has no moments, and what `data` and `expert` "
                              "cut would be gathered for every token"),
@@ -83,13 +84,29 @@ class Division:
         rest, cuts = list(shape), []
         logical_of = logical_axes(path, len(shape))
         axes = [TABLE[self._features if logical == "features" else logical].mesh_axes for logical in logical_of]
-        for mesh_axis in TABLE["features"].mesh_axes:
+        last = self.layer_axes(path)
+        for mesh_axis in (*last, *(axis for axis in TABLE["features"].mesh_axes if axis not in last)):
             size = self.mesh.shape[mesh_axis]
             dim = next((d for d, allowed in enumerate(axes) if mesh_axis in allowed and rest[d] % size == 0), None)
             if size > 1 and dim is not None:
                 rest[dim] //= size
                 cuts.append((mesh_axis, dim))
         return Place(tuple(cuts))
+
+    def layer_axes(self, path: tuple[str, ...]) -> tuple[str, ...]:
+        """Mesh axes over which a parameter is gathered where it is used, and no earlier.
+
+        Of a layer's weights that both `fsdp` and `expert` cut, that is the larger axis: what is gathered over the smaller once
+        a step, and the sums of gradients that await it, is then the least; and on a torus a larger axis has more links.
+        """
+        if self.is_dealt(path):
+            return ("fsdp", "context")
+        by_both = self._features != "served" and path[0].endswith("_layers") and "experts" not in path
+        return ("expert" if by_both and 1 < self.parallel.fsdp <= self.parallel.expert else "fsdp", "context", "pipe")
+
+    def is_dealt(self, path: tuple[str, ...]) -> bool:
+        """Whether a parameter is of the layers that pipeline stages share out."""
+        return self.parallel.pipe > 1 and path[0] == PIPELINED
 
     def param_specs(self) -> Any:
         """Of the parameters, for `shard_map`."""

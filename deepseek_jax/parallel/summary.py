@@ -12,7 +12,7 @@ from deepseek_jax.parallel.exchange import hops_of
 from deepseek_jax.parallel.mesh import readers
 from deepseek_jax.parallel.pipeline import assign_layers, bubble
 from deepseek_jax.parallel.sharding import PIPELINED, Division, Place, bytes_per_device
-from deepseek_jax.parallel.weights import layer_axes, step_type
+from deepseek_jax.parallel.weights import step_type
 
 DIVIDES = {
     "pipe": "the mixture-of-experts layers, in stages",
@@ -80,7 +80,7 @@ def bytes_in_step(division: Division, config: Config, params: Any) -> tuple[int,
 
     def one(path: tuple[str, ...], place: Place, leaf: jax.ShapeDtypeStruct) -> np.ndarray:
         is_learnt = learns(trainable(config), path)
-        cut_by = {*layer_axes(division, path), *(("expert",) if "experts" in path else ())}
+        cut_by = {*division.layer_axes(path), *(("expert",) if "experts" in path else ())}
         cuts = math.prod(sizes[axis] for axis, _ in place.cuts if axis in cut_by)
         size = leaf.size
         if path[0] == PIPELINED and division.parallel.pipe > 1:

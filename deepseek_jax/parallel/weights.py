@@ -2,7 +2,8 @@
 
 Once a step, `collect` gathers what `data` (ZeRO-1) and `expert` cut, and deals the pipelined stack's layers to their
 stages. What `fsdp` and `context` (ZeRO-3) cut, `gather_layer` puts together layer by layer, and the backward pass again;
-outside the pipelined stack the axis `pipe` is one more of that kind, so that no stage alone carries embedding and head.
+where `expert` is larger than `fsdp`, the two change places. Outside the pipelined stack the axis `pipe` is one more of that
+kind, so that no stage alone carries embedding and head.
 Weights are gathered in the type that products take them in, gradients are summed in the parameters' own.
 """
 
@@ -29,7 +30,7 @@ def collect(division: Division, config: ModelConfig, params: Any, router_state: 
         leaf = leaf.astype(step_type(division, config, path, place, leaf.dtype))
         for axis, dim in reversed(_cuts(place, _step_axes(division, path))):
             leaf = jax.lax.all_gather(leaf, axis, axis=dim, tiled=True)
-        if not _is_dealt(division, path):
+        if not division.is_dealt(path):
             return leaf
         return _deal(division, config, place, leaf, absent=0 if {"o_proj", "down_proj"} & set(path) else 1)
 
@@ -46,13 +47,14 @@ def deliver(division: Division, config: ModelConfig, gradients: Any) -> Any:
 
     def one(path: tuple[str, ...], place: Place, leaf: jax.Array) -> jax.Array:
         own = ("expert",) if "experts" in path else ()  # tokens came to it from all of them
-        if _is_dealt(division, path):
+        if division.is_dealt(path):
             leaf, own = _undeal(division, config, place, leaf), (*own, "pipe")
+        for axis, dim in place.cuts:
+            if axis not in (*own, *division.layer_axes(path)):
+                leaf = _scatter(leaf, axis, dim)
         for axis, size in division.mesh.shape.items():
-            dim = place.dim(axis)
-            if size == 1 or axis in own or (dim is not None and axis in layer_axes(division, path)):
-                continue
-            leaf = jax.lax.psum(leaf, axis) if dim is None else _scatter(leaf, axis, dim)
+            if size > 1 and place.dim(axis) is None and axis not in own:
+                leaf = jax.lax.psum(leaf, axis)
         return leaf
 
     return division.map(one, gradients)
@@ -66,7 +68,7 @@ def gather_layer(division: Division, config: ModelConfig, path: tuple[str, ...],
 
     def one(key_path: tuple, place: Place, leaf: jax.Array) -> jax.Array:
         names = (*path, *(key.key for key in key_path))
-        cuts = tuple((axis, dim - stacked) for axis, dim in _cuts(place, layer_axes(division, names)))
+        cuts = tuple((axis, dim - stacked) for axis, dim in _cuts(place, division.layer_axes(names)))
         return _gather(leaf, cuts, product_type(config, names, leaf.dtype)) if cuts else leaf
 
     with jax.named_scope("weights"):
@@ -83,7 +85,7 @@ def gradient_type(division: Division | None, config: ModelConfig, path: tuple[st
         place = division.places
         for name in path:
             place = place[name]
-        if _cuts(place, layer_axes(division, path)):
+        if _cuts(place, division.layer_axes(path)):
             return dtype
     return jnp.dtype("bfloat16") if config.precision == "fp8" and _is_product(path) else product_type(config, path, dtype)
 
@@ -103,15 +105,10 @@ def gather_unstacked(division: Division, config: ModelConfig, params: Any, token
 
 def _vectors_travel(division: Division, config: ModelConfig, tokens: int) -> bool:
     """Whether tokens' vectors are a smaller load than the embedding's rows, of which every device has its own."""
-    place, axes = division.places["embed_tokens"]["weight"], layer_axes(division, ("embed_tokens",))
+    place, axes = division.places["embed_tokens"]["weight"], division.layer_axes(("embed_tokens",))
     devices = math.prod(division.mesh.shape[axis] for axis in axes)
     in_rows = math.prod(division.mesh.shape[axis] for axis, dim in place.cuts if axis in axes and dim == 0) == devices
     return devices > 1 and in_rows and devices * tokens < config.vocab_size and not config.tie_word_embeddings
-
-
-def layer_axes(division: Division, path: tuple[str, ...]) -> tuple[str, ...]:
-    """Mesh axes over which a parameter is gathered where it is used."""
-    return ("fsdp", "context") if _is_dealt(division, path) else ("fsdp", "context", "pipe")
 
 
 def product_type(config: ModelConfig, path: tuple[str, ...], dtype: jnp.dtype) -> jnp.dtype:
@@ -127,8 +124,8 @@ def product_type(config: ModelConfig, path: tuple[str, ...], dtype: jnp.dtype) -
 
 def step_type(division: Division, config: ModelConfig, path: tuple[str, ...], place: Place, dtype: jnp.dtype) -> jnp.dtype:
     """In which `collect` returns a parameter: as products take it, if it travels and is whole then."""
-    travels = _is_dealt(division, path) or _cuts(place, _step_axes(division, path))
-    whole = not _cuts(place, layer_axes(division, path))
+    travels = division.is_dealt(path) or _cuts(place, _step_axes(division, path))
+    whole = not _cuts(place, division.layer_axes(path))
     return product_type(config, path, dtype) if travels and whole else dtype
 
 
@@ -143,15 +140,12 @@ def largest_of_layers(division: Division, config: ModelConfig, dealt: jax.Array)
 
 
 def _step_axes(division: Division, path: tuple[str, ...]) -> tuple[str, ...]:
-    return ("data",) if "experts" in path else ("data", "expert")
+    later = division.layer_axes(path) + (("expert",) if "experts" in path else ())
+    return tuple(axis for axis in ("fsdp", "data", "expert") if axis not in later)
 
 
 def _cuts(place: Place, axes: tuple[str, ...]) -> Cuts:
     return tuple(cut for cut in place.cuts if cut[0] in axes)
-
-
-def _is_dealt(division: Division, path: tuple[str, ...]) -> bool:
-    return division.parallel.pipe > 1 and path[0] == PIPELINED
 
 
 def _is_product(path: tuple[str, ...]) -> bool:

@@ -93,7 +93,8 @@ def even_rows(config: Config) -> int:
     sequences = train.batch_size // train.gradient_accumulation_steps // readers(parallel)
     if parallel.pipe > 1:
         sequences = parallel.microbatch_size
-    return sequences * (train.sequence_length // parallel.context) * config.model.num_experts_per_tok
+    parts = parallel.exchange_parts if parallel.expert > 1 else 1
+    return sequences * (train.sequence_length // parallel.context) * config.model.num_experts_per_tok // parts
 
 
 def extrapolated(config: Config, topology: Topology, tell: Tell, layers: int) -> Estimate:

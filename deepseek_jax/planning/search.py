@@ -37,7 +37,7 @@ MARGIN = 1.2
 """Compiled steps needed 16 to 23% more memory than the rough estimate says."""
 ROUGH_SHARE = 0.5
 """Of the peak, for products."""
-REMATS = ("products", "attention", "full")
+REMATS = ("products", "hidden", "attention", "full")
 
 
 class Candidate(NamedTuple):
@@ -217,8 +217,10 @@ def _kept_widths(m: ModelConfig) -> int:
     """Numbers a token that `model.remat` keeps of a layer beside its input."""
     if m.remat == "full":
         return 0
-    if m.remat == "attention":
-        return m.num_attention_heads * m.v_head_dim + (m.q_lora_rank or 0) + m.kv_lora_rank + m.hidden_size
+    if m.remat in ("attention", "hidden"):
+        chosen = m.num_experts_per_tok + m.n_shared_experts if m.remat == "hidden" else 0
+        hidden = 2 * chosen * m.moe_intermediate_size
+        return hidden + m.num_attention_heads * m.v_head_dim + (m.q_lora_rank or 0) + m.kv_lora_rank + m.hidden_size
     q = m.num_attention_heads * (m.qk_nope_head_dim + m.qk_rope_head_dim)
     attention = 2 * q + m.num_attention_heads * (m.qk_nope_head_dim + 2 * m.v_head_dim) + m.hidden_size
     experts = m.n_shared_experts * (2 * m.moe_intermediate_size) + m.hidden_size
