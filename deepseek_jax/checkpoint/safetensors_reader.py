@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 
 from deepseek_jax.checkpoint.hf_files import INDEX_FILE, weight_files
-from deepseek_jax.checkpoint.tensors import DTYPES, MAX_DIMENSIONS, CheckpointError, TensorSpec
+from deepseek_jax.checkpoint.tensors import DTYPES, MAX_DIMENSIONS, CheckpointError, TensorDirectory, TensorSpec
 from deepseek_jax.checkpoint.untrusted import MAX_JSON_BYTES, is_count, parse_object, shown
 
 
@@ -26,7 +26,7 @@ class StoredTensor(TensorSpec):
     start: int
 
 
-class SafetensorsDirectory:
+class SafetensorsDirectory(TensorDirectory):
     """A Hugging Face directory's tensors: one `model.safetensors`, or shards, with their index or all of them.
 
     Attributes:
@@ -42,17 +42,7 @@ class SafetensorsDirectory:
         """
         self.path = Path(path)
         files, weight_map = weight_files(self.path)
-        self.entries = _read_shards(self.path, files, weight_map)
-
-    @property
-    def names(self) -> list[str]:
-        """All tensors' names."""
-        return list(self.entries)
-
-    @property
-    def nbytes(self) -> int:
-        """Bytes of all tensors."""
-        return sum(entry.nbytes for entry in self.entries.values())
+        self.entries: dict[str, StoredTensor] = _read_shards(self.path, files, weight_map)
 
     def read(self, name: str) -> np.ndarray:
         """The tensor `name` in an array of its own, so that letting go of it frees its memory.

@@ -5,6 +5,7 @@ laid out on paper. Dtypes go by the names that the safetensors format gives them
 """
 
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 import ml_dtypes
@@ -62,6 +63,22 @@ class TensorSpec:
     def nbytes(self) -> int:
         """Bytes of its numbers."""
         return math.prod(self.shape) * self.numpy_dtype.itemsize
+
+
+class TensorDirectory:
+    """What is known of the tensors of a directory, by name, whatever its files are."""
+
+    entries: Mapping[str, TensorSpec]
+
+    @property
+    def names(self) -> list[str]:
+        """All tensors' names."""
+        return list(self.entries)
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of all tensors."""
+        return sum(entry.nbytes for entry in self.entries.values())
 
 
 def fill(target: np.ndarray, array: np.ndarray) -> None:

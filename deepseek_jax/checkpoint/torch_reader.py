@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 
 from deepseek_jax.checkpoint.hf_files import weight_files
-from deepseek_jax.checkpoint.tensors import CheckpointError, TensorSpec
+from deepseek_jax.checkpoint.tensors import CheckpointError, TensorDirectory, TensorSpec
 from deepseek_jax.checkpoint.untrusted import shown
 
 _DTYPES = {
@@ -28,7 +28,7 @@ class SavedTensor(TensorSpec):
     file: Path
 
 
-class TorchDirectory:
+class TorchDirectory(TensorDirectory):
     """As `safetensors_reader.SafetensorsDirectory`, of `.bin`, `.pt` or `.pth` files.
 
     Attributes:
@@ -55,16 +55,6 @@ class TorchDirectory:
         for name, where in (weight_map or {}).items():
             if name not in self.entries:
                 raise CheckpointError(f"{path / where}: {shown(name)}: missing, though the index says it is there")
-
-    @property
-    def names(self) -> list[str]:
-        """All tensors' names."""
-        return list(self.entries)
-
-    @property
-    def nbytes(self) -> int:
-        """Bytes of all tensors."""
-        return sum(entry.nbytes for entry in self.entries.values())
 
     def read(self, name: str) -> np.ndarray:
         """The tensor `name` in an array of its own."""
