@@ -284,7 +284,7 @@ def test_names_of_nothing_are_refused(modules, told):
         adapter_layout(SMALL, LoraConfig(rank=1, modules=modules))
 
 
-@pytest.mark.parametrize("other", ["train.optimizer=muon", "train.qk_clip=100", "lora.alpha=0"])
+@pytest.mark.parametrize("other", ["train.optimizer=muon", "train.qk_clip=100", "train.ema_decay=0.9", "lora.alpha=0"])
 def test_what_does_not_go_with_adapters_is_refused(other):
     with pytest.raises(ConfigError, match=r"^lora\.(rank=2|alpha=0.0): "):
         load_config("tiny", ["lora.rank=2", other])
