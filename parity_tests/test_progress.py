@@ -174,6 +174,7 @@ with processes.together():
 """
 
 
+@pytest.mark.slow
 def test_a_stopped_process_of_four_is_named_and_may_come_back(tmp_path):
     running = launch(4, 1, "-c", SILENT, tmp_path)
     while len(list(tmp_path.glob("[0-9]"))) < 4 or not all(path.read_text() for path in tmp_path.glob("[0-9]")):

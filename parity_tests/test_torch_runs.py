@@ -14,6 +14,8 @@ from deepseek_jax.errors import UserError
 from deepseek_torch.training import step as steps
 from parity_tests.conversions import turn_a_bit
 
+torch.set_num_threads(1)  # sharing out tensors as small as these costs more than it gives
+
 FIELDS = ["train.steps=6", "train.checkpoint_every=2", "train.eval_every=3", "train.eval_sequences=2",
           "train.sequence_length=16", "model.num_hidden_layers=2", "model.num_nextn_predict_layers=0",
           "train.optimizer=muon", "train.qk_clip=0.05"]  # fmt: skip
