@@ -16,6 +16,7 @@ from deepseek_jax.config import ConfigError, TrainConfig, load_config
 from deepseek_jax.convert import convert
 from deepseek_jax.parallel.mesh import make_mesh, resolve
 from deepseek_jax.parallel.sharding import Division
+from deepseek_jax.planning.figures import checkpoint_bytes, count_parameters
 from deepseek_jax.training.average import HOST_MEMORY, Average, places
 from deepseek_jax.training.checkpoint import Checkpoints
 from deepseek_jax.training.optimizer import make_optimizer
@@ -73,6 +74,13 @@ def test_it_is_saved_restored_and_exported(tmp_path):
         convert(saved, tmp_path / "other", ema=True)
     with pytest.raises(CheckpointError, match=r"hf: --ema is of a run that has train.ema_decay"):
         convert(tmp_path / "hf", tmp_path / "other", ema=True)
+
+
+def test_a_checkpoints_size_counts_it():
+    sizes = (checkpoint_bytes(load_config("tiny", [f"train.ema_decay={decay}"])) for decay in (0, 0.9))
+    count = count_parameters(load_config("tiny").model)
+    without, with_one = (each["training state"] for each in sizes)
+    assert with_one - without == 4 * (count.total + count.mtp)
 
 
 def test_where_there_is_none_is_one_line():

@@ -156,7 +156,7 @@ def test_muon_makes_whole_matrices_orthogonal_on_any_mesh(mesh):
     for parallel in ({}, mesh):
         config = config_with(**parallel)
         model = dataclasses.replace(config.model, first_k_dense_replace=0, num_nextn_predict_layers=0)
-        train = dataclasses.replace(config.train, optimizer="muon", qk_clip=None)
+        train = dataclasses.replace(config.train, optimizer="muon", qk_clip=None, sequence_length=8)
         config = dataclasses.replace(config, model=model, train=train)
         with jax.enable_x64(True):
             shapes = jax.eval_shape(partial(init_state, config))

@@ -77,7 +77,7 @@ def test_a_job_goes_on_with_fewer_processes_and_with_more(alone):
     mesh = ("parallel.data=1", "parallel.pipe=2", "parallel.expert=2")
     told, complaints, code = train(alone, "two", 2, 2, "train.steps=2", *mesh)
     assert code == 0, complaints
-    assert "mesh: pipe 2 x data 1 x fsdp 1 x expert 2 = 4 devices in 2 processes" in told
+    assert "mesh: pipe 2 x data 1 x fsdp 1 x context 1 x expert 2 = 4 devices in 2 processes" in told
     assert "the bubble is 20.0% of the time" in told and "each device holds: parameters" in told
     assert told.count("2 bits per byte") + told.count("step 2:") == 1, "one process talks"
     on = ("--resume", "--allow", "train.steps", "parallel.data=-1")

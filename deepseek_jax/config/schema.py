@@ -233,7 +233,7 @@ class TrainConfig:
     learning_rate: float = 2.2e-4
     warmup_steps: int = 0
     learning_rate_decay: list[Phase] = field(default_factory=lambda: [Phase(0.1, shape="cosine")])
-    """After the warm-up; `to` is a multiple of learning_rate."""
+    """After the warm-up; `to` is a multiple of learning_rate. WSD is [{to: 1, until: TOKENS}, {to: 0, shape: linear}]."""
     optimizer: str = "adamw"
     """`adamw`; or `muon` for the matrices (of attention by head, of experts by expert) and AdamW for embedding, head, routers,
     norms and biases, both with the same rate and decay."""

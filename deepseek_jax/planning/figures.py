@@ -190,12 +190,14 @@ def checkpoint_bytes(config: Config) -> dict[str, int]:
     """Bytes of a Hugging Face checkpoint's tensors in each form, and of a run's own `training state`.
 
     The former have MTP modules with their copies of embedding and head; the latter is parameters, both moments of those
-    that learn, and the routers' biases.
+    that learn, an average of the weights if one is kept, and the routers' biases.
     """
     forms = (form for form in FORMS if form != "float16")  # as large as bfloat16
     sizes = {form: sum(spec.nbytes for spec in tensor_specs(config.model, form)) for form in forms}
     biases = _variables(config.model)["router_state"]
-    return sizes | {"training state": _bytes(_params(config)) + _bytes(biases) + _bytes(_moments(config))}
+    params = _bytes(_params(config))
+    average = params if config.train.ema_decay else 0
+    return sizes | {"training state": params + average + _bytes(biases) + _bytes(_moments(config))}
 
 
 def optimizer_bytes(config: Config) -> int:
