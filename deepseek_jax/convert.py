@@ -32,7 +32,7 @@ from deepseek_jax.checkpoint.safetensors_writer import parse_size, plan_shards
 from deepseek_jax.checkpoint.source import Source, summarize
 from deepseek_jax.checkpoint.staging import staged_directory
 from deepseek_jax.checkpoint.tensors import CheckpointError, TensorSpec
-from deepseek_jax.checkpoint.tokenizer_files import TOKENIZER_JSON
+from deepseek_jax.checkpoint.tokenizer_files import TOKENIZER_JSON, UNREAD
 from deepseek_jax.config import load_config
 from deepseek_jax.data.tokenizer import load_tokenizer
 from deepseek_jax.errors import run_command
@@ -168,7 +168,8 @@ def _from_huggingface(
     ]
     print("\n".join([source.summary, *source.notes, _summary(destination, "orbax", specs)]))
     if not _holds(path, TOKENIZER_JSON):
-        print(f"{path}: no {TOKENIZER_JSON}; generation will need one in {destination}")
+        unread = next((f", only {name}, which goes along" for name in UNREAD if _holds(path, name)), "")
+        print(f"{path}: no {TOKENIZER_JSON}{unread}; generation will need one in {destination}, or take --prompt-ids")
     if dry_run:
         print("dry run: nothing was written")
         return

@@ -9,7 +9,9 @@ import deepseek_jax.convert as conversion
 from deepseek_jax.checkpoint.safetensors_reader import SafetensorsDirectory
 from deepseek_jax.checkpoint.tensors import CheckpointError
 from deepseek_jax.convert import convert
+from parity_tests.checkpoints import contents, write_huggingface_directory
 from parity_tests.conversions import command, fails
+from parity_tests.test_stored_forms import SMALL
 
 
 def test_a_dry_run_says_what_a_run_does(run, exported, tmp_path, capsys):
@@ -29,6 +31,15 @@ def test_from_the_command_line(exported, tmp_path):
     assert (code, err) == (0, "") and "written and verified" in out
     code, out, err = command(exported, tmp_path / "run")
     assert code == 1 and err.count("\n") == 1 and "is there already" in err
+
+
+def test_a_tokenizer_that_is_not_read_goes_along(tmp_path, capsys):
+    source = write_huggingface_directory(tmp_path / "source", SMALL)
+    (source / "tiktoken.model").write_bytes(b"aGk= 0")
+    convert(source, tmp_path / "run")
+    assert "no tokenizer.json, only tiktoken.model, which goes along; generation" in capsys.readouterr().out
+    convert(tmp_path / "run", tmp_path / "back")
+    assert contents(tmp_path / "back") == contents(source)
 
 
 def test_torch_is_not_imported():

@@ -19,6 +19,8 @@ TOKENIZER_JSON = "tokenizer.json"
 CHAT_TEMPLATE = "chat_template.jinja"
 TOKENIZER_CONFIG = "tokenizer_config.json"
 GENERATION_CONFIG = "generation_config.json"
+UNREAD = ("tiktoken.model", "tokenizer.model")
+"""Tokenizers in forms that are carried along and not read: tiktoken's and SentencePiece's."""
 COMPANIONS = (
     TOKENIZER_JSON,
     TOKENIZER_CONFIG,
@@ -26,7 +28,7 @@ COMPANIONS = (
     "added_tokens.json",
     CHAT_TEMPLATE,
     "chat_template.json",
-    "tokenizer.model",
+    *UNREAD,
     "vocab.json",
     "merges.txt",
     GENERATION_CONFIG,
