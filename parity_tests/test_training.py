@@ -22,10 +22,11 @@ from deepseek_jax.checkpoint.tensors import CheckpointError
 from deepseek_jax.config import Config, Phase, RopeScaling, TrainConfig, load_config
 from deepseek_jax.convert import convert
 from deepseek_jax.data.loader import part_size
-from deepseek_jax.training.optimizer import make_optimizer
+from deepseek_jax.training.optimizer import decays, make_optimizer
 from deepseek_jax.training.schedules import Position
 from deepseek_jax.training.step import Scalars, TrainState, train_step
 from deepseek_torch.training.optimizer import clip_by_global_norm
+from deepseek_torch.training.optimizer import decays as torch_decays
 from deepseek_torch.training.optimizer import make_optimizer as make_torch_optimizer
 from deepseek_torch.training.step import TrainState as TorchTrainState
 from deepseek_torch.training.step import train_step as torch_train_step
@@ -265,6 +266,14 @@ def test_adamw_is_the_same(moments):
             optimizer.step()
             ours = {f"{name}.{kind}": value for name, of_module in params.items() for kind, value in of_module.items()}
             assert_close(ours, dict(model.named_parameters()), 1e-13)
+
+
+def test_matrices_decay():
+    of_layer = {"self_attn": {"o_proj": {"weight": 0.0, "bias": 0.0}, "q_a_layernorm": {"weight": 0.0}}}
+    expected = {"self_attn": {"o_proj": {"weight": True, "bias": False}, "q_a_layernorm": {"weight": False}}}
+    assert decays({"moe_layers": of_layer}) == {"moe_layers": expected}
+    names = [f"model.layers.1.self_attn.{name}" for name in ("o_proj.weight", "o_proj.bias", "q_a_layernorm.weight")]
+    assert [torch_decays(name) for name in names] == [True, False, False]
 
 
 def test_the_clip_is_exact_and_leaves_short_gradients_alone():

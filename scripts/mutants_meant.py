@@ -44,7 +44,7 @@ MODULES = {
     ),
     "optimizer": (
         "training/optimizer.py",
-        """test_training.py::test_adamw_is_the_same
+        """test_training.py::test_matrices_decay test_training.py::test_adamw_is_the_same
         test_muon.py::test_both_siblings_choose_the_same_parameters
         test_initial.py::test_only_what_is_named_learns""",
     ),
