@@ -22,7 +22,7 @@ from deepseek_jax.config import RopeScaling, load_config
 from deepseek_jax.errors import UserError
 from deepseek_jax.generation.continuation import Continuation
 from deepseek_jax.generation.generator import Generator
-from deepseek_jax.generation.sampling import Form, Sampling, choices, sequence_keys
+from deepseek_jax.generation.sampling import Form, Sampling, choices, log_probability, sequence_keys
 from deepseek_jax.generation.sampling import sample_token as jax_sample_token
 from deepseek_jax.model import decoding
 from deepseek_torch.generate import generate
@@ -131,6 +131,14 @@ def test_the_context_is_the_limit():
 def test_what_is_compiled_is_what_is_asked_for(asked, form):
     assert Sampling(**asked).form() == form
     assert [Sampling(top_k=k).settings(40).top_k.item() for k in (0, 7, 50)] == [40, 7, 40]
+
+
+def test_log_probabilities_of_several_positions():
+    logits, tokens = np.random.default_rng(0).normal(size=(2, 3, 5)).astype(np.float32), np.array([[4, 0, 2], [1, 1, 3]])
+    expected = np.log(np.exp(logits) / np.exp(logits).sum(-1, keepdims=True))
+    np.testing.assert_allclose(
+        log_probability(logits, tokens), [[p[t] for p, t in zip(*row)] for row in zip(expected, tokens)], 1e-5
+    )
 
 
 def test_what_cannot_be_asked_for():

@@ -15,6 +15,7 @@ MODULES = {
     "sampling": (
         "generation/sampling.py",
         """test_generation.py::test_what_is_compiled_is_what_is_asked_for test_generation.py::test_what_cannot_be_asked_for
+        test_generation.py::test_log_probabilities_of_several_positions
         test_generation.py::test_what_is_sampled_among_is_what_transformers_has
         test_generation.py::test_every_sequence_and_token_has_a_key_of_its_own
         test_generation.py::test_log_probabilities_and_a_penalty_for_repetition
