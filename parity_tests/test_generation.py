@@ -25,6 +25,7 @@ from deepseek_jax.generation.generator import Generator
 from deepseek_jax.generation.sampling import Form, Sampling, choices, log_probability, sequence_keys
 from deepseek_jax.generation.sampling import sample_token as jax_sample_token
 from deepseek_jax.model import decoding
+from deepseek_jax.model.decoding_weights import prepare
 from deepseek_torch.generate import generate
 from deepseek_torch.sampling import Sampler
 from parity_tests.comparison import relative_difference
@@ -67,7 +68,7 @@ def test_decodings_last_norm_has_the_models_epsilon():
     with torch.no_grad():
         expected = pair.torch.model["norm"](torch.from_numpy(hidden)) @ pair.torch.head()
     with jax.enable_x64(True):
-        weights = decoding.prepare(config, pair.variables, 2)
+        weights = prepare(config, pair.variables, 2)
         assert relative_difference(decoding.logits_of(config, weights, jnp.asarray(hidden)), expected) < 1e-13
 
 

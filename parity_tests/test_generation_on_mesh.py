@@ -14,7 +14,8 @@ from deepseek_jax.generation.continuation import Continuation
 from deepseek_jax.generation.generator import Generator
 from deepseek_jax.generation.sampling import Sampling
 from deepseek_jax.generation.scoring import Scorer
-from deepseek_jax.model.decoding import decode, prefill, prepare, spread
+from deepseek_jax.model.decoding import decode, prefill, spread
+from deepseek_jax.model.decoding_weights import prepare
 from parity_tests.siblings import Siblings
 
 PROMPTS = [[5, 9, 2, 77, 31], [8], [100, 101, 102], [7, 7], [301, 2, 5, 4, 9, 1, 0], [33], [1, 2], [250, 5, 6], [99], [3, 4]]

@@ -13,6 +13,7 @@ from deepseek_jax.generation import generator as generating
 from deepseek_jax.generation.continuation import Continuation
 from deepseek_jax.generation.generator import Generator
 from deepseek_jax.model import chunked_attention, decoding
+from deepseek_jax.model.decoding_weights import prepare
 from parity_tests.comparison import relative_difference
 from parity_tests.siblings import Siblings
 
@@ -45,7 +46,7 @@ def in_parts(monkeypatch):
 def read():
     """Logits after the prompts, and the caches of the main model's layers and of an MTP module."""
     config = pair().config
-    weights = decoding.prepare(config, pair().variables, 2, drafts=True)
+    weights = prepare(config, pair().variables, 2, drafts=True)
     tokens = np.zeros((2, 72), np.int32)
     for row, prompt in zip(tokens, prompts()):
         row[: len(prompt)] = prompt
@@ -102,7 +103,7 @@ def test_memory_grows_with_the_cache_alone(in_parts, monkeypatch):
     """What a prompt twice as long needs more is its latents and states, not scores or keys."""
     config = dataclasses.replace(pair().config, precision="float32", num_nextn_predict_layers=0)
     monkeypatch.setattr(decoding, "PART", 256)
-    weights = decoding.prepare(config, jax.tree.map(lambda x: np.asarray(x, np.float32), pair().variables), 1)
+    weights = prepare(config, jax.tree.map(lambda x: np.asarray(x, np.float32), pair().variables), 1)
 
     def temporaries(length: int) -> int:
         tokens, lengths = jax.ShapeDtypeStruct((1, length), "int32"), jax.ShapeDtypeStruct((1,), "int32")

@@ -28,7 +28,8 @@ from deepseek_jax.generation.sampling import (
     sequence_keys,
 )  # fmt: skip
 from deepseek_jax.generation.speculative import Drafted, Written
-from deepseek_jax.model.decoding import PART, Cache, Weights, decode, prefill, prepare, spread
+from deepseek_jax.model.decoding import PART, Cache, decode, prefill, spread
+from deepseek_jax.model.decoding_weights import Weights, prepare
 from deepseek_jax.parallel.sharding import Division
 
 CACHE_BLOCK = 1024

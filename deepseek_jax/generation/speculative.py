@@ -31,7 +31,6 @@ from deepseek_jax.generation.sampling import (
 from deepseek_jax.model.attention import Latents
 from deepseek_jax.model.decoding import (
     Cache,
-    Weights,
     final_norm,
     head_of,
     logits_of,
@@ -40,6 +39,7 @@ from deepseek_jax.model.decoding import (
     run,
     run_mtp,
 )  # fmt: skip
+from deepseek_jax.model.decoding_weights import Weights
 
 
 class Drafted(NamedTuple):
