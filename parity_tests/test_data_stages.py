@@ -11,7 +11,7 @@ import pytest
 from pyarrow import parquet
 
 from deepseek_jax.config import load_config
-from deepseek_jax.data.dedup import find_originals, shingles, signatures
+from deepseek_jax.data.dedup import EXACT, WIDTH, find_originals, shingles, signatures
 from deepseek_jax.data.division import plan_reading
 from deepseek_jax.data.documents import DataError
 from deepseek_jax.data.domains import classify
@@ -85,10 +85,10 @@ def test_the_first_of_copies_stays_whatever_the_language():
 
 def test_what_was_there_earlier_counts_however_alike():
     """Of two earlier documents that are copies of each other now, the other's copy is one, too."""
-    generator = random.Random(1)
-    first = [f"v{i}" for i in range(2000)]
-    second = near_copy(first, 0.78, generator)
-    known = signatures([" ".join(first), second, near_copy(second.split(), 0.78, generator)])
+    first, second, third = np.random.default_rng(0).integers(2**32, size=(3, WIDTH), dtype=np.uint32)
+    second[EXACT : EXACT + 96] = first[EXACT : EXACT + 96]
+    third[EXACT + 32 :] = second[EXACT + 32 :]  # agrees with the second in 96 of 128, with the first in 64
+    known = np.stack([first, second, third])
     assert find_originals(known, 0, 0.7).tolist() == [-1, 0, -1]
     assert find_originals(known, 2, 0.7).tolist() == [-1, -1, 1]
 

@@ -138,8 +138,8 @@ def test_a_mistake_is_told_once(tmp_path):
     _, complaints, code = train(tmp_path, "run", 2, 1, "parallel.data=3")
     assert code == 1
     assert [line for line in complaints.splitlines() if line.startswith("error")] == [
-        "error: parallel: pipe 1 x data 3 x fsdp 1 x expert 1 does not make the 2 devices that are here; nearest "
-        "parallel.pipe=1 parallel.data=2 parallel.fsdp=1 parallel.expert=1"
+        "error: parallel: pipe 1 x data 3 x fsdp 1 x context 1 x expert 1 does not make the 2 devices that are here; nearest "
+        "parallel.pipe=1 parallel.data=2 parallel.fsdp=1 parallel.context=1 parallel.expert=1"
     ]
     assert not (tmp_path / "run").exists()
 
