@@ -2,6 +2,7 @@
 
 import os
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -50,12 +51,7 @@ def plot_run(run_dir: Path) -> Path:
         handles, labels = handles + more, labels + their_labels
     axes.legend(handles, labels)
     axes.grid(alpha=0.3)
-    path = run_dir / PLOT_FILE
-    partial = run_dir / "loss.partial.png"
-    figure.savefig(partial, dpi=120)
-    pyplot.close(figure)
-    os.replace(partial, path)
-    return path
+    return _save(figure, run_dir / PLOT_FILE)
 
 
 def plot_experts(run_dir: Path) -> Path | None:
@@ -77,12 +73,7 @@ def plot_experts(run_dir: Path) -> Path | None:
     axes.set(xlabel="training tokens", ylabel="layer with experts", title=run_dir.name)
     axes.yaxis.set_major_locator(ticker.MaxNLocator(integer=True))
     figure.colorbar(picture, label="MaxVio")
-    path = run_dir / EXPERTS_FILE
-    partial = run_dir / "experts.partial.png"
-    figure.savefig(partial, dpi=120)
-    pyplot.close(figure)
-    os.replace(partial, path)
-    return path
+    return _save(figure, run_dir / EXPERTS_FILE)
 
 
 def plot_schedule(train: TrainConfig, path: Path) -> Path:
@@ -99,6 +90,13 @@ def plot_schedule(train: TrainConfig, path: Path) -> Path:
         axes.set(ylabel=label, ylim=(0, None))
         axes.grid(alpha=0.3)
     panels[-1].set_xlabel("training tokens")
+    return _save(figure, path)
+
+
+def _save(figure: Any, path: Path) -> Path:
+    """Put a whole picture in its place and forget the figure."""
+    from matplotlib import pyplot
+
     partial = path.with_suffix(".partial.png")
     figure.savefig(partial, dpi=120)
     pyplot.close(figure)
