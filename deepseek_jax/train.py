@@ -18,7 +18,6 @@ from typing import Any, Optional
 import jax
 from flax.traverse_util import flatten_dict
 
-from deepseek_jax.checkpoint.tensors import CheckpointError
 from deepseek_jax.compilation import keep_programs
 from deepseek_jax.config import Config, ConfigError, load_config, presets, to_yaml
 from deepseek_jax.config.trainable import check_trainable, trainable
@@ -140,8 +139,8 @@ def train(
     if not resume and (run_dir / METRICS_FILE).exists():
         raise ConfigError(f"{run_dir} already holds a run: add --resume to go on with it, or give another run_dir")
     with sole_use(run_dir) if processes.is_first() else nullcontext():
-        local = LocalCheckpoints(config, run_dir)
-        resumed = _resumed(config, run_dir, local, fresh, shardings, allowed) if resume else None
+        local = LocalCheckpoints(config, run_dir, shardings)
+        resumed = _resumed(config, run_dir, local, shardings, allowed) if resume else None
         if resumed is not None:
             check_metrics(run_dir, resumed[0].step, resumed[0].tokens)
         local.clear(after=resumed[0].step if resumed else 0)
@@ -171,51 +170,33 @@ def _prepare_data(config: Config, run_dir: Path) -> None:
 
 
 def _resumed(
-    config: Config,
-    run_dir: Path,
-    local: LocalCheckpoints,
-    fresh: TrainState,
-    shardings: Optional[TrainState],
-    allowed: Collection[str],
+    config: Config, run_dir: Path, local: LocalCheckpoints, shardings: Optional[TrainState], allowed: Collection[str]
 ) -> tuple[Position, TrainState] | None:
-    """Where the run's last checkpoint that can be read left off, or None without any; those after it are set aside."""
+    """Where the last checkpoint of either tier that can be read left off, or None without any; later ones are set aside."""
     check_same_text(config, run_dir)
-    checkpoints, damaged = None, None
-    if (run_dir / CHECKPOINTS).is_dir():
-        checkpoints = Checkpoints(run_dir, config, shardings)
-    last = -1 if checkpoints is None else max(checkpoints.steps(), default=-1)
-    for step in local.steps():
-        if step <= last:
-            break
+    shared = [Checkpoints(run_dir, config, shardings)] if (run_dir / CHECKPOINTS).is_dir() else []
+    tiers: list[LocalCheckpoints | Checkpoints] = [local, *shared]
+    damaged: list[DamagedCheckpoint] = []
+    for step, number in sorted(((step, number) for number, tier in enumerate(tiers) for step in tier.steps()), reverse=True):
+        tier = tiers[number]
         try:
-            meta = local.meta(step)
-        except CheckpointError as error:
-            if processes.is_first():
-                report(f"{error}; going on from the one before")
-            continue
-        position = Position(**meta["position"])
-        changes = check_changes(meta, config, allowed, position)
-        state = local.restore(step, fresh, shardings)
-        print("\n".join([*changes, f"step {step} is the local checkpoint's, from {config.train.local_checkpoint_dir}"]))
-        return position, state
-    if checkpoints is None:
-        return None
-    for step in checkpoints.steps():
-        try:
-            position = checkpoints.position(step)
-            changes = check_changes(checkpoints.meta(step), config, allowed, position)
-            state = checkpoints.restore(step)
+            meta, position = tier.meta(step), tier.position(step)
+            changes = check_changes(meta, config, allowed, position)
+            state = tier.restore(step)
         except DamagedCheckpoint as error:
-            damaged = damaged or error
-            report(f"{error}; going on from the one before")
+            damaged.append(error)
             continue
-        for newer in checkpoints.steps():
-            if newer > step:
-                print(f"step {newer} is now in {checkpoints.set_aside(newer)}")
+        if tier is local:
+            changes.append(f"step {step} is the local checkpoint's, from {config.train.local_checkpoint_dir}")
+        for checkpoints in shared:
+            changes += checkpoints.set_aside(after=step)
+        if processes.is_first():
+            for each in damaged:
+                report(f"{each}; going on from the one before")
         print("\n".join(changes), end="\n" * bool(changes))
         return position, state
-    if damaged is not None:
-        raise damaged
+    if damaged:
+        raise damaged[0]
     return None
 
 

@@ -46,6 +46,7 @@ MODULES = {
     "optimizer": (
         "training/optimizer.py",
         """test_training.py::test_matrices_decay test_training.py::test_adamw_is_the_same
+        test_training.py::test_the_clip_is_exact_and_leaves_short_gradients_alone
         test_muon.py::test_both_siblings_choose_the_same_parameters
         test_initial.py::test_only_what_is_named_learns""",
     ),
@@ -60,8 +61,82 @@ MODULES = {
         test_modules.py::test_decoding_over_the_cache_equals_attention_over_the_whole_sequence
         test_variants.py::test_jax_is_its_sibling""",
     ),
-    "fp8": ("precision/fp8.py", "test_fp8.py test_fp8_matmul.py::test_types_and_leading_axes"),
-    "exchange": ("parallel/exchange.py", "test_exchange.py"),
+    "causal_attention": (
+        "model/causal_attention.py",
+        """test_attention.py::test_unusable_choices_are_named test_attention.py::test_whole_sequences[reference-300]
+        test_attention.py::test_documents[reference-float64] test_attention.py::test_documents[reference-bfloat16]
+        test_attention.py::test_the_largest_scores_are_told_beside_the_same_output
+        test_attention.py::test_cudnn_is_called_where_it_can_be""",
+    ),
+    "attention_scores": (
+        "model/attention_scores.py",
+        "test_attention.py::test_the_largest_scores_are_told_beside_the_same_output",
+    ),
+    "blocked_attention": (
+        "model/blocked_attention.py",
+        """test_attention.py::test_documents[blocked-float64] test_attention.py::test_whole_sequences[blocked-1]
+        test_attention.py::test_the_largest_scores_are_told_beside_the_same_output
+        test_attention.py::test_documents[blocked-bfloat16]""",
+    ),
+    "chunked_attention": (
+        "model/chunked_attention.py",
+        """test_attention.py::test_documents[chunked-float64] test_attention.py::test_whole_sequences[chunked-300]
+        test_attention.py::test_whole_sequences[chunked-1] test_attention.py::test_documents[chunked-bfloat16]
+        test_attention.py::test_the_forward_pass_is_not_made_again
+        test_attention.py::test_chunks_need_memory_in_proportion_to_the_length test_context.py""",
+    ),
+    "muon": (
+        "training/muon.py",
+        """test_muon.py::test_every_head_and_every_expert_is_moved_as_a_matrix_of_its_own_by_torchs_muon
+        test_muon.py::test_both_siblings_choose_the_same_parameters
+        test_muon.py::test_its_state_is_saved_and_another_optimizers_is_not_taken_for_it
+        test_parallel.py::test_muon_makes_whole_matrices_orthogonal_on_any_mesh""",
+    ),
+    "qk_clip": ("training/qk_clip.py", "test_muon.py test_training.py::test_twenty_steps_in_lockstep"),
+    "dispatch": (
+        "model/dispatch.py",
+        """test_exchange.py::test_every_form_of_a_sum_over_slots
+        test_modules.py::test_module[experts-float64] test_modules.py::test_experts_without_any_token_and_with_all
+        test_exchange.py::test_every_token_is_served[none-1-1]""",
+    ),
+    "parcels": ("model/parcels.py", "test_exchange.py::test_every_token_is_served"),
+    "expert_rounds": (
+        "model/expert_rounds.py",
+        """test_exchange.py::test_every_token_is_served[none-1-1] test_exchange.py::test_every_token_is_served
+        test_exchange.py::test_in_float8_rows_travel_as_codes_and_scales""",
+    ),
+    "exchange": (
+        "parallel/exchange.py",
+        """test_exchange.py::test_devices_of_a_token test_exchange.py::test_groups_of_one_are_one_hop
+        test_exchange.py::test_rows_arrive_and_come_back test_exchange.py::test_every_token_is_served
+        test_exchange.py::test_in_float8_rows_travel_as_codes_and_scales""",
+    ),
+    "fp8": (
+        "precision/fp8.py",
+        """test_fp8.py::test_require_fp8 test_fp8.py::test_blocks_are_128_by_128_with_ragged_edges
+        test_fp8.py::test_codes_are_those_of_the_formula test_fp8.py::test_quantisers_agree_bit_for_bit
+        test_fp8_matmul.py::test_types_and_leading_axes""",
+    ),
+    "fp8_operands": (
+        "precision/fp8_operands.py",
+        """test_fp8_matmul.py::test_types_and_leading_axes test_fp8_matmul.py::test_one_input_of_two_weights
+        test_fp8_matmul.py::test_in_the_model_gradients_of_weights_come_in_the_type_of_activations
+        test_fp8_matmul.py::test_kept_for_the_backward_pass_is_fp8
+        test_exchange.py::test_in_float8_rows_travel_as_codes_and_scales""",
+    ),
+    "fp8_matmul": (
+        "precision/fp8_matmul.py",
+        """test_fp8_matmul.py::test_types_and_leading_axes test_fp8_matmul.py::test_small_gradients_keep_their_digits
+        test_fp8_matmul.py::test_kept_for_the_backward_pass_is_fp8 test_fp8_matmul.py::test_matmul_and_gradients
+        test_fp8_matmul.py::test_one_input_of_two_weights test_fp8_matmul.py::test_nan_and_infinity_reach_the_output
+        test_fp8_matmul.py::test_partial_products_never_exist_together""",
+    ),
+    "fp8_grouped_matmul": (
+        "precision/fp8_grouped_matmul.py",
+        """test_fp8_matmul.py::test_under_x64 test_fp8_matmul.py::test_without_rows_everything_is_zero
+        test_fp8_matmul.py::test_grouped_matmul_of_two_weights test_fp8_matmul.py::test_grouped_matmul_is_one_matmul_an_expert
+        test_fp8_matmul.py::test_partial_products_never_exist_together""",
+    ),
 }
 """Each module and the tests that should notice, the cheapest that say most first."""
 

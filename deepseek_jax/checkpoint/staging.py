@@ -11,6 +11,8 @@ from pathlib import Path
 
 from deepseek_jax.checkpoint.tensors import CheckpointError
 
+PARTIAL = ".deepseek-jax-partial"
+"""End of a directory's name until it is whole."""
 DISK_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 
@@ -27,7 +29,7 @@ def staged_directory(destination: str | os.PathLike[str]) -> Iterator[Path]:
     destination = Path(os.path.abspath(destination))
     if os.path.lexists(destination) and not _is_empty_directory(destination):
         raise CheckpointError(f"{destination}: is there already; remove it or choose another place")
-    partial = destination.with_name(f".{destination.name}.deepseek-jax-partial")
+    partial = destination.with_name(f".{destination.name}{PARTIAL}")
     with disk_errors(partial):
         partial.parent.mkdir(parents=True, exist_ok=True)
         partial.mkdir(exist_ok=True)

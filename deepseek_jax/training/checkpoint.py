@@ -107,13 +107,17 @@ class Checkpoints:
             )
         return Position(**{name: saved[name] for name in fields if name in saved})
 
-    def set_aside(self, step: int) -> Path:
-        """Move a checkpoint that cannot be read out of the way, for a person to look at; where it went."""
-        names = itertools.chain([f"damaged-{step}"], (f"damaged-{step}-{number}" for number in itertools.count(2)))
-        place = next(path for path in map(self._folder.parent.joinpath, names) if not path.exists())
-        processes.first_alone(lambda: os.rename(self._folder / str(step), place))
+    def set_aside(self, after: int) -> list[str]:
+        """Move later checkpoints, which cannot be read, out of the way, for a person to look at; a line for each."""
+        told = []
+        for step in self.steps():
+            if step > after:
+                names = itertools.chain([f"damaged-{step}"], (f"damaged-{step}-{number}" for number in itertools.count(2)))
+                place = next(path for path in map(self._folder.parent.joinpath, names) if not path.exists())
+                processes.first_alone(partial(os.rename, self._folder / str(step), place))
+                told.append(f"step {step} is now in {place}")
         self._manager.reload()
-        return place
+        return told
 
     def _take_digests(self) -> None:
         """Of the step that is whole but for its name, in the thread that writes it."""

@@ -24,9 +24,10 @@ from deepseek_jax.checkpoint.staging import staged_directory
 from deepseek_jax.checkpoint.tensors import CheckpointError
 from deepseek_jax.checkpoint.untrusted import read_object
 from deepseek_jax.config import Config
+from deepseek_jax.training.checkpoint import DamagedCheckpoint
 from deepseek_jax.training.resume import saved_sections
 from deepseek_jax.training.schedules import Position
-from deepseek_jax.training.step import TrainState
+from deepseek_jax.training.step import TrainState, init_state
 
 KEPT = 2
 """Steps; while the newer one is written the older one is whole."""
@@ -39,21 +40,24 @@ class LocalCheckpoints:
     All processes call the same methods in the same order.
     """
 
-    def __init__(self, config: Config, run_dir: Path):
-        """Null `train.local_checkpoint_dir` is a place where nothing is."""
-        self._config, self._folder = config, None
+    def __init__(self, config: Config, run_dir: Path, shardings: Optional[TrainState] = None):
+        """`shardings` says where restored arrays go; null is one device. In a null directory there is nothing."""
+        self._config, self._shardings, self._folder = config, shardings, None
         if config.train.local_checkpoint_dir is not None:
             known = hashlib.sha256(str(run_dir.resolve()).encode()).hexdigest()[:12]
             place = Path(config.train.local_checkpoint_dir).expanduser().absolute()
             self._folder = place / f"{run_dir.name}-{known}" / f"process-{jax.process_index()}"
 
     def steps(self) -> list[int]:
-        """Those that every process has, the last one first."""
+        """Those that every process has, the last one first; a line tells of a later one that not all have."""
         if self._folder is None:
             return []
-        of_all = _gathered(_padded(self._own_steps()))
-        common = set(of_all[0].tolist()).intersection(*(row.tolist() for row in of_all[1:]))
-        return sorted((step for step in common if step > 0), reverse=True)
+        of_all = [set(row.tolist()) - {0} for row in _gathered(_padded(self._own_steps()))]
+        common, last = set.intersection(*of_all), max(set.union(*of_all), default=0)
+        if last > max(common, default=0):
+            lacking = ", ".join(str(process) for process, steps in enumerate(of_all) if last not in steps)
+            print(f"train.local_checkpoint_dir: step {last} is not in the part of process {lacking}, and counts in none")
+        return sorted(common, reverse=True)
 
     def clear(self, after: int = 0) -> None:
         """Forget steps after that one, which an earlier run in the same directory left, or which cannot be read."""
@@ -82,31 +86,29 @@ class LocalCheckpoints:
         """What was saved beside the numbers: the config's sections and the run's position.
 
         Raises:
-            CheckpointError: in all processes, if it is damaged in one, or of another mesh.
+            DamagedCheckpoint: in all processes, if it is damaged in one, or of another mesh.
         """
-        meta, problem = {}, None
-        folder = self._place(step)
+        meta, folder = {}, self._place(step)
         try:
-            problem = damaged_file(folder, ITEM) or (None if (folder / DIGESTS).is_file() else DIGESTS)
+            damaged = damaged_file(folder, ITEM) or (None if (folder / DIGESTS).is_file() else DIGESTS)
             meta = read_object(folder / ITEM / META)
+            known = None if meta.get("mesh") == self._mesh() else f"{folder}: is of another mesh, {meta.get('mesh')}"
+            problem = f"{folder}: {damaged} is not as it was written" if damaged else known
         except (CheckpointError, OSError) as error:
             problem = str(error)
-        is_damaged = bool(_gathered(np.array([problem is not None])).any())
-        if is_damaged:
-            raise CheckpointError(f"{folder}: {problem or 'another process has a file that'} is not as it was written")
-        if meta.get("mesh") != self._mesh():
-            raise CheckpointError(f"{folder}: is of another mesh, {meta.get('mesh')}")
+        if _gathered(np.array([problem is not None])).any():
+            raise DamagedCheckpoint(problem or f"{folder}: what another process has of it cannot be read")
         return meta
 
-    def restore(self, step: int, fresh: TrainState, shardings: Optional[TrainState]) -> TrainState:
-        """The state saved at a step whose `meta` was read.
+    def position(self, step: int) -> Position:
+        """How far the run had come at a step whose `meta` was read."""
+        return Position(**read_object(self._place(step) / ITEM / META)["position"])
 
-        Args:
-            fresh: its shapes.
-            shardings: where its arrays go; null is one device.
-        """
+    def restore(self, step: int) -> TrainState:
+        """The state saved at a step whose `meta` was read."""
+        fresh = jax.eval_shape(lambda: init_state(self._config))
         one = jax.sharding.SingleDeviceSharding(jax.devices()[0])
-        placed = jax.tree.map(lambda _: one, fresh) if shardings is None else shardings
+        placed = self._shardings or jax.tree.map(lambda _: one, fresh)
         with safe_open(self._place(step) / ITEM / TENSORS, framework="numpy") as file:
 
             def read(path: tuple[Any, ...], leaf: jax.ShapeDtypeStruct, sharding: jax.sharding.Sharding) -> jax.Array:
