@@ -123,6 +123,33 @@ def test_the_largest_scores_are_told_beside_the_same_output(implementation, docu
         assert np.allclose(out, same, rtol=0, atol=1e-15)
 
 
+def test_keys_in_two_parts_are_as_keys_together():
+    """As devices have them that share a sequence: of its second half, to its own keys and to those before, and gradients."""
+    with jax.enable_x64(True):
+        q, k, v, gradient = (x.swapaxes(1, 2) for x in arrays(LENGTH, "float64"))
+        ids = jnp.asarray([np.repeat(np.arange(len(lengths)), lengths) for lengths in DOCUMENTS], jnp.int32)
+        before, own = slice(0, LENGTH // 2), slice(LENGTH // 2, LENGTH)
+        queries, of_queries = q[:, :, own], gradient[:, :, own]
+
+        @jax.jit
+        def both():
+            parts = [(k[:, :, part], v[:, :, part], (ids[:, own], ids[:, part])) for part in (own, before)]
+            found = [chunked_attention.attend(queries, *part, SCALE, causal=i == 0) for i, part in enumerate(parts)]
+            out, normalizer = chunked_attention.merged(*found)
+            gradients = [
+                chunked_attention.gradients_of(queries, *part, out, normalizer, of_queries, SCALE, causal=i == 0)
+                for i, part in enumerate(parts)
+            ]
+            (dq, *of_own), (more, *of_before) = gradients
+            return out, dq + more, *(jnp.concatenate(pair, axis=2) for pair in zip(of_before, of_own))
+
+        out, dq, dk, dv = (x.swapaxes(1, 2) for x in both())
+        alone = gradient.at[:, :, before].set(0)
+        right = expected(*(x.swapaxes(1, 2) for x in (q, k, v, alone)), DOCUMENTS)
+        check([out, dq, dk, dv], [right[0][:, own], right[1][:, own], *right[2:]])
+        assert not np.isnan(out).any() and not right[1][:, before].any()
+
+
 def test_the_check_finds_a_leak_between_documents():
     with jax.enable_x64(True):
         operands = arrays(LENGTH, "float64")

@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -112,6 +113,38 @@ def test_ctrl_c_saves_on_all_and_two_processes_go_on(tmp_path):
     told, complaints = running.communicate(timeout=200)
     assert running.returncode == 0 and f"resuming after step {step}" in told, complaints
     assert [line["step"] for line in metrics(tmp_path / "run") if "loss" in line] == list(range(1, int(step) + 2))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("processes", [2, 4])
+def test_each_process_keeps_its_own_part(processes, tmp_path):
+    """Killed, all go on from their own disks; killed again, and one's part lost, from the run directory's."""
+    words = ["parallel.data=1", f"parallel.expert={processes}", "train.steps=60", "train.ema_decay=0", "train.eval_every=60",
+             "train.checkpoint_every=12"]  # fmt: skip
+    local = [f"train.local_checkpoint_dir={tmp_path / 'local'}", "train.local_checkpoint_every=5"]
+    _, complaints, code = train(tmp_path, "alone", processes, 1, *words)
+    assert code == 0, complaints
+
+    def killed_after(steps, *more):
+        running = launch(processes, 1, "-m", "deepseek_jax.train", "--config", "tiny", f"data.input={tmp_path / 'text.txt'}",
+                         f"run_dir={tmp_path / 'run'}", *FIELDS, *words, *local, *more, start_new_session=True)  # fmt: skip
+        written = tmp_path / "run" / "metrics.jsonl"
+        while not (written.exists() and written.read_text().count("\n") > steps):
+            time.sleep(0.05)
+            assert running.poll() is None, running.communicate()
+        os.killpg(running.pid, signal.SIGKILL)
+        return running.communicate()[0]
+
+    killed_after(16)
+    told = killed_after(33, "--resume")
+    assert "step 15 is the local checkpoint's" in told or "step 20 is the local checkpoint's" in told, told
+    (part,) = (tmp_path / "local").glob(f"*/process-{processes - 1}")
+    shutil.rmtree(part)
+    told, complaints, code = train(tmp_path, "run", processes, 1, *words, *local, "--resume")
+    assert code == 0, complaints
+    lost = re.search(r"train.local_checkpoint_dir: step (\d+) is not in the part of process (\d+), and counts in none\n", told)
+    assert int(lost[1]) in (30, 35) and int(lost[2]) == processes - 1 and "resuming after step 24" in told, told
+    assert metrics(tmp_path / "run") == metrics(tmp_path / "alone")
 
 
 @pytest.mark.slow
