@@ -11,7 +11,7 @@ from jax.experimental.pallas.ops.tpu import splash_attention as splash
 from deepseek_jax.errors import UserError
 from deepseek_jax.kernels.splash_attention import block_size
 from deepseek_jax.model import attention_scores, chunked_attention
-from deepseek_jax.model.causal_attention import causal_attention, causal_attention_and_scores
+from deepseek_jax.model.causal_attention import causal_attention, causal_attention_and_scores, resolved
 from deepseek_jax.model.products import policy
 
 SUPPORTED = [
@@ -123,6 +123,21 @@ def test_the_largest_scores_are_told_beside_the_same_output(implementation, docu
         assert np.allclose(out, same, rtol=0, atol=1e-15)
 
 
+@pytest.mark.parametrize("implementation", ["blocked", "chunked"])
+def test_a_large_score_is_told_where_a_token_sees_it_and_nowhere_else(implementation):
+    """Each head has one score, of two tokens at the edges of blocks and documents, the same or any two."""
+    edges = [0, 62, 63, 64, 65, 236, 250, 256, 299]
+    pairs = [(query, key) for query in edges for key in edges]
+    q, k, v = np.zeros((3, 1, LENGTH, len(pairs), 1), np.float32)
+    for head, (query, key) in enumerate(pairs):
+        q[0, query, head] = k[0, key, head] = 2
+    ids = np.repeat(np.arange(len(DOCUMENTS[0])), DOCUMENTS[0])
+    attend = jax.jit(partial(causal_attention_and_scores, implementation=implementation))
+    _, largest = attend(q, k, v, SCALE, jnp.asarray(ids[None]))
+    seen = [key <= query and ids[key] == ids[query] for query, key in pairs]
+    np.testing.assert_array_equal(largest, np.where(seen, np.float32(4 * SCALE), 0))
+
+
 def test_keys_in_two_parts_are_as_keys_together():
     """As devices have them that share a sequence: of its second half, to its own keys and to those before, and gradients."""
     with jax.enable_x64(True):
@@ -228,6 +243,12 @@ def test_splash_compiles_for_tpu(topology, dtype, monkeypatch):
 )  # fmt: skip
 def test_blocks_follow_from_the_length(length, dtype, block):
     assert block_size(length, dtype) == block
+
+
+def test_auto_is_the_best_that_has_the_type(monkeypatch):
+    monkeypatch.setattr(jax, "default_backend", lambda: "tpu")
+    assert [resolved("auto", jnp.dtype(name)) for name in ("bfloat16", "float64")] == ["splash", "chunked"]
+    assert resolved("reference", jnp.dtype("float64")) == "reference"
 
 
 def test_unusable_choices_are_named():

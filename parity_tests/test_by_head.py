@@ -2,6 +2,7 @@
 
 import dataclasses
 from functools import partial
+from unittest.mock import Mock
 
 import jax
 import jax.numpy as jnp
@@ -49,9 +50,14 @@ def test_attention_of_products_is_that_of_heads_put_together(dtype, interleave, 
 
         return both(*operands)
 
-    for a, b in zip(found("splash"), found("chunked"), strict=True):
+    by_products = Mock(wraps=by_head.attention_of_products)
+    monkeypatch.setattr(by_head, "attention_of_products", by_products)
+    of_heads = found("chunked")
+    by_products.assert_not_called()
+    for a, b in zip(found("splash"), of_heads, strict=True):
         a, b = np.asarray(a, np.float64), np.asarray(b, np.float64)
         np.testing.assert_allclose(a, b, rtol=0, atol=tolerance * np.abs(b).max())
+    by_products.assert_called_once()
 
 
 @pytest.mark.parametrize(

@@ -16,7 +16,7 @@ import deepseek_jax.model.router as jax_router
 import deepseek_torch.model.rope as torch_rope
 import deepseek_torch.model.router as torch_router
 from deepseek_jax.config import ModelConfig, RopeScaling, load_config
-from deepseek_jax.model.attention import Latents, MultiHeadLatentAttention
+from deepseek_jax.model.attention import SCORES, Latents, MultiHeadLatentAttention
 from deepseek_torch.model.attention import Latents as TorchLatents
 from parity_tests.comparison import assert_within, relative_difference
 from parity_tests.modules import COMPILE_QUICKLY, Maker, cases, compare
@@ -191,6 +191,36 @@ def test_bias_update_is_alike():
     with jax.enable_x64(True):
         theirs = jax_router.updated_bias(jnp.asarray(bias), jnp.asarray(counts), 1e-3)
     assert np.array_equal(theirs, ours) and np.array_equal(ours[0], bias[0])
+
+
+def test_weights_as_small_as_the_reference_adds_are_normalised_as_it_does():
+    weights = np.array([[3e-20, 1e-20], [0, 0], [0.3, 0.1]])
+    expected = np.array([[0.6, 0.2], [0, 0], [0.75, 0.25]])
+    np.testing.assert_allclose(torch_router.normalised(torch.from_numpy(weights)), expected, rtol=1e-15)
+    with jax.enable_x64(True):
+        np.testing.assert_allclose(jax_router.normalised(jnp.asarray(weights)), expected, rtol=1e-15)
+
+
+def test_largest_scores_are_made_where_they_are_asked_for():
+    """By one product of queries and keys more, beside an implementation that does not tell them."""
+    config = dataclasses.replace(siblings("float32").config, attention="reference")
+    attention, x, positions = (
+        MultiHeadLatentAttention(config),
+        np.zeros((1, 5, config.hidden_size), "float32"),
+        np.arange(5)[None],
+    )
+    rope = jax_rope.rope_angles(config, positions)
+    params = jax.eval_shape(attention.init, jax.random.key(0), x, rope, positions)["params"]
+
+    def traced(*collections):
+        def attend(params):
+            return attention.apply({"params": params}, x, rope, positions, mutable=collections)
+
+        return str(jax.make_jaxpr(attend)(params)).count("dot_general"), jax.eval_shape(attend, params)[1]
+
+    (without, nothing), (products, told) = traced(), traced(SCORES)
+    assert products == without + 1 and not nothing
+    assert [scores.shape for scores in jax.tree.leaves(told)] == [(config.num_attention_heads,)]
 
 
 def test_compiled_quickly_is_the_same_program():
