@@ -132,8 +132,8 @@ def test_a_large_score_is_told_where_a_token_sees_it_and_nowhere_else(implementa
     for head, (query, key) in enumerate(pairs):
         q[0, query, head] = k[0, key, head] = 2
     ids = np.repeat(np.arange(len(DOCUMENTS[0])), DOCUMENTS[0])
-    attend = jax.jit(partial(causal_attention_and_scores, implementation=implementation))
-    _, largest = attend(q, k, v, SCALE, jnp.asarray(ids[None]))
+    attend = jax.jit(partial(causal_attention_and_scores, scale=SCALE, implementation=implementation))
+    _, largest = attend(q, k, v, segment_ids=jnp.asarray(ids[None]))
     seen = [key <= query and ids[key] == ids[query] for query, key in pairs]
     np.testing.assert_array_equal(largest, np.where(seen, np.float32(4 * SCALE), 0))
 
