@@ -6,13 +6,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from jax.experimental.pallas.ops.tpu import splash_attention as splash
 
 from deepseek_jax.errors import UserError
 from deepseek_jax.kernels.splash_attention import block_size
 from deepseek_jax.model import attention_scores, chunked_attention
 from deepseek_jax.model.causal_attention import causal_attention, causal_attention_and_scores, resolved
 from deepseek_jax.model.products import policy
+from parity_tests.emulation import emulate_splash
 
 SUPPORTED = [
     *((name, dtype) for name in ("reference", "blocked", "chunked") for dtype in ("float64", "float32", "bfloat16")),
@@ -36,8 +36,7 @@ def small_and_emulated(monkeypatch):
     """Several chunks in a short sequence, and the TPU's kernel interpreted."""
     monkeypatch.setattr(chunked_attention, "CHUNK", 64)
     monkeypatch.setattr(attention_scores, "CHUNK", 64)
-    emulated = partial(splash.make_splash_mha_single_device, interpret=True)
-    monkeypatch.setattr(splash, "make_splash_mha_single_device", emulated)
+    emulate_splash(monkeypatch)
 
 
 def arrays(length, dtype):

@@ -8,12 +8,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from jax.experimental.pallas.ops.tpu import splash_attention as splash
 
 from deepseek_jax.config import load_config
 from deepseek_jax.kernels import by_head
 from deepseek_jax.model.attention import latent_attention
 from deepseek_jax.model.products import policy
+from parity_tests.emulation import emulate_splash
 
 BATCH, LENGTH, HEADS = 2, 256, 4
 MODEL = dataclasses.replace(
@@ -36,7 +36,7 @@ def test_attention_of_products_is_that_of_heads_put_together(dtype, interleave, 
     monkeypatch.setattr(by_head, "ROWS", 128)
     monkeypatch.setattr(by_head, "WIDEST_BYTES", 2 * 256 * jnp.dtype(dtype).itemsize)
     monkeypatch.setattr(by_head.pl, "pallas_call", partial(by_head.pl.pallas_call, interpret=True))
-    monkeypatch.setattr(splash, "make_splash_mha_single_device", partial(splash.make_splash_mha_single_device, interpret=True))
+    emulate_splash(monkeypatch)
     (*operands, gradient), rope = arrays(dtype)
     documents = jnp.asarray(np.arange(LENGTH) // 100 + np.zeros((BATCH, 1)), "int32")
 

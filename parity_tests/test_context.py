@@ -9,13 +9,16 @@ import pytest
 from jax.sharding import Mesh, PartitionSpec
 
 from deepseek_jax.config import Config, ConfigError, load_config
+from deepseek_jax.kernels import splash_context
 from deepseek_jax.model import chunked_attention
 from deepseek_jax.model.attention import keys_and_values
+from deepseek_jax.model.causal_attention import causal_attention
 from deepseek_jax.model.context_attention import context_attention
 from deepseek_jax.parallel.mesh import make_mesh, resolve
 from deepseek_jax.parallel.sharding import Division
 from deepseek_jax.training.evaluation import evaluation_nats
 from deepseek_jax.training.step import init_state, init_variables
+from parity_tests.emulation import emulate_splash
 from parity_tests.test_parallel import Stepper, assert_same, batch, config_with
 
 END, LENGTH = 0, 16
@@ -69,6 +72,42 @@ IN_CI = [dict(context=2, fsdp=2, expert=2)]
 ])  # fmt: skip
 def test_five_steps_are_those_of_one_device(mesh, start, one_device):
     assert_same(Stepper(config_on(True, **mesh), start).run(start), one_device)
+
+
+@pytest.mark.parametrize("devices, heads_bytes", [(2, 1), (4, 2**29)])
+def test_splash_over_context_is_attention_on_one_device(devices, heads_bytes, monkeypatch):
+    """Output and all gradients, of heads one by one or at once, of documents that end within and between pieces."""
+    emulate_splash(monkeypatch)
+    monkeypatch.setattr(splash_context, "KEYS_BYTES", heads_bytes)
+    config, length, scale = load_config("tiny").model, 600, 0.3
+    rng = np.random.default_rng(0)
+    shapes = (2, length, 3, 20), (2, length, 16), (2, length, 8), (16, 3 * (12 + 10)), (2, length, 3, 10)
+    q, c_kv, k_rope, weight, gradient = (rng.standard_normal(shape).astype("float32") for shape in shapes)
+    ids = np.repeat(np.arange(4, dtype="int32"), [1, 149, 190, 260]) + np.zeros((2, 1), "int32")
+
+    def results(attend, q, latents, weight, gradient, ids):
+        out, pull = jax.vjp(lambda *x: attend(partial(keys_and_values, config), scale, *x, ids), q, latents, weight)
+        return out, *pull(gradient)
+
+    def on_devices(*arrays):
+        out, of_q, of_latents, of_weight = results(splash_context.splash_context_attention, *arrays)
+        return out, of_q, of_latents, jax.lax.psum(of_weight, "context")
+
+    def on_one(expand, scale, q, latents, weight, ids):
+        return causal_attention(q, *expand(weight, latents), scale, ids, "reference")
+
+    pieces = length // (2 * devices)
+    order = np.concatenate([np.arange(n * pieces, (n + 1) * pieces) for i in range(devices) for n in (i, 2 * devices - 1 - i)])
+    own, same = PartitionSpec(None, "context"), PartitionSpec()
+    spread = jax.shard_map(on_devices, mesh=Mesh(np.array(jax.devices()[:devices]), ("context",)), check_vma=False,
+                           in_specs=(own, own, same, own, own), out_specs=(own, own, own, same))  # fmt: skip
+    found = jax.jit(spread)(q[:, order], (c_kv[:, order], k_rope[:, order]), weight, gradient[:, order], ids[:, order])
+    with jax.enable_x64(True):
+        wide = jax.tree.map(lambda x: x.astype("float64"), (q, (c_kv, k_rope), weight, gradient))
+        right = jax.jit(partial(results, on_one))(*wide, ids)
+    for a, b in zip(jax.tree.leaves(found), jax.tree.leaves(right), strict=True):
+        b = b[:, order] if b.ndim > 2 else b
+        np.testing.assert_allclose(a, b, rtol=0, atol=5e-6 * np.abs(b).max())
 
 
 @pytest.mark.slow

@@ -54,7 +54,8 @@ def attention_of_products(
         return None
     queries = queries_by_head(q, *rope, blocks[0], softmax_scale(c), c.rope_interleave)
     keys, values = keys_and_values_by_head(expanded, k_rope, blocks[1], c.v_head_dim)
-    return attention_by_head(queries, keys, values, segment_ids)
+    documents = None if segment_ids is None else (segment_ids, segment_ids)
+    return attention_by_head(queries, keys, values, jnp.arange(length), documents)
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(3, 4, 5))

@@ -5,6 +5,7 @@ latent and one shared rotary key: kv_lora_rank + qk_rope_head_dim numbers per to
 a cache, the expansion is absorbed into the query and the output, and keys and values never exist.
 """
 
+from collections.abc import Callable
 from functools import partial
 from typing import NamedTuple, Optional
 
@@ -17,7 +18,7 @@ from deepseek_jax.model.causal_attention import causal_attention, causal_attenti
 from deepseek_jax.model.context_attention import context_attention
 from deepseek_jax.model.layers import Linear, RMSNorm, widen
 from deepseek_jax.model.prefix_attention import prefix_attention
-from deepseek_jax.model.products import WAYPOINT, keep, products
+from deepseek_jax.model.products import AGAIN, WAYPOINT, keep, products
 from deepseek_jax.model.rope import apply_rope, softmax_scale, turn_ends
 from deepseek_jax.parallel.context import devices_of_a_sequence
 from deepseek_jax.parallel.sharding import Division
@@ -145,7 +146,7 @@ class MultiHeadLatentAttention(nn.Module):
         c = self.config
         if devices_of_a_sequence(self.division) > 1:
             expand, weight, q = partial(keys_and_values, c), self.kv_b_proj.whole_weight(), turned_queries(c, q, rope)
-            return context_attention(expand, softmax_scale(c), q, tuple(latents), weight, segment_ids)
+            return over_context(c, q.dtype)(expand, softmax_scale(c), q, tuple(latents), weight, segment_ids)
         expanded = self.kv_b_proj(latents.c_kv)
         if not self.is_mutable_collection(SCORES):
             return latent_attention(c, q, expanded, latents.k_rope, rope, segment_ids)
@@ -202,20 +203,29 @@ def latent_attention(
     return causal_attention(q, k, v, softmax_scale(config), segment_ids, implementation=config.attention)
 
 
+def over_context(config: ModelConfig, dtype: jnp.dtype) -> Callable[..., jax.Array]:
+    """The form of `context_attention` that stands for the config's attention: splash where that is splash, else blocks."""
+    if resolved(config.attention, dtype) != "splash":
+        return context_attention
+    from deepseek_jax.kernels.splash_context import splash_context_attention  # only TPUs should load Pallas
+
+    return splash_context_attention
+
+
 def turned_queries(config: ModelConfig, q: jax.Array, rope: tuple[jax.Array, jax.Array]) -> jax.Array:
     """Of every head, [B, T, H, nope + rope], their ends turned to their positions, from [B, T, H * (nope + rope)]."""
     return turn_ends(q.reshape(*q.shape[:2], config.num_attention_heads, -1), *rope, config.rope_interleave)
 
 
 def keys_and_values(config: ModelConfig, weight: jax.Array, latents: tuple[jax.Array, ...]) -> tuple[jax.Array, jax.Array]:
-    """Of every head, [B, T, H, nope + rope] and [B, T, H, v_head_dim], from latents and kv_b_proj's weight."""
+    """Of every head, [B, T, H, nope + rope] and [B, T, H, v_head_dim], from latents and kv_b_proj's weight, or some heads'."""
     c_kv, k_rope = latents
-    return split_heads(config, products(config, c_kv, weight)[0], k_rope)
+    return split_heads(config, products(config, c_kv, weight, name=AGAIN)[0], k_rope)
 
 
 def split_heads(config: ModelConfig, expanded: jax.Array, k_rope: jax.Array) -> tuple[jax.Array, jax.Array]:
     """The same, from what kv_b_proj has made of latents."""
-    expanded = expanded.reshape(*expanded.shape[:2], config.num_attention_heads, -1)
+    expanded = expanded.reshape(*expanded.shape[:2], -1, config.qk_nope_head_dim + config.v_head_dim)
     k_nope, v = jnp.split(expanded, [config.qk_nope_head_dim], axis=-1)
     k_rope = jnp.broadcast_to(k_rope[:, :, None], (*k_nope.shape[:3], config.qk_rope_head_dim))
     return jnp.concatenate([k_nope, k_rope], axis=-1), v

@@ -20,10 +20,10 @@ from deepseek_jax.precision.fp8_matmul import fp8_matmul
 from deepseek_jax.precision.fp8_operands import Operand, Prepared, prepare_rows, prepare_weight
 from deepseek_jax.precision.narrow import narrow
 
-PRODUCT, HIDDEN, ATTENDED, WAYPOINT = "product", "hidden", "attended", "waypoint"
+PRODUCT, HIDDEN, ATTENDED, WAYPOINT, AGAIN = "product", "hidden", "attended", "waypoint", "again"
 """What costs more than elementwise work to make again; of that a feed-forward's hidden units, before its activation;
-attention's output, with what its backward pass needs of it; and the few numbers between which a layer can be made again
-piece by piece."""
+attention's output, with what its backward pass needs of it; the few numbers between which a layer can be made again
+piece by piece; and what is made of others' tokens, which nobody keeps."""
 KEPT: dict[str, tuple[str, ...]] = {
     "products": (PRODUCT, HIDDEN, ATTENDED),
     "hidden": (HIDDEN, ATTENDED, WAYPOINT),

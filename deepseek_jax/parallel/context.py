@@ -6,6 +6,7 @@ sequence's ids, 4 bytes a token, and makes of them what needs its neighbours' (d
 before it takes its own; attention goes by the order of the pieces and RoPE by positions that tokens carry along.
 """
 
+from functools import partial
 from typing import Optional
 
 import jax
@@ -63,6 +64,25 @@ def scatter(x: jax.Array) -> jax.Array:
     with jax.named_scope(AXIS):
         own = jax.lax.psum_scatter(jnp.stack([early, late[::-1]], axis=1), AXIS)
     return own.swapaxes(0, 1).reshape(x.shape[1], -1, *x.shape[3:])
+
+
+@partial(jax.custom_vjp, nondiff_argnums=(0,))
+def whole(dtype: jnp.dtype, x: jax.Array) -> jax.Array:
+    """Sequences as they are, from this device's pieces, in a type in which their gradient is summed: [B, 2 n, ...] -> [B, T, ...]."""
+    return jnp.moveaxis(gather(x), 0, 1).reshape(x.shape[0], -1, *x.shape[2:]).astype(dtype)
+
+
+def _whole_backward(dtype: jnp.dtype, like: jax.Array, gradient: jax.Array) -> tuple[jax.Array]:
+    by_piece = gradient.reshape(len(gradient), 2 * jax.lax.axis_size(AXIS), -1, *gradient.shape[2:])
+    return (scatter(jnp.moveaxis(by_piece, 1, 0)).astype(like.dtype),)
+
+
+whole.defvjp(lambda dtype, x: (whole(dtype, x), jnp.zeros(0, x.dtype)), _whole_backward)
+
+
+def own_places(count: int) -> jax.Array:
+    """Where in a sequence this device's tokens are, which are so many: [count] int32."""
+    return jnp.concatenate([number * (count // 2) + jnp.arange(count // 2) for number in _own(jax.lax.axis_size(AXIS))])
 
 
 def total(division: Optional[Division], x: jax.Array) -> jax.Array:
