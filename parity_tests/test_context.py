@@ -10,7 +10,7 @@ from jax.sharding import Mesh, PartitionSpec
 
 from deepseek_jax.config import Config, ConfigError, load_config
 from deepseek_jax.kernels import splash_context
-from deepseek_jax.model import chunked_attention
+from deepseek_jax.model import attention_scores, chunked_attention
 from deepseek_jax.model.attention import keys_and_values
 from deepseek_jax.model.causal_attention import causal_attention
 from deepseek_jax.model.context_attention import context_attention
@@ -25,12 +25,12 @@ END, LENGTH = 0, 16
 
 
 def config_on(masked: bool, **mesh: int) -> Config:
-    """MTP of depth 2, groups, biases, accumulation, and if `masked` documents that end within and between pieces."""
+    """MTP of depth 2, groups, biases, accumulation, QK-clip, and if `masked` documents that end within and between pieces."""
     config = config_with(**mesh)
     return dataclasses.replace(
         config,
         model=dataclasses.replace(config.model, num_hidden_layers=4),
-        train=dataclasses.replace(config.train, sequence_length=LENGTH, batch_size=16, qk_clip=None),
+        train=dataclasses.replace(config.train, sequence_length=LENGTH, batch_size=16),
         data=dataclasses.replace(config.data, mask_documents=masked, end_of_document=END),
     )
 
@@ -38,7 +38,8 @@ def config_on(masked: bool, **mesh: int) -> Config:
 @pytest.fixture(autouse=True)
 def small_blocks(monkeypatch):
     """Several in a piece, and a rest."""
-    monkeypatch.setattr(chunked_attention, "CHUNK", 3)
+    for module in (chunked_attention, attention_scores):
+        monkeypatch.setattr(module, "CHUNK", 3)
 
 
 @pytest.fixture(scope="module")

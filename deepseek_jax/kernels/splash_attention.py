@@ -76,13 +76,14 @@ def _kernel(places: jax.Array, keys: int, blocks: tuple[int, int]) -> SplashAtte
     """
     rows, columns = len(places) // blocks[0], keys // blocks[1]
     is_seen = jnp.arange(columns) * blocks[1] <= jnp.max(places.reshape(rows, -1), axis=1, keepdims=True)
-    # What is read next: with a query the keys that it sees, the first of all after its last; with a key the queries that see it.
+    # What is read next: for queries the keys that they see, and then the first of all; for keys the queries that see them.
     next_keys = jnp.where(is_seen, jnp.arange(columns), 0)
     next_queries = jax.lax.cummin(jnp.where(is_seen, jnp.arange(rows)[:, None], rows - 1), reverse=True)
 
     def info(following: jax.Array) -> MaskInfo:
         small = jnp.int8 if max(rows, columns) < 128 else jnp.int16  # a core has little memory for such
-        return MaskInfo(following[None].astype(small), None, is_seen[None].astype(jnp.int8), None, places)
+        ranks: Any = places  # which JAX's annotations take for NumPy's
+        return MaskInfo(following[None].astype(small), None, is_seen[None].astype(jnp.int8), None, ranks)
 
     names = ("q", "kv", "q_dkv", "kv_dkv", "q_dq", "kv_dq")
     sizes: dict[str, Any] = {f"block_{name}": blocks[name.startswith("kv")] for name in names}

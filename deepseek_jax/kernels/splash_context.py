@@ -31,9 +31,8 @@ def splash_context_attention(
     (size, length, heads), dtype = q.shape[:3], q.dtype
     all_latents = jax.tree.map(partial(whole, widen(dtype)), latents)
     documents = None if segment_ids is None else (segment_ids, whole(segment_ids.dtype, segment_ids))
-    shapes = jax.eval_shape(expand, weight, all_latents)
-    each = sum(x.size for x in shapes) // heads * dtype.itemsize
-    groups = next(count for count in range(1, heads + 1) if heads % count == 0 and heads // count * each <= KEYS_BYTES or count == heads)
+    bytes_each = sum(x.size for x in jax.eval_shape(expand, weight, all_latents)) // heads * dtype.itemsize
+    groups = next(n for n in range(1, heads + 1) if heads % n == 0 and heads // n <= max(KEYS_BYTES // bytes_each, 1))
 
     @partial(jax.checkpoint, prevent_cse=False, policy=policy("attention"))
     def attend(queries: jax.Array, weight: jax.Array, all_latents: Latents) -> jax.Array:

@@ -7,7 +7,7 @@ a cache, the expansion is absorbed into the query and the output, and keys and v
 
 from collections.abc import Callable
 from functools import partial
-from typing import NamedTuple, Optional
+from typing import Any, NamedTuple, Optional
 
 import flax.linen as nn
 import jax
@@ -15,7 +15,7 @@ import jax.numpy as jnp
 
 from deepseek_jax.config import ModelConfig
 from deepseek_jax.model.causal_attention import causal_attention, causal_attention_and_scores, resolved
-from deepseek_jax.model.context_attention import context_attention
+from deepseek_jax.model.context_attention import context_attention, largest_scores_over_context
 from deepseek_jax.model.layers import Linear, RMSNorm, widen
 from deepseek_jax.model.prefix_attention import prefix_attention
 from deepseek_jax.model.products import AGAIN, WAYPOINT, keep, products
@@ -146,7 +146,10 @@ class MultiHeadLatentAttention(nn.Module):
         c = self.config
         if devices_of_a_sequence(self.division) > 1:
             expand, weight, q = partial(keys_and_values, c), self.kv_b_proj.whole_weight(), turned_queries(c, q, rope)
-            return over_context(c, q.dtype)(expand, softmax_scale(c), q, tuple(latents), weight, segment_ids)
+            operands: Any = (q, tuple(latents), weight, segment_ids)
+            if self.is_mutable_collection(SCORES):
+                self.sow(SCORES, "largest_scores", largest_scores_over_context(expand, softmax_scale(c), *operands))
+            return over_context(c, q.dtype)(expand, softmax_scale(c), *operands)
         expanded = self.kv_b_proj(latents.c_kv)
         if not self.is_mutable_collection(SCORES):
             return latent_attention(c, q, expanded, latents.k_rope, rope, segment_ids)

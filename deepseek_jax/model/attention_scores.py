@@ -6,32 +6,54 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
+from deepseek_jax.model.chunked_attention import Documents
 from deepseek_jax.model.layers import widen
 
 CHUNK = 512
 """Queries and keys whose scores exist at one time."""
 
 
-def largest_scores(q: jax.Array, k: jax.Array, scale: float, segment_ids: Optional[jax.Array]) -> jax.Array:
+def largest_scores(
+    q: jax.Array, k: jax.Array, scale: float, documents: Documents, places: Optional[tuple[jax.Array, jax.Array]] = None
+) -> jax.Array:
     """The largest scaled score of each head among those that a token sees, [H]; no gradient flows through it.
 
-    A product of queries and keys more, in the forward pass alone. Arguments are those of `causal_attention`.
-    """
-    size = min(CHUNK, q.shape[1])
-    filled = [(0, 0), (0, -q.shape[1] % size)]  # by copies of the last token, whose scores are there already
-    q, k = (lax.stop_gradient(jnp.pad(x, [*filled, (0, 0), (0, 0)], "edge")) for x in (q, k))
-    documents = None if segment_ids is None else jnp.pad(segment_ids, filled, "edge")
+    A product of queries and keys more, in the forward pass alone.
 
-    def visit(largest: jax.Array, first: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, None]:
-        queries, keys = (lax.dynamic_slice_in_dim(x, start, size, axis=1) for x, start in zip((q, k), first))
+    Args:
+        q: [B, T, H, D].
+        k: [B, S, H, D].
+        documents: of the queries and of the keys, [B, T] and [B, S]; a query sees only keys of its own.
+        places: of the same in their sequence, [T] and [S]; without, both are all of it.
+
+    Returns:
+        Minus infinity where no query sees a key.
+    """
+    starts = [range(0, x.shape[1], CHUNK) for x in (q, k)]
+    pairs = jnp.array([(row, column) for row in starts[0] for column in starts[1] if places or column <= row])
+    # Filled up by copies of the last token, whose scores are there already.
+    ranks = [_filled(x, axis=0) for x in places or (jnp.arange(q.shape[1]),) * 2]
+    ids = documents and [_filled(x, axis=1) for x in documents]
+    q, k = (_filled(lax.stop_gradient(x), axis=1) for x in (q, k))
+
+    def visit(largest: jax.Array, first: jax.Array) -> tuple[jax.Array, None]:
+        queries, keys = (_chunk(x, start, axis=1) for x, start in zip((q, k), first))
         scores = jnp.einsum("bthd,bshd->bhts", queries, keys, preferred_element_type=largest.dtype) * scale
-        rows, columns = (start + jnp.arange(size) for start in first)
+        rows, columns = (_chunk(x, start, axis=0) for x, start in zip(ranks, first))
         seen = columns <= rows[:, None]
-        if documents is not None:
-            own, others = (lax.dynamic_slice_in_dim(documents, start, size, axis=1) for start in first)
+        if ids is not None:
+            own, others = (_chunk(x, start, axis=1) for x, start in zip(ids, first))
             seen = seen & (own[:, :, None] == others[:, None])[:, None]
         return jnp.maximum(largest, jnp.max(jnp.where(seen, scores, -jnp.inf), axis=(0, 2, 3))), None
 
-    starts = range(0, q.shape[1], size)
-    pairs = jnp.array([(row, column) for row in starts for column in starts if column <= row]).T
-    return lax.scan(visit, jnp.full(q.shape[2], -jnp.inf, widen(q.dtype)), tuple(pairs))[0]
+    return lax.scan(visit, jnp.full(q.shape[2], -jnp.inf, widen(q.dtype)), pairs)[0]
+
+
+def _filled(x: jax.Array, axis: int) -> jax.Array:
+    """To a whole number of chunks, or to one that is smaller."""
+    more = -x.shape[axis] % min(CHUNK, x.shape[axis])
+    return jnp.pad(x, [(0, more if each == axis else 0) for each in range(x.ndim)], "edge")
+
+
+def _chunk(x: jax.Array, start: jax.Array, axis: int) -> jax.Array:
+    return lax.dynamic_slice_in_dim(x, start, min(CHUNK, x.shape[axis]), axis)

@@ -56,7 +56,8 @@ def causal_attention_and_scores(
     """
     if resolved(implementation, q.dtype) == "blocked":
         return blocked_attention_and_scores(q, k, v, scale, segment_ids)
-    return causal_attention(q, k, v, scale, segment_ids, implementation), largest_scores(q, k, scale, segment_ids)
+    documents = None if segment_ids is None else (segment_ids, segment_ids)
+    return causal_attention(q, k, v, scale, segment_ids, implementation), largest_scores(q, k, scale, documents)
 
 
 def resolved(implementation: str, dtype: jnp.dtype) -> str:

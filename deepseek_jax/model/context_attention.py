@@ -18,10 +18,11 @@ from typing import Any, Optional
 import jax
 import jax.numpy as jnp
 
+from deepseek_jax.model.attention_scores import largest_scores
 from deepseek_jax.model.chunked_attention import attend, gradients_of, merged
 from deepseek_jax.model.layers import widen
 from deepseek_jax.model.products import ATTENDED, keep
-from deepseek_jax.parallel.context import AXIS, gather, scatter
+from deepseek_jax.parallel.context import AXIS, gather, own_places, scatter
 
 Latents = tuple[jax.Array, jax.Array]
 Expand = Callable[[jax.Array, Latents], tuple[jax.Array, jax.Array]]
@@ -97,6 +98,23 @@ def _backward(expand: Expand, scale: float, kept: Any, gradient: jax.Array) -> t
 
 
 context_attention.defvjp(_forward, _backward)
+
+
+def largest_scores_over_context(
+    expand: Expand, scale: float, q: jax.Array, latents: Latents, weight: jax.Array, segment_ids: Optional[jax.Array]
+) -> jax.Array:
+    """Of each head, the largest score among those that this device's queries see, [H]; arguments as of `context_attention`."""
+    pieces, piece_ids = _gathered(jax.lax.stop_gradient(latents), segment_ids)
+    own, size = own_places(q.shape[1]), q.shape[1] // 2
+
+    def visit(largest: jax.Array, piece: jax.Array) -> tuple[jax.Array, None]:
+        k, _ = expand(jax.lax.stop_gradient(weight), _at(pieces, piece))
+        documents = None if segment_ids is None or piece_ids is None else (segment_ids, piece_ids[piece])
+        found = largest_scores(q, k, scale, documents, (own, piece * size + jnp.arange(size)))
+        return jnp.maximum(largest, found), None
+
+    lowest = jnp.full(q.shape[2], -jnp.inf, widen(q.dtype))
+    return jax.lax.scan(visit, lowest, jnp.arange(2 * jax.lax.axis_size(AXIS)))[0]
 
 
 def _places() -> tuple[jax.Array, jax.Array]:

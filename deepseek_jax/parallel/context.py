@@ -68,7 +68,7 @@ def scatter(x: jax.Array) -> jax.Array:
 
 @partial(jax.custom_vjp, nondiff_argnums=(0,))
 def whole(dtype: jnp.dtype, x: jax.Array) -> jax.Array:
-    """Sequences as they are, from this device's pieces, in a type in which their gradient is summed: [B, 2 n, ...] -> [B, T, ...]."""
+    """All of the sequences, in order and in the type in which their gradient is summed: [B, 2 n, ...] -> [B, T, ...]."""
     return jnp.moveaxis(gather(x), 0, 1).reshape(x.shape[0], -1, *x.shape[2:]).astype(dtype)
 
 

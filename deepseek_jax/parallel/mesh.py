@@ -49,10 +49,6 @@ def resolve(config: Config, devices: int) -> ParallelConfig:
             f"train.sequence_length={length}: must be a multiple of {2 * context}, two pieces for each device along "
             f"parallel.context={context}; nearest {_nearest_multiple(length, 2 * context)}"
         )
-    if context > 1 and train.qk_clip is not None:
-        raise ConfigError(
-            f"train.qk_clip={train.qk_clip}: attention over parallel.context tells no scores; give parallel.context=1"
-        )
     part = train.gradient_accumulation_steps * readers(parallel)
     if parallel.pipe > 1:
         part *= parallel.microbatch_size
