@@ -72,7 +72,7 @@ def plan(args: argparse.Namespace) -> None:
 def _stage(config: Config, number: int) -> Config:
     stages = stage_configs(config)
     if not 1 <= number <= len(stages):
-        raise ConfigError(f"--stage {number}: the config has {len(stages)}")
+        raise ConfigError(f"--stage {number}: the config has {len(stages)}; give {min(max(number, 1), len(stages))}")
     return stages[number - 1]
 
 
