@@ -1,62 +1,40 @@
-"""Prepare what comes next while what came is being written, in memory that is bounded."""
+"""Prepare what comes next, by several threads, while what came is being written, in memory that is bounded."""
 
-import threading
+import os
 from collections import deque
-from collections.abc import Callable, Generator, Iterator
-from typing import Any, TypeVar
+from collections.abc import Callable, Generator, Iterable
+from concurrent.futures import Future, ThreadPoolExecutor
+from typing import TypeVar
 
 Item = TypeVar("Item")
+Made = TypeVar("Made")
 
 BYTES_AHEAD = 32 * 2**20
-"""Of items that are ready and not yet taken; one more may be larger."""
+"""Of items that are begun and not yet taken; one alone may be larger."""
+THREADS = min(8, os.cpu_count() or 1)
 
 
-def ahead(items: Iterator[Item], nbytes: Callable[[Item], int]) -> Generator[Item, None, None]:
-    """The same items in the same order, each made by a thread of its own before it is asked for.
+def ahead(make: Callable[[Item], Made], items: Iterable[Item], nbytes: Callable[[Item], int]) -> Generator[Made, None, None]:
+    """`make` of each item, in their order, made before it is asked for.
 
-    An error in making one is raised where that one is asked for. The thread ends with the generator.
+    An error in making one is raised where that one is asked for. The threads end with the generator.
+
+    Args:
+        make: called in any of the threads.
+        nbytes: an item's size, known before it is made.
     """
-    ready: deque[tuple[str, Any, int]] = deque()
-    changed, state = threading.Condition(), {"held": 0, "stopped": False}
-
-    def put(kind: str, value: Any, size: int) -> bool:
-        with changed:
-            changed.wait_for(lambda: state["stopped"] or not ready or state["held"] + size <= BYTES_AHEAD)
-            ready.append((kind, value, size))
-            state["held"] += size
-            changed.notify_all()
-            return not state["stopped"]
-
-    def make() -> None:
-        try:
-            for item in items:
-                if not put("item", item, nbytes(item)):
-                    return
-                del item  # not kept while the next is made
-            put("end", None, 0)
-        except BaseException as error:
-            put("error", error, 0)
-        finally:
-            if isinstance(items, Generator):
-                items.close()
-
-    thread = threading.Thread(target=make, daemon=True)
-    thread.start()
+    begun: deque[tuple[Future[Made], int]] = deque()
+    held = 0
+    threads = ThreadPoolExecutor(THREADS)
     try:
-        while True:
-            with changed:
-                changed.wait_for(lambda: bool(ready))
-                kind, value, size = ready.popleft()
-                state["held"] -= size
-                changed.notify_all()
-            if kind == "end":
-                return
-            if kind == "error":
-                raise value
-            yield value
-            del value
+        for item in items:
+            size = nbytes(item)
+            while begun and held + size > BYTES_AHEAD:
+                held -= begun[0][1]
+                yield begun.popleft()[0].result()
+            begun.append((threads.submit(make, item), size))
+            held += size
+        while begun:
+            yield begun.popleft()[0].result()
     finally:
-        with changed:
-            state["stopped"] = True
-            changed.notify_all()
-        thread.join()
+        threads.shutdown(cancel_futures=True)

@@ -2,7 +2,7 @@
 
 `X.weight` holds F8_E4M3 codes [out, in], `X.weight_scale_inv` F32 scales [ceil(out/128), ceil(in/128)],
 and a weight is its code times its block's scale, in float32; blocks at the edges are smaller. The
-arithmetic is that of `precision/fp8.py`, bit for bit, in numpy and a few rows at a time.
+arithmetic is that of `precision/fp8.py`, bit for bit, in numpy and in pieces that the processor's cache holds.
 
 Codes do not determine the scales they came with: a block whose largest code is not 448 (all small,
 or scaled by a power of two) gives another scale when quantised afresh. Who wants the same bytes back
@@ -25,6 +25,8 @@ SMALLEST_AMAX = np.float32(1e-4)
 SMALLEST_SCALE = np.float32(2.0**-117)
 """With the smallest code, 2^-9, it makes the smallest normal float32: below, weights would lose bits."""
 LARGEST_SCALE = np.finfo(np.float32).max / E4M3_MAX
+BLOCKS = 8
+"""Side by side, that are worked on at once."""
 
 
 def scale_shape(shape: tuple[int, ...]) -> tuple[int, ...]:
@@ -65,10 +67,9 @@ def dequantize_blocks(codes: np.ndarray, scales: np.ndarray, where: str, allow_n
         CheckpointError: one line that begins with `where`, from `check_scales`.
     """
     check_scales(scales, codes.shape, where, allow_non_finite)
-    weights = np.empty(codes.shape, np.float32)
-    for rows, row_scales in _block_rows(scales):
-        scale = _expand(row_scales, codes.shape[1])
-        np.multiply(_FLOAT_OF_CODE[codes[rows].view(np.uint8)], scale, out=weights[rows])
+    weights = np.empty_like(codes, np.float32)
+    for piece, _, scale in _pieces(scales, codes.shape):
+        np.multiply(_FLOAT_OF_CODE.take(codes[piece].view(np.uint8)), scale, out=weights[piece])
     return weights
 
 
@@ -84,20 +85,21 @@ def quantize_blocks(weights: np.ndarray, where: str, powers_of_two: bool = False
     """
     if weights.ndim != 2:
         raise CheckpointError(f"{where}: a shape of {list(weights.shape)}; only matrices have blocks")
-    codes = np.empty(weights.shape, ml_dtypes.float8_e4m3fn)
+    codes = np.empty_like(weights, ml_dtypes.float8_e4m3fn)
     scales = np.empty(scale_shape(weights.shape), np.float32)
-    for rows, row_scales in _block_rows(scales):
-        block_row = weights[rows].astype(np.float32)
-        largest = np.abs(block_row).max(axis=0)
-        amax = np.maximum.reduceat(largest, np.arange(0, len(largest), BLOCK)) if len(largest) else largest
+    for piece, blocks, _ in _pieces(scales, weights.shape):
+        x = weights[piece].astype(np.float32)
+        largest = np.abs(x).max(axis=0)
+        amax = np.maximum.reduceat(largest, np.arange(0, len(largest), BLOCK))
         if not np.isfinite(amax).all():
-            place = [rows.start // BLOCK, int(np.argmin(np.isfinite(amax)))]
+            place = [blocks[0], blocks[1].start + int(np.argmin(np.isfinite(amax)))]
             raise CheckpointError(f"{where}: NaN or infinity in block {place}, which float8 codes cannot hold")
-        row_scales[:] = np.maximum(amax, SMALLEST_AMAX) / E4M3_MAX
+        scale = np.maximum(amax, SMALLEST_AMAX) / E4M3_MAX
         if powers_of_two:
-            mantissa, exponent = np.frexp(row_scales)
-            row_scales[:] = np.ldexp(np.float32(1), exponent - (mantissa == 0.5))
-        codes[rows] = _encode(block_row, _expand(row_scales, weights.shape[1]))
+            mantissa, exponent = np.frexp(scale)
+            scale = np.ldexp(np.float32(1), exponent - (mantissa == 0.5))
+        scales[blocks] = scale
+        codes[piece] = _encode(x, _expand(scale, x.shape[1]))
     return codes, scales
 
 
@@ -111,22 +113,25 @@ def requantize_blocks(weights: np.ndarray, scales: np.ndarray) -> np.ndarray | N
         weights: [out, in], any floating dtype.
         scales: float32, as checked by `check_scales`.
     """
-    codes = np.empty(weights.shape, ml_dtypes.float8_e4m3fn)
-    for rows, row_scales in _block_rows(scales):
-        scale = _expand(row_scales, weights.shape[1])
-        codes[rows] = _encode(weights[rows].astype(np.float32), scale)
-        again = _FLOAT_OF_CODE[codes[rows].view(np.uint8)] * scale
-        again, row_weights = again.astype(weights.dtype), weights[rows]
+    codes = np.empty_like(weights, ml_dtypes.float8_e4m3fn)
+    for piece, _, scale in _pieces(scales, weights.shape):
+        codes[piece] = _encode(weights[piece].astype(np.float32), scale)
+        again = _FLOAT_OF_CODE.take(codes[piece].view(np.uint8)) * scale
+        again, wanted = again.astype(weights.dtype, copy=False), weights[piece]
         # NaN, where a person has let it pass, is no reason to lose its neighbours' scales.
-        if not (np.array_equal(again, row_weights) or np.array_equal(again, row_weights, equal_nan=True)):
+        if not (np.array_equal(again, wanted) or np.array_equal(again, wanted, equal_nan=True)):
             return None
     return codes
 
 
-def _block_rows(scales: np.ndarray) -> Iterator[tuple[slice, np.ndarray]]:
-    """Each 128 rows of the weight and their blocks' scales, a view."""
-    for index, row_scales in enumerate(scales):
-        yield slice(index * BLOCK, (index + 1) * BLOCK), row_scales
+def _pieces(scales: np.ndarray, shape: tuple[int, ...]) -> Iterator[tuple[tuple[slice, slice], tuple[int, slice], np.ndarray]]:
+    """A weight of `shape` piece by piece: where it lies, its blocks, and each column's scale."""
+    for row in range(scales.shape[0]):
+        for first in range(0, scales.shape[1], BLOCKS):
+            columns = slice(first * BLOCK, min((first + BLOCKS) * BLOCK, shape[1]))
+            piece = slice(row * BLOCK, (row + 1) * BLOCK), columns
+            blocks = row, slice(first, first + BLOCKS)
+            yield piece, blocks, _expand(scales[blocks], columns.stop - columns.start)
 
 
 def _expand(row_scales: np.ndarray, columns: int) -> np.ndarray:
@@ -135,14 +140,19 @@ def _expand(row_scales: np.ndarray, columns: int) -> np.ndarray:
 
 
 def _encode(x: np.ndarray, scale: np.ndarray) -> np.ndarray:
-    """Codes nearest to x / scale, ties to even.
+    """Codes nearest to x / scale, ties to even; x, float32, is lost.
 
     Rounding to odd at bfloat16 keeps what is needed to round to nearest after it, and from 16 bits a
     table does that, several times faster than a cast.
     """
     with np.errstate(over="ignore"):
-        bits = np.clip(x / scale, -E4M3_MAX, E4M3_MAX).view(np.uint32)
-    return _CODE_OF_BFLOAT16[(bits | ((bits & 0xFFFF) + 0xFFFF)) >> 16]
+        np.divide(x, scale, out=x)
+    bits = np.clip(x, -E4M3_MAX, E4M3_MAX, out=x).view(np.uint32)
+    odd = bits & 0xFFFF
+    odd += 0xFFFF
+    odd |= bits
+    odd >>= 16
+    return _CODE_OF_BFLOAT16.take(odd.astype(np.uint16))
 
 
 def _every_bfloat16() -> np.ndarray:

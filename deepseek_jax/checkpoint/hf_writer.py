@@ -1,7 +1,7 @@
 """Write a Hugging Face directory that `transformers` loads as `deepseek_v3`."""
 
 import shutil
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Generator, Mapping
 from contextlib import closing
 from pathlib import Path
 
@@ -10,11 +10,12 @@ import numpy as np
 from deepseek_jax.checkpoint.ahead import ahead
 from deepseek_jax.checkpoint.forms import NO_OTHERS, encode, stored_as, tensor_specs
 from deepseek_jax.checkpoint.hf_config import CONFIG_JSON, carried_content, to_config_json
-from deepseek_jax.checkpoint.layout import layout
+from deepseek_jax.checkpoint.layout import TensorPlace, layout
 from deepseek_jax.checkpoint.safetensors_writer import write_tensors
 from deepseek_jax.checkpoint.source import Source
 from deepseek_jax.checkpoint.tensors import TensorSpec
 from deepseek_jax.checkpoint.tokenizer_files import write_json, write_tokenizer
+from deepseek_jax.checkpoint.transposing import in_rows
 from deepseek_jax.checkpoint.untrusted import read_object
 
 SHARD_BYTES = 5 * 10**9
@@ -26,18 +27,20 @@ def planned(source: Source, form: str) -> list[TensorSpec]:
     return tensor_specs(source.config, form, source.quantized(), _dtypes(source, form))
 
 
-def encoded(source: Source, form: str) -> Iterator[np.ndarray]:
+def encoded(source: Source, form: str) -> Generator[np.ndarray, None, None]:
     """Their numbers; what comes next is read meanwhile."""
     quantized, dtypes = source.quantized(), _dtypes(source, form)
 
-    def tensors() -> Iterator[tuple[list[TensorSpec], np.ndarray, np.ndarray | None]]:
-        for place in layout(source.config):
-            specs = stored_as(place, form, quantized, dtypes)
-            yield specs, source.read(place), source.scales(place) if len(specs) > 1 else None
+    def arrays(place: TensorPlace) -> list[np.ndarray]:
+        specs = stored_as(place, form, quantized, dtypes)
+        return encode(specs, in_rows(source.read(place)), source.scales(place) if len(specs) > 1 else None)
 
-    with closing(ahead(tensors(), lambda item: item[1].nbytes)) as read:
-        for specs, weights, scales in read:
-            yield from encode(specs, weights, scales)
+    def nbytes(place: TensorPlace) -> int:
+        return sum(spec.nbytes for spec in stored_as(place, form, quantized, dtypes))
+
+    with closing(ahead(arrays, layout(source.config), nbytes)) as made:
+        for of_one in made:
+            yield from of_one
 
 
 def _dtypes(source: Source, form: str) -> Mapping[str, str]:
@@ -65,8 +68,7 @@ def write_huggingface(
     Raises:
         UserError: one line, if anything cannot be read or written.
     """
-    arrays = ahead(encoded(source, form), lambda array: array.nbytes)
-    with closing(arrays):
+    with closing(encoded(source, form)) as arrays:
         write_tensors(directory, planned(source, form), arrays, max_shard_bytes, progress)
     token_ids = write_tokenizer(directory, tokenizer, source.config.max_position_embeddings)
     carried = carried_content(tokenizer, source.config)

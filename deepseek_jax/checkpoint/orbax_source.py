@@ -6,6 +6,7 @@ is read without its neighbours: all of them in memory would be the model several
 
 import math
 import os
+import threading
 from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
@@ -128,6 +129,7 @@ class _Pieces:
 
     def __init__(self):
         self._kept: dict[tuple, np.ndarray] = {}
+        self._lock = threading.Lock()
 
     def read(self, path: tuple[str, ...], store: Any, index: tuple[int, ...]) -> np.ndarray:
         """The part of `store` at the leading `index`."""
@@ -135,13 +137,14 @@ class _Pieces:
         if math.prod(chunk) == 1:
             return np.asarray(store[index].read().result())
         corner = tuple(i // size * size for i, size in zip(index, chunk))
-        if (path, corner) not in self._kept:
-            while len(self._kept) >= self.LIMIT:
-                del self._kept[next(iter(self._kept))]
-            ends = (min(start + size, end) for start, size, end in zip(corner, chunk, store.shape))
-            box = tuple(slice(start, end) for start, end in zip(corner, ends))
-            self._kept[path, corner] = np.asarray(store[box].read().result())
-        return self._kept[path, corner][tuple(i - start for i, start in zip(index, corner))]
+        with self._lock:  # several threads ask for parts of one piece, which is read once
+            if (path, corner) not in self._kept:
+                while len(self._kept) >= self.LIMIT:
+                    del self._kept[next(iter(self._kept))]
+                ends = (min(start + size, end) for start, size, end in zip(corner, chunk, store.shape))
+                box = tuple(slice(start, end) for start, end in zip(corner, ends))
+                self._kept[path, corner] = np.asarray(store[box].read().result())
+            return self._kept[path, corner][tuple(i - start for i, start in zip(index, corner))]
 
 
 def _kept_scales(step: Path, config: ModelConfig) -> SafetensorsDirectory | None:

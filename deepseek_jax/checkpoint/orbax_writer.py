@@ -15,7 +15,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import orbax.checkpoint as ocp
 import tensorstore as ts
 
 from deepseek_jax.checkpoint.ahead import ahead
@@ -29,12 +28,12 @@ from deepseek_jax.checkpoint.orbax_step import (
     first_line,
     stacked_arrays,
     step_meta,
-    uncached,
 )
 from deepseek_jax.checkpoint.safetensors_writer import write_tensors
 from deepseek_jax.checkpoint.source import Source
 from deepseek_jax.checkpoint.staging import disk_errors
-from deepseek_jax.checkpoint.tensors import CheckpointError, row_major
+from deepseek_jax.checkpoint.tensors import CheckpointError
+from deepseek_jax.checkpoint.transposing import in_rows
 from deepseek_jax.config import ModelConfig
 
 Write = tuple[TensorPlace, int, Any]
@@ -90,20 +89,17 @@ def _check_room(step: Path, arrays: dict[tuple[str, ...], StackedArray], dtype: 
 def _writes(source: Source, stores: dict[tuple[str, ...], Any]) -> Iterator[Write]:
     """Begin the write of one place after the other."""
 
-    def tensors() -> Iterator[tuple[TensorPlace, np.ndarray]]:
-        for place in layout(source.config):
-            if not place.is_copy:
-                yield place, source.read(place)
+    def part(place: TensorPlace) -> tuple[TensorPlace, np.ndarray]:
+        weights = source.read(place).astype(stores[place.path].dtype.numpy_dtype, copy=False)
+        return place, in_rows(weights.T if place.transposed else weights)
 
-    def parts() -> Iterator[tuple[TensorPlace, np.ndarray]]:
-        with closing(ahead(tensors(), lambda item: item[1].nbytes)) as read:
-            for place, weights in read:
-                dtype = stores[place.path].dtype.numpy_dtype
-                yield place, row_major(weights.T if place.transposed else weights, dtype)
+    def nbytes(place: TensorPlace) -> int:
+        return math.prod(place.shape) * stores[place.path].dtype.numpy_dtype.itemsize
 
-    with closing(ahead(parts(), lambda item: item[1].nbytes)) as ready:
-        for place, part in ready:
-            yield place, part.nbytes, stores[place.path][place.index].write(part)
+    own = (place for place in layout(source.config) if not place.is_copy)
+    with closing(ahead(part, own, nbytes)) as parts:
+        for place, weights in parts:
+            yield place, weights.nbytes, stores[place.path][place.index].write(weights)
 
 
 def _in_flight(writes: Iterator[Write]) -> Iterator[Write]:
@@ -131,6 +127,8 @@ def _write_scales(folder: Path, source: Source) -> None:
 def _save_template(
     step: Path, arrays: dict[tuple[str, ...], StackedArray], source: Source | None, config: ModelConfig
 ) -> None:
+    import orbax.checkpoint as ocp  # takes half a second, which the way out of a run need not wait for
+
     came_as = None if source is None else {"form": source.form, "dtypes": source.dtypes}
     tree: dict[str, Any] = {"params": {}, "router_state": {}}
     for path in arrays:
@@ -162,4 +160,6 @@ def _create(folder: Path, array: StackedArray, chunk: tuple[int, ...], dtype: An
         # A piece of zeros is written as well: one that is not there is one that was lost.
         "store_data_equal_to_fill_value": True,
     }
-    return ts.open(spec, dtype=ts.dtype(dtype), create=True, delete_existing=True, context=uncached()).result()
+    # `staged_directory` waits for the disk once, at the end.
+    context = ts.Context({"cache_pool": {"total_bytes_limit": 0}, "file_io_sync": False})
+    return ts.open(spec, dtype=ts.dtype(dtype), create=True, delete_existing=True, context=context).result()

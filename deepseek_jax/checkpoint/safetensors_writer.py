@@ -6,7 +6,6 @@ more. The bytes are those that the safetensors library writes for the same tenso
 """
 
 import json
-import os
 import re
 import shutil
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -111,8 +110,6 @@ def _write_shard(path: Path, shard: list[TensorSpec], supply: Iterator[np.ndarra
                 for piece in _pieces(array):
                     _write_all(file, piece)
                     progress(len(piece))
-        with disk_errors(path):
-            os.fsync(file.fileno())
 
 
 def _write_all(file: FileIO, piece: memoryview) -> None:
@@ -183,5 +180,3 @@ def _write_index(path: Path, shards: dict[str, list[TensorSpec]], total: int) ->
     with disk_errors(path), open(path, "x", encoding="utf-8") as file:
         json.dump(index, file, indent=2, ensure_ascii=False)
         file.write("\n")
-        file.flush()
-        os.fsync(file.fileno())

@@ -1,4 +1,4 @@
-"""A directory appears whole or not at all: it is filled beside its place and renamed at the end."""
+"""A directory appears whole or not at all: it is filled beside its place, and renamed when the disk has all of it."""
 
 import contextlib
 import errno
@@ -7,12 +7,15 @@ import os
 import shutil
 import time
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 from deepseek_jax.checkpoint.tensors import CheckpointError
 
 PARTIAL = ".deepseek-jax-partial"
 """End of a directory's name until it is whole."""
+SYNCING = 8
+"""Files at a time that the disk is asked for."""
 DISK_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 
@@ -41,7 +44,7 @@ def staged_directory(destination: str | os.PathLike[str]) -> Iterator[Path]:
                 _clear(partial)
             yield partial
             with disk_errors(destination):
-                os.fsync(handle)
+                _sync_all(partial)
                 os.rename(partial, destination)
                 _sync(destination.parent)
         except BaseException:
@@ -94,8 +97,14 @@ def _clear(directory: Path) -> None:
             item.unlink()
 
 
-def _sync(directory: Path) -> None:
-    handle = os.open(directory, os.O_RDONLY)
+def _sync_all(directory: Path) -> None:
+    """Wait until the disk has everything below, which costs one file system's journal less than file by file."""
+    with ThreadPoolExecutor(SYNCING) as threads:
+        list(threads.map(_sync, [*directory.rglob("*"), directory]))
+
+
+def _sync(path: Path) -> None:
+    handle = os.open(path, os.O_RDONLY)
     try:
         os.fsync(handle)
     finally:

@@ -42,7 +42,7 @@ DTYPES: dict[str, np.dtype] = {
 
 MAX_DIMENSIONS = 64
 """As many as numpy has."""
-STRIPE = 128
+STRIPE = 32
 """Columns that are transposed at once."""
 
 
