@@ -1,4 +1,6 @@
-"""A model for lm-evaluation-harness: `python -m deepseek_jax.lm_eval --model deepseek_jax --model_args run=RUN --tasks ...`.
+"""A model for lm-evaluation-harness.
+
+    python -m deepseek_jax.lm_eval --model deepseek_jax --model_args run=RUN --batch_size auto --tasks ...
 
 All other words are the harness's own. From Python: `lm_eval.simple_evaluate(model=DeepSeekLM("runs/mine"), tasks=[...])`.
 """
@@ -22,6 +24,7 @@ try:
     from lm_eval.api.instance import Instance
     from lm_eval.api.model import TemplateLM
     from lm_eval.api.registry import register_model
+    from tqdm.auto import tqdm
 except ModuleNotFoundError as error:  # pragma: no cover
     MISSING = "deepseek_jax.lm_eval needs the extra: pip install 'deepseek-jax[lm-eval]'"
     if __name__ == "__main__":
@@ -75,12 +78,13 @@ class DeepSeekLM(TemplateLM):
         return self._tokenizer.encode(string, add_special_tokens=False).ids
 
     def _loglikelihood_tokens(
-        self, requests: Sequence[tuple[Any, list[int], list[int]]], **other: Any
+        self, requests: Sequence[tuple[Any, list[int], list[int]]], disable_tqdm: bool = False, **other: Any
     ) -> list[tuple[float, bool]]:
         """Of each continuation after its context, both as tokens: the log-likelihood, and whether it is the likeliest."""
         sequences = ([*context, *wanted][-(self.max_length + 1) :] for _, context, wanted in requests)
         results = []
-        for (_, _, wanted), scored in zip(requests, self._scorer.score(sequences)):
+        scores = tqdm(self._scorer.score(sequences), "scoring", len(requests), disable=disable_tqdm)
+        for (_, _, wanted), scored in zip(requests, scores):
             count = len(wanted)
             results.append((-float(scored.nats[-count:].sum()), bool(scored.greedy[-count:].all())))
         return results
@@ -88,14 +92,15 @@ class DeepSeekLM(TemplateLM):
     def loglikelihood_rolling(self, requests: list[Instance], disable_tqdm: bool = False) -> list[float]:
         """Log-likelihoods of whole texts."""
         sequences = ([self._begin, *self.tok_encode(request.args[0])] for request in requests)
-        return [-float(scored.nats.sum()) for scored in self._scorer.score(sequences)]
+        scores = tqdm(self._scorer.score(sequences), "scoring texts", len(requests), disable=disable_tqdm)
+        return [-float(scored.nats.sum()) for scored in scores]
 
     def generate_until(self, requests: list[Instance], disable_tqdm: bool = False) -> list[str]:
         """What is written after each context, up to the strings that end it."""
         if self._generator is None:
             self._generator = Generator(self._model.config, self._model.variables, self.batch_size, length_multiple=128)
         texts = []
-        for request in requests:
+        for request in tqdm(requests, "writing", disable=disable_tqdm):
             context, wishes = request.args
             limit = min(int(wishes.get("max_gen_toks", MAX_NEW_TOKENS)), self.max_length - 1)
             stops = wishes.get("until") or []
