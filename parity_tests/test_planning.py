@@ -10,9 +10,10 @@ from jax.sharding import AxisType
 
 from deepseek_jax.config import ConfigError, load_config
 from deepseek_jax.planning.buffers import fullest_moment
-from deepseek_jax.planning.collectives import collectives, describe
+from deepseek_jax.planning.collectives import Collective, collectives, describe
 from deepseek_jax.planning.costs import Costs
 from deepseek_jax.planning.depth import fewer_layers, fullest_at_depth
+from deepseek_jax.planning.in_flight import InFlight, Transfer
 from deepseek_jax.planning.kernels import kernel_name, kernel_work
 from deepseek_jax.planning.links import Links
 from deepseek_jax.planning.machines import KERNEL_SHARE, MACHINES
@@ -46,6 +47,19 @@ def test_collectives_of_a_core_beside():
     assert (gather.seconds * clock, gather.hidden * clock) == pytest.approx((150, 300))
     mesh = jax.make_mesh((8,), ("expert",), axis_types=(AxisType.Auto,), devices=jax.devices()[:8])
     assert [one.kind for one in collectives(CALLED, mesh)] == ["all-gather"]
+
+
+def test_transfers_share_the_links_of_their_devices():
+    """A short one beside a long one takes twice its time, and holds it up by its own; another group's minds neither."""
+    long, short, other = (Collective("all-gather", (), group, (), 1, 0, "") for group in ((0, 1), (0, 1), (0, 2)))
+    under_way = InFlight()
+    for name, one, seconds in (("long", long, 6.0), ("short", short, 1.0), ("other", other, 4.0)):
+        under_way.start(name, one, seconds)
+    under_way.work(1.0)
+    assert under_way.wait("short") == (Transfer(short, 0.0, hidden=0.5), 1.0)
+    under_way.work(2.0)
+    assert under_way.wait("long") == (Transfer(long, 0.0, hidden=2.5), 3.0)
+    assert under_way.wait("other") == (Transfer(other, 0.0, hidden=3.0), 0.0)
 
 
 def played(link_cycles, text=PROGRAM):

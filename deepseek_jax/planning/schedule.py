@@ -1,8 +1,8 @@
 """A compiled program played through: which operation takes how long, and which collectives other work hides.
 
 Operations run one after the other in the order that the compiler scheduled. A collective that the program starts in one
-place and awaits in another runs beside what stands between, on links of its own for each group of devices; what of it
-is left at the second place is waited for. Loops count as often as they run, and once where only the data tell how often.
+place and awaits in another runs beside what stands between (`planning.in_flight`); what of it is left at the second place is
+waited for. Loops count as often as they run, and once where only the data tell how often.
 """
 
 import re
@@ -11,6 +11,7 @@ from typing import NamedTuple
 
 from deepseek_jax.planning.collectives import Collective, is_collective
 from deepseek_jax.planning.costs import Cost
+from deepseek_jax.planning.in_flight import InFlight, Transfer
 from deepseek_jax.planning.parts import Part, is_overflow, part_of
 from deepseek_jax.planning.program import Array, Instruction, Program, annotated_passes, chain_of, counted_passes
 
@@ -70,37 +71,32 @@ class _Player:
 
     def _run(self, computation: str, times: int) -> tuple[list[Entry], float]:
         """Entries of a computation that runs so often, and the seconds of one run."""
-        clock, entries = 0.0, []
-        free: dict[tuple[int, ...], float] = {}
-        """Group of devices -> when its links are free."""
-        running: dict[str, tuple[float, float, Collective]] = {}
-        """Start of a collective, or its chain -> when it ends, how long it takes."""
+        clock, entries, under_way = 0.0, [], InFlight()
         for instruction, operands in self._inline(computation):
+            seconds = 0.0
+            """Of other work, or waited."""
+            kind = self._kind(instruction)
             if instruction.opcode in ("while", "conditional"):
                 inner, seconds = self._nested(instruction, times)
                 entries += inner
-                clock += seconds
-                continue
-            kind = self._kind(instruction)
-            if (started := self._awaited(instruction, running)) is not None:
-                end, length, told = running.pop(started)
-                waited = max(end - clock, 0.0)
-                clock += waited
-                entries.append(self._transfer(instruction, times, told, waited, max(length - waited, 0.0)))
+                under_way.work(seconds)
+            elif (started := self._awaited(instruction, under_way.started)) is not None:
+                transfer, seconds = under_way.wait(started)
+                entries.append(self._transfer(instruction, times, transfer, seconds))
             elif kind is not None:
                 told = self._collective(kind, self._program.operands(kind), times)
-                length, begin = self._link_seconds(told), max(clock, free.get(told.group, 0.0))
-                free[told.group] = begin + length
-                if instruction.opcode.endswith("-start") or kind.opcode.endswith("-start"):
-                    running[chain_of(kind) or instruction.name] = (begin + length, length, told)
-                else:
-                    entries.append(self._transfer(instruction, times, told, begin + length - clock, 0.0))
-                    clock = begin + length
+                name = chain_of(kind) or instruction.name
+                under_way.start(name, told, self._link_seconds(told))
+                if not (instruction.opcode.endswith("-start") or kind.opcode.endswith("-start")):
+                    transfer, seconds = under_way.wait(name)
+                    entries.append(self._transfer(instruction, times, transfer, seconds))
             else:
                 cost = self._cost(instruction, operands)
-                clock += cost.seconds
+                seconds = cost.seconds
+                under_way.work(seconds)
                 if cost.seconds or cost.flops or cost.kernel:
                     entries.append(self._operation(instruction, times, cost))
+            clock += seconds
         return entries, clock
 
     def _inline(self, computation: str) -> Iterator[tuple[Instruction, Sequence[Array]]]:
@@ -161,9 +157,10 @@ class _Player:
             is_known=cost.is_known,
         )
 
-    def _transfer(self, instruction: Instruction, times: int, told: Collective, waited: float, hidden: float) -> Entry:
+    def _transfer(self, instruction: Instruction, times: int, done: Transfer, waited: float) -> Entry:
         path = op_name(instruction)
-        return Entry(instruction.name, path, part_of(path), times, times * waited, times * hidden, collective=told)
+        told = done.collective
+        return Entry(instruction.name, path, part_of(path), times, times * waited, times * done.hidden, collective=told)
 
 
 def op_name(instruction: Instruction) -> str:
