@@ -10,6 +10,7 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import lax
 
 from deepseek_jax.config import GROUPED_MATMULS
@@ -196,10 +197,12 @@ def _megablox(x: jax.Array, weights: Arrays, group_sizes: jax.Array) -> Arrays:
 
 
 def _megablox_gradients(x: jax.Array, weights: Arrays, group_sizes: jax.Array, gradients: Arrays) -> tuple[jax.Array, Arrays]:
+    """All weights side by side: what each gives to that of x is summed within one product, in float32."""
     from deepseek_jax.kernels.megablox import rows_by_rows, rows_by_weight
 
-    dx = (rows_by_weight(dy, weight, group_sizes, transpose=True) for dy, weight in zip(gradients, weights))
-    return reduce(jnp.add, dx), [rows_by_rows(x, dy, group_sizes) for dy in gradients]
+    dy, ends = jnp.concatenate(gradients, axis=1), np.cumsum([weight.shape[2] for weight in weights])
+    dx = rows_by_weight(dy, jnp.concatenate(weights, axis=2), group_sizes, transpose=True)
+    return dx, jnp.split(rows_by_rows(x, dy, group_sizes), ends[:-1], axis=2)
 
 
 def _triton(x: jax.Array, weights: Arrays, group_sizes: jax.Array) -> Arrays:
