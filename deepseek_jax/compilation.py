@@ -3,17 +3,27 @@
 import hashlib
 import os
 import sys
+from functools import cache
 from pathlib import Path
 from typing import Optional
 
 import jax
+import jax.numpy as jnp
 from jax.experimental.compilation_cache import compilation_cache
+from jax.sharding import SingleDeviceSharding
 
 OPTIONS = {
     # The order of work that needs the least memory: other orders save no time.
     "cpu": {"xla_cpu_scheduler_type": "CPU_SCHEDULER_TYPE_MEMORY_OPTIMIZED"},
-    # Tokens travel to their experts and back beside other work; without it the core waits for them.
-    "tpu": {"xla_tpu_enable_async_ragged_all_to_all": "true"},
+    "tpu": {
+        # Tokens travel to their experts and back beside other work; without it the core waits for them.
+        "xla_tpu_enable_async_ragged_all_to_all": "true",
+        # Weights and their gradients' sums do, by the SparseCores where a chip has them; v5e takes these and changes nothing.
+        "xla_tpu_enable_sparse_core_collective_offload_all_gather": "true",
+        "xla_tpu_enable_sparse_core_collective_offload_2d_all_gather": "true",
+        "xla_tpu_enable_sparse_core_collective_offload_reduce_scatter": "true",
+        "xla_tpu_enable_sparse_core_collective_offload_nd_reduce_scatter": "true",
+    },
 }
 CACHE_BYTES = 2 * 2**30
 """Of programs that are kept; those that were used longest ago go first."""
@@ -21,9 +31,22 @@ CACHE_SECONDS = 0.3
 """Programs that compile faster are not kept."""
 
 
-def compiler_options(platform: str) -> Optional[dict[str, str]]:
-    """What `jax.jit` takes for a platform."""
-    return OPTIONS.get(platform)
+@cache
+def compiler_options(device: jax.Device) -> dict[str, str]:
+    """What `jax.jit` takes for a device, which may be described only: of OPTIONS those that its compiler knows."""
+    return {name: value for name, value in OPTIONS.get(device.platform, {}).items() if _is_known(device, name, value)}
+
+
+def _is_known(device: jax.Device, name: str, value: str) -> bool:
+    """Whether the compiler takes an option: another version's may refuse programs for one that it never heard of."""
+    number = jax.ShapeDtypeStruct((), jnp.float32, sharding=SingleDeviceSharding(device))
+    try:
+        jax.jit(jnp.negative, compiler_options={name: value}).lower(number).compile()
+    except jax.errors.JaxRuntimeError as error:
+        if "No such compile option" not in str(error):
+            raise
+        return False
+    return True
 
 
 def cache_directory(place: str) -> Path:

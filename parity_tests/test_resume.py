@@ -8,10 +8,11 @@ import subprocess
 import sys
 from pathlib import Path
 
+import jax
 import pytest
 
 from deepseek_jax.checkpoint.tensors import CheckpointError
-from deepseek_jax.compilation import cache_directory, keep_programs
+from deepseek_jax.compilation import OPTIONS, cache_directory, compiler_options, keep_programs
 from deepseek_jax.config import Config, ConfigError, Phase, TrainConfig, load_config
 from deepseek_jax.training.lock import LOCK_FILE, sole_use
 from deepseek_jax.training.resume import changed_fields, check_changes, saved_sections
@@ -132,6 +133,13 @@ def test_an_empty_directory_is_not_left_behind(tmp_path):
     with pytest.raises(CheckpointError), sole_use(tmp_path / "run"):
         raise CheckpointError("no text")
     assert not (tmp_path / "run").exists()
+
+
+def test_options_that_a_compiler_does_not_know_are_left_out(monkeypatch):
+    """Another version's names must not stop a run."""
+    known = dict(OPTIONS["cpu"])
+    monkeypatch.setitem(OPTIONS, "cpu", {**known, "xla_cpu_an_option_of_tomorrow": "true"})
+    assert compiler_options.__wrapped__(jax.local_devices()[0]) == known
 
 
 def test_programs_that_cannot_be_kept_cost_a_line(tmp_path, capsys, monkeypatch):

@@ -76,7 +76,7 @@ class Generator:
         begin, go_on = (_begin_drafts, _check_drafts) if speculative else (_first, _following)
         self._first = jax.jit(
             spread(partial(begin, config), self._weights), static_argnames=("form", "cache_length"),
-            compiler_options=compiler_options(jax.default_backend()),
+            compiler_options=compiler_options(jax.local_devices()[0]),
         )  # fmt: skip
         self._following = jax.jit(
             spread(partial(go_on, config), self._weights), static_argnames="form", donate_argnums=2

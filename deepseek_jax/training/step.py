@@ -73,9 +73,9 @@ def init_state(config: Config, variables: Optional[dict[str, Any]] = None) -> Tr
 
 def make_step(config: Config, division: Optional[Division] = None) -> jax.stages.Wrapped:
     """`train_step` of state, tokens and scalars, as a program of its own that takes the state over."""
-    platform = jax.default_backend() if division is None else division.mesh.devices.flat[0].platform
+    devices = jax.local_devices() if division is None else division.mesh.local_devices
     step = partial(train_step, config=config, division=division)
-    return jax.jit(step, donate_argnums=0, compiler_options=compiler_options(platform))
+    return jax.jit(step, donate_argnums=0, compiler_options=compiler_options(devices[0]))
 
 
 def train_step(
