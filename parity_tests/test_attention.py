@@ -137,17 +137,19 @@ def test_a_large_score_is_told_where_a_token_sees_it_and_nowhere_else(implementa
     np.testing.assert_array_equal(largest, np.where(seen, np.float32(4 * SCALE), 0))
 
 
-def test_keys_in_two_parts_are_as_keys_together():
+@pytest.mark.parametrize("documents", [DOCUMENTS, None])
+def test_keys_in_two_parts_are_as_keys_together(documents):
     """As devices have them that share a sequence: of its second half, to its own keys and to those before, and gradients."""
     with jax.enable_x64(True):
         q, k, v, gradient = (x.swapaxes(1, 2) for x in arrays(LENGTH, "float64"))
-        ids = jnp.asarray([np.repeat(np.arange(len(lengths)), lengths) for lengths in DOCUMENTS], jnp.int32)
+        documents_of = documents or [[LENGTH]] * BATCH
+        ids = jnp.asarray([np.repeat(np.arange(len(lengths)), lengths) for lengths in documents_of], jnp.int32)
         before, own = slice(0, LENGTH // 2), slice(LENGTH // 2, LENGTH)
         queries, of_queries = q[:, :, own], gradient[:, :, own]
 
         @jax.jit
         def both():
-            parts = [(k[:, :, part], v[:, :, part], (ids[:, own], ids[:, part])) for part in (own, before)]
+            parts = [(k[:, :, part], v[:, :, part], documents and (ids[:, own], ids[:, part])) for part in (own, before)]
             found = [chunked_attention.attend(queries, *part, SCALE, causal=i == 0) for i, part in enumerate(parts)]
             out, normalizer = chunked_attention.merged(*found)
             gradients = [
@@ -159,7 +161,7 @@ def test_keys_in_two_parts_are_as_keys_together():
 
         out, dq, dk, dv = (x.swapaxes(1, 2) for x in both())
         alone = gradient.at[:, :, before].set(0)
-        right = expected(*(x.swapaxes(1, 2) for x in (q, k, v, alone)), DOCUMENTS)
+        right = expected(*(x.swapaxes(1, 2) for x in (q, k, v, alone)), documents_of)
         check([out, dq, dk, dv], [right[0][:, own], right[1][:, own], *right[2:]])
         assert not np.isnan(out).any() and not right[1][:, before].any()
 

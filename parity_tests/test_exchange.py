@@ -3,6 +3,7 @@
 import dataclasses
 import math
 from collections import Counter
+from functools import partial
 from itertools import combinations
 
 import jax
@@ -13,7 +14,7 @@ from jax.sharding import PartitionSpec
 
 from deepseek_jax.config import ModelConfig, ParallelConfig, load_config
 from deepseek_jax.model import expert_rounds
-from deepseek_jax.model.dispatch import gathered_sum, scattered_sum, sort_slots, sum_by_slot
+from deepseek_jax.model.dispatch import combine, gathered_sum, scattered_sum, sort_slots, sum_by_slot
 from deepseek_jax.model.expert_rounds import serve_in_rounds
 from deepseek_jax.model.experts import serve
 from deepseek_jax.model.parcels import next_journey, pack
@@ -224,11 +225,22 @@ def test_every_form_of_a_sum_over_slots(form, x64):
     """Two of five rows' three slots have no place, and one of the places no slot."""
     kinds = np.array([0, 2, 1, 2, 0, 2, 1, 1, 2, 2, 2, 2, 0, 1, 0])
     order, rows = sort_slots(jnp.asarray(kinds), 2, 10), jnp.asarray(np.random.default_rng(0).standard_normal((10, WIDTH)))
+    chosen = np.argsort(kinds, stable=True)[: (kinds < 2).sum()]
+    assert order.slots.tolist() == [*chosen, *[15] * (10 - len(chosen))]
+    assert [order.places[slot] for slot in chosen] == [*range(len(chosen))] and (order.places == 10).sum() == 15 - len(chosen)
     expected = np.zeros((5, WIDTH))
     for slot, place in enumerate(order.places):
         if place < 10:
             expected[slot // 3] += rows[place]
     np.testing.assert_allclose(form(rows, order, 5), expected, rtol=0, atol=1e-15)
+
+
+@pytest.mark.parametrize("room, scatters", [(15, False), (10, True)])
+def test_a_tpu_scatters_where_there_are_fewer_rows_than_slots(room, scatters):
+    """Else every slot has a row to read."""
+    order = sort_slots(jnp.asarray([0, 2, 1] * 5), 2, room)
+    traced = jax.jit(partial(combine, count=5)).trace(jnp.ones((room, WIDTH)), order)
+    assert ("stablehlo.scatter" in traced.lower(lowering_platforms=("tpu",)).as_text()) == scatters
 
 
 def test_groups_of_one_are_one_hop():

@@ -50,6 +50,7 @@ MODULES = {
         """test_training.py::test_matrices_decay test_training.py::test_adamw_is_the_same
         test_training.py::test_the_clip_is_exact_and_leaves_short_gradients_alone
         test_muon.py::test_both_siblings_choose_the_same_parameters
+        test_muon.py::test_every_head_and_every_expert_is_moved_as_a_matrix_of_its_own_by_torchs_muon
         test_initial.py::test_only_what_is_named_learns""",
     ),
     "evaluation": (
@@ -103,6 +104,7 @@ MODULES = {
     "dispatch": (
         "model/dispatch.py",
         """test_exchange.py::test_every_form_of_a_sum_over_slots
+        test_exchange.py::test_a_tpu_scatters_where_there_are_fewer_rows_than_slots
         test_modules.py::test_module[experts-float64] test_modules.py::test_experts_without_any_token_and_with_all
         test_exchange.py::test_every_token_is_served[none-1-1]""",
     ),

@@ -121,7 +121,8 @@ def _filled(arrays: tuple[jax.Array, ...], documents: Documents, causal: bool) -
     if extra:
         arrays = tuple(jnp.pad(x, ((0, 0), (0, 0), (0, extra), (0, 0))) for x in arrays)
         if documents is None and not causal:
-            documents = (jnp.zeros((batch, length), jnp.int32),) * 2
+            one = jnp.zeros((batch, length), jnp.int32)
+            documents = one, one
         if documents is not None:
             own, others = (jnp.pad(ids, ((0, 0), (0, extra)), constant_values=of) for ids, of in zip(documents, (0, -1)))
             documents = own, others

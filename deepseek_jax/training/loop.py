@@ -89,17 +89,19 @@ class Loop:
                 asked, wishes = self._wishes(asked)
                 end = plan.step == train.steps or bool(wishes.stop)
                 saves = end or plan.step % train.checkpoint_every == 0 or bool(wishes.save)
+                keeps = not saves and train.local_checkpoint_dir is not None and plan.step % train.local_checkpoint_every == 0
+                # What is told of a step is told before it is saved: who goes on from there does not tell it again.
                 # The step that ends the run is made again from the state as it was: none may come after it.
-                if saves or plan.step % train.eval_every == 0 or self._skipped + 1 >= train.max_skips:
+                if saves or keeps or plan.step % train.eval_every == 0 or self._skipped + 1 >= train.max_skips:
                     self._tell(told, state)
                     told = None
                 with self._progress.aside():
-                    if not saves and plan.step % train.local_checkpoint_every == 0:
-                        with self._times.aside("saving"):
-                            self._local.save(self._position, state)
                     if plan.step % train.eval_every == 0 or plan.step == train.steps:
                         with self._times.aside("evaluating"):
                             self._evaluate(plan, state)
+                    if keeps:
+                        with self._times.aside("saving"):
+                            self._local.save(self._position, state)
                     if saves:
                         with self._times.aside("saving"):
                             self._checkpoints.save(self._position, state, average and average.params)
@@ -141,7 +143,9 @@ class Loop:
         if train.profile:
             first, last = map(int, train.profile.split("-"))
             if step == first:
-                jax.profiler.start_trace(self._run_dir / TRACE)
+                options = jax.profiler.ProfileOptions()
+                options.python_tracer_level = 0  # else Python's own calls fill it
+                jax.profiler.start_trace(self._run_dir / TRACE, profiler_options=options)
                 self._traces = True
             if step == last + 1:
                 self._end_trace()
@@ -149,7 +153,8 @@ class Loop:
     def _end_trace(self) -> None:
         if self._traces:
             self._traces = False
-            jax.profiler.stop_trace()
+            with self._progress.aside(), self._times.aside("saving"):
+                jax.profiler.stop_trace()
             self._progress.note(f"steps {self._config.train.profile} are traced in {self._run_dir / TRACE}")
 
     def _wishes(self, asked: _Wishes) -> tuple[_Wishes, _Wishes]:
