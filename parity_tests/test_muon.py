@@ -14,6 +14,7 @@ from deepseek_jax.config import ConfigError, TrainConfig, load_config
 from deepseek_jax.training.checkpoint import Checkpoints
 from deepseek_jax.training.muon import is_orthogonalised
 from deepseek_jax.training.optimizer import make_optimizer
+from deepseek_jax.training.qk_clip import clipped_heads
 from deepseek_jax.training.schedules import Position
 from deepseek_jax.training.step import init_state
 from deepseek_torch.model.transformer import DeepseekV3
@@ -87,6 +88,37 @@ def test_both_siblings_choose_the_same_parameters():
     attention = {f"self_attn.{name}" for name in ("q_a_proj", "q_b_proj", "kv_a_proj_with_mqa", "kv_b_proj", "o_proj")}
     entering = [f"mlp.{kind}{name}" for kind in ("", "experts.", "shared_experts.") for name in ("gate_proj", "up_proj")]
     assert kinds == attention | {*entering, "eh_proj"} | {name.replace("up_", "down_") for name in entering[1::2]}
+
+
+@pytest.mark.parametrize("stack, query, rank", [("moe_layers", "q_b_proj", 24), ("mtp_layers", "q_proj", None)])
+def test_a_head_whose_largest_score_is_above_the_limit_scores_less_by_that_factor(stack, query, rank):
+    """All scores of that head, by its own weights: the rest of a key, which heads share, and values stay."""
+    c, rng = dataclasses.replace(TINY, q_lora_rank=rank), np.random.default_rng(0)
+    heads, nope, rope, layers = c.num_attention_heads, c.qk_nope_head_dim, c.qk_rope_head_dim, 2
+    queries, keys, ends = (rng.standard_normal((layers, 7, width)) for width in (24, c.kv_lora_rank, rope))
+    weights = {
+        query: rng.standard_normal((layers, 24, heads * (nope + rope))),
+        "kv_b_proj": rng.standard_normal((layers, c.kv_lora_rank, heads * (nope + c.v_head_dim))),
+    }
+
+    def scores_and_values(weights):
+        q = np.einsum("lti,lio->lto", queries, weights[query]).reshape(layers, 7, heads, -1)
+        kv = np.einsum("lti,lio->lto", keys, weights["kv_b_proj"]).reshape(layers, 7, heads, -1)
+        scores = np.einsum("lthd,lshd->lhts", q[..., :nope], kv[..., :nope])
+        return scores + np.einsum("lthd,lsd->lhts", q[..., nope:], ends), kv[..., nope:]
+
+    scores, values = scores_and_values(weights)
+    largest = scores.max(axis=(2, 3))
+    limit = float(np.median(largest))
+    attention = {name: {"weight": weight, "bias": 3} for name, weight in weights.items()} | {"o_proj": 4}
+    layer = {"block": {"self_attn": attention}, "norm": 5} if stack == "mtp_layers" else {"self_attn": attention}
+    with jax.enable_x64(True):
+        clipped = clipped_heads(c, limit, {stack: layer, "lm_head": 6}, {stack: jnp.asarray(largest)})
+    attention = (clipped[stack].get("block") or clipped[stack])["self_attn"]
+    after, values_after = scores_and_values({name: np.asarray(attention[name]["weight"]) for name in weights})
+    np.testing.assert_allclose(after, scores * np.minimum(limit / largest, 1)[..., None, None], rtol=1e-12)
+    np.testing.assert_array_equal(values_after, values)
+    assert clipped["lm_head"] == 6 and attention["o_proj"] == 4 and attention[query]["bias"] == 3
 
 
 def test_its_state_is_saved_and_another_optimizers_is_not_taken_for_it(tmp_path):

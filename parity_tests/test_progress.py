@@ -2,13 +2,16 @@
 
 import os
 import signal
+import sys
 import time
+from types import SimpleNamespace
+from unittest.mock import Mock
 
 import jax
 import numpy as np
 import pytest
 
-from deepseek_jax.config import load_config
+from deepseek_jax.config import ConfigError, load_config
 from deepseek_jax.planning.figures import figures
 from deepseek_jax.planning.machines import MACHINES, machine_of
 from deepseek_jax.training.goodput import Times, goodput, goodput_text
@@ -160,6 +163,37 @@ def test_metrics_go_to_tensorboard_and_to_a_heat_map(tmp_path):
     }  # fmt: skip
     assert plot_experts(tmp_path).read_bytes().startswith(b"\x89PNG")
     assert numbers_of({"step": 1, "tokens": 2, "skipped": 3}) == {"skipped": 3.0}
+
+
+class Refusal(Exception):
+    """What wandb raises, as `wandb.Error`."""
+
+
+def refuse(**_):
+    raise Refusal("No API key configured.\nUse `wandb login` to log in.")
+
+
+@pytest.mark.parametrize("module, complaint", [
+    (None, r"^train.wandb=mine: needs wandb; pip install -e '.\[wandb\]'$"),
+    (SimpleNamespace(Error=Refusal, init=refuse), r"^train.wandb=mine: No API key configured. Use `wandb login` to log in; "),
+])  # fmt: skip
+def test_what_wandb_refuses_is_one_line(module, complaint, tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "wandb", module)
+    with pytest.raises(ConfigError, match=complaint):
+        make_trackers(load_config("tiny", ["train.wandb=mine"]), tmp_path, 0)
+
+
+def test_a_tracker_that_dies_costs_a_line_and_not_the_run(tmp_path, capsys):
+    dying, living = Mock(), Mock()
+    dying.write.side_effect = [None, ConnectionResetError("its helper\nis gone"), None]
+    metrics = MetricsFile(tmp_path, 0, trackers=[dying, living])
+    for step in (1, 2, 3):
+        metrics.write(step=step, tokens=128 * step, loss=2.5)
+    metrics.close()
+    assert [call.args for call in living.write.call_args_list] == [(step, {"loss": 2.5}) for step in (1, 2, 3)]
+    assert dying.write.call_count == 2 and not dying.close.called and living.close.called
+    assert capsys.readouterr().err == "Mock gets no more metrics: ConnectionResetError: its helper is gone\n"
+    assert (tmp_path / "metrics.jsonl").read_text().count("\n") == 3
 
 
 SILENT = """

@@ -32,7 +32,7 @@ class MetricsFile:
 
         Of several processes one is the writer; in the others nothing is written. The trackers get all that is.
         """
-        self._file, self._trackers = None, trackers
+        self._file, self._trackers = None, list(trackers)
         if not is_writer:
             return
         self.path = run_dir / METRICS_FILE
@@ -44,8 +44,7 @@ class MetricsFile:
 
     def close(self) -> None:
         """No line comes after this."""
-        for tracker in self._trackers:
-            tracker.close()
+        self._pass_on(lambda tracker: tracker.close())
         if self._file is not None:
             self._file.close()
 
@@ -54,8 +53,17 @@ class MetricsFile:
         if self._file is not None:
             self._file.write(json.dumps(values) + "\n")
             self._file.flush()
-        for tracker in self._trackers:
-            tracker.write(values["step"], numbers_of(values))
+        self._pass_on(lambda tracker: tracker.write(values["step"], numbers_of(values)))
+
+    def _pass_on(self, tell: Callable[[Tracker], None]) -> None:
+        """A tracker that fails costs a line and not the run, and gets no more."""
+        for tracker in list(self._trackers):
+            try:
+                tell(tracker)
+            except Exception as error:  # of many kinds: a full disk, a helper that has died
+                self._trackers.remove(tracker)
+                told = f"{type(tracker).__name__} gets no more metrics: {type(error).__name__}: {error}"
+                print(" ".join(told.split()), file=sys.stderr, flush=True)
 
 
 def read_metrics(run_dir: Path) -> list[dict[str, Any]]:

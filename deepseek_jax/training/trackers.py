@@ -25,7 +25,7 @@ def make_trackers(config: Config, run_dir: Path, last_step: int) -> list[Tracker
     """Those that `train.tensorboard` and `train.wandb` ask for; what was told after `last_step` is told again.
 
     Raises:
-        ConfigError: the package that it takes is not installed.
+        ConfigError: the package that it takes is not installed, or nobody is logged in, or the project cannot be.
     """
     trackers: list[Tracker] = []
     if config.train.tensorboard:
@@ -80,10 +80,14 @@ class Wandb:
         import hashlib
 
         name = str(run_dir.resolve())
-        self._run = wandb.init(
-            project=config.train.wandb, name=run_dir.name, id=hashlib.sha256(name.encode()).hexdigest()[:16], resume="allow",
-            dir=str(run_dir), config=dataclasses.asdict(config),
-        )  # fmt: skip
+        try:
+            self._run = wandb.init(
+                project=config.train.wandb, name=run_dir.name, id=hashlib.sha256(name.encode()).hexdigest()[:16],
+                resume="allow", dir=str(run_dir), config=dataclasses.asdict(config),
+            )  # fmt: skip
+        except wandb.Error as error:
+            told = " ".join(str(error).split()).rstrip(".")
+            raise ConfigError(f"train.wandb={config.train.wandb}: {told}; or set WANDB_MODE=offline, and sync later") from None
 
     def write(self, step: int, values: Mapping[str, float]) -> None:
         """All of a step at once."""
