@@ -3,6 +3,7 @@
 import functools
 import itertools
 import re
+from functools import partial
 
 import jax
 import jax.numpy as jnp
@@ -16,7 +17,7 @@ from deepseek_jax.model.products import products
 from deepseek_jax.precision import fp8
 from deepseek_jax.precision.fp8_grouped_matmul import fp8_grouped_matmul
 from deepseek_jax.precision.fp8_matmul import IMPLEMENTATIONS, fp8_matmul, multiply_blocks, quantize_gradient
-from deepseek_jax.precision.fp8_operands import Quantized
+from deepseek_jax.precision.fp8_operands import Quantized, prepare_rows, prepare_weight
 from deepseek_torch.model.products import products as torch_products
 from deepseek_torch.precision.fp8_grouped_matmul import fp8_grouped_matmul as torch_grouped_matmul
 from deepseek_torch.precision.fp8_matmul import fp8_matmul as torch_matmul
@@ -177,6 +178,15 @@ def test_in_the_model_gradients_of_weights_come_in_the_type_of_activations():
     for each in (dw, weight.grad):
         np.testing.assert_array_equal(each, jnp.asarray(each).astype(jnp.bfloat16).astype(jnp.float32))
     assert_close([dw], [weight.grad.T], 2**-9)  # float32 sums a hair apart may round to neighbours
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_kernels_quantise_for_kernels(name):
+    """They give the same bits, so that only the program tells."""
+    x, w, _ = problem(24, 140, 150, experts=2)
+    for operand, prepare in ((x, prepare_rows), (w, partial(prepare_weight, dtype=jnp.dtype("float32")))):
+        text = str(jax.make_jaxpr(partial(prepare, implementation=name))(operand))
+        assert ("pallas_call" in text) == (name == "triton")
 
 
 def test_under_x64(x64):

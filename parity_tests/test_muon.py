@@ -8,6 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import torch
+from flax.traverse_util import flatten_dict, unflatten_dict
 
 from deepseek_jax.checkpoint.layout import layout
 from deepseek_jax.config import ConfigError, TrainConfig, load_config
@@ -40,8 +41,9 @@ def test_every_head_and_every_expert_is_moved_as_a_matrix_of_its_own_by_torchs_m
     c, rng = TINY, np.random.default_rng(0)
     nope, rope, v, heads = c.qk_nope_head_dim, c.qk_rope_head_dim, c.v_head_dim, c.num_attention_heads
     names = {
-        "q_b_proj": ("self_attn", "q_b_proj", "weight"), "kv_b_proj": ("self_attn", "kv_b_proj", "weight"),
-        "o_proj": ("self_attn", "o_proj", "weight"), "up_proj": ("mlp", "experts", "up_proj"),
+        "q_b_proj": ("mtp_layers", "block", "self_attn", "q_b_proj", "weight"),
+        "kv_b_proj": ("mtp_layers", "block", "self_attn", "kv_b_proj", "weight"),
+        "o_proj": ("moe_layers", "self_attn", "o_proj", "weight"), "up_proj": ("moe_layers", "mlp", "experts", "up_proj"),
     }  # fmt: skip
     shapes = {"q_b_proj": (2, 24, heads * (nope + rope)), "kv_b_proj": (2, 16, heads * (nope + v)), "o_proj": (2, 9, 16),
               "up_proj": (2, 3, 8, 12)}  # fmt: skip
@@ -53,11 +55,7 @@ def test_every_head_and_every_expert_is_moved_as_a_matrix_of_its_own_by_torchs_m
         return [part for matrix in flat for part in np.split(matrix, np.cumsum(widths)[:-1], axis=-1)]
 
     def tree(by_name: dict) -> dict:
-        layers: dict = {}
-        for name, leaf in by_name.items():
-            stack, module, last = names[name]
-            layers.setdefault(stack, {}).setdefault(module, {})[last] = leaf
-        return {"moe_layers": layers}
+        return unflatten_dict({names[name]: leaf for name, leaf in by_name.items()})
 
     oracle = {name: [torch.nn.Parameter(torch.from_numpy(m.copy()).T) for m in matrices(name, x)] for name, x in start.items()}
     muon = torch.optim.Muon([p for of in oracle.values() for p in of], lr=0.01, weight_decay=0.3, momentum=0.9,
@@ -74,8 +72,7 @@ def test_every_head_and_every_expert_is_moved_as_a_matrix_of_its_own_by_torchs_m
                     parameter.grad = torch.from_numpy(gradient.copy()).T
             muon.step()
         for name, of in oracle.items():
-            stack, module, last = names[name]
-            ours = matrices(name, np.asarray(params["moe_layers"][stack][module][last]))
+            ours = matrices(name, np.asarray(flatten_dict(params)[names[name]]))
             assert_close(dict(enumerate(ours)), {i: p.detach().T for i, p in enumerate(of)}, 1e-12)
 
 

@@ -133,7 +133,8 @@ MODULES = {
         "precision/fp8_operands.py",
         """test_fp8_matmul.py::test_types_and_leading_axes test_fp8_matmul.py::test_one_input_of_two_weights
         test_fp8_matmul.py::test_in_the_model_gradients_of_weights_come_in_the_type_of_activations
-        test_fp8_matmul.py::test_kept_for_the_backward_pass_is_fp8
+        test_fp8_matmul.py::test_kept_for_the_backward_pass_is_fp8 test_fp8_matmul.py::test_kernels_quantise_for_kernels
+        test_fp8_matmul.py::test_grouped_matmul_of_two_weights
         test_exchange.py::test_in_float8_rows_travel_as_codes_and_scales""",
     ),
     "fp8_matmul": (
