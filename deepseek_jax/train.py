@@ -176,27 +176,26 @@ def _resumed(
     check_same_text(config, run_dir)
     shared = [Checkpoints(run_dir, config, shardings)] if (run_dir / CHECKPOINTS).is_dir() else []
     tiers: list[LocalCheckpoints | Checkpoints] = [local, *shared]
-    damaged: list[DamagedCheckpoint] = []
+    damaged = None
     for step, number in sorted(((step, number) for number, tier in enumerate(tiers) for step in tier.steps()), reverse=True):
         tier = tiers[number]
+        if damaged is not None and processes.is_first():
+            report(f"{damaged}; going on from the one before")
         try:
             meta, position = tier.meta(step), tier.position(step)
             changes = check_changes(meta, config, allowed, position)
             state = tier.restore(step)
         except DamagedCheckpoint as error:
-            damaged.append(error)
+            damaged = error
             continue
         if tier is local:
             changes.append(f"step {step} is the local checkpoint's, from {config.train.local_checkpoint_dir}")
         for checkpoints in shared:
             changes += checkpoints.set_aside(after=step)
-        if processes.is_first():
-            for each in damaged:
-                report(f"{each}; going on from the one before")
         print("\n".join(changes), end="\n" * bool(changes))
         return position, state
-    if damaged:
-        raise damaged[0]
+    if damaged is not None:
+        raise damaged
     return None
 
 

@@ -10,7 +10,9 @@ import pytest
 from deepseek_jax.checkpoint.tensors import CheckpointError
 from deepseek_jax.config import ParallelConfig, load_config
 from deepseek_jax.parallel.sharding import Division
+from deepseek_jax.train import train
 from deepseek_jax.training.local_checkpoint import LocalCheckpoints
+from deepseek_jax.training.metrics import read_metrics
 from deepseek_jax.training.optimizer import make_optimizer
 from deepseek_jax.training.schedules import Position
 from deepseek_jax.training.step import init_state
@@ -69,3 +71,20 @@ def test_what_does_not_fit_or_is_damaged_is_told(tmp_path, capsys):
     elsewhere = dataclasses.replace(of, train=dataclasses.replace(of.train, local_checkpoint_dir=str(tmp_path / "file")))
     LocalCheckpoints(elsewhere, tmp_path / "run").save(Position(20), state)
     assert capsys.readouterr().err.count("train.local_checkpoint_dir: step 20 is not kept: ") == 1
+
+
+def test_all_that_is_told_of_a_step_is_told_before_it_is_saved(tmp_path, text_file, monkeypatch):
+    """Who goes on from there neither takes nor evaluates that step again."""
+    told, save = {}, LocalCheckpoints.save
+
+    def look_and_save(self, position, state):
+        told[position.step] = [key for line in read_metrics(tmp_path / "run") if line["step"] == position.step for key in line]
+        save(self, position, state)
+
+    monkeypatch.setattr(LocalCheckpoints, "save", look_and_save)
+    words = ["model.num_hidden_layers=1", "model.num_nextn_predict_layers=0", "train.sequence_length=8", "train.steps=5",
+             "train.eval_every=2", "train.local_checkpoint_every=2", f"train.local_checkpoint_dir={tmp_path / 'local'}",
+             f"data.input={text_file}", f"run_dir={tmp_path / 'run'}"]  # fmt: skip
+    monkeypatch.setattr(jax, "device_count", lambda: 1)
+    train(load_config("tiny", words))
+    assert sorted(told) == [2, 4] and all({"loss", "bits_per_byte"} < set(keys) for keys in told.values()), told

@@ -39,6 +39,9 @@ def test_a_progress_line_fits(capsys):
         assert word in first and word in second
     assert "grad 0.123" in first and "lr 0.00022" in first
     assert len(one_line({str(n): "x" * 30 for n in range(5)})) <= WIDTH
+    progress.note("step 2: no update: not finite: " + ", ".join(["dense_layers.mlp.down_proj.weight"] * 4))
+    lines = capsys.readouterr().out.splitlines()
+    assert len(lines) == 2 and max(map(len, lines)) <= WIDTH and lines[1].startswith("  dense_layers.mlp.down_proj.weight")
 
 
 def test_the_share_of_the_peak_is_that_of_the_counted_products():

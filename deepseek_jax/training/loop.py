@@ -236,10 +236,10 @@ class Loop:
         self._metrics.write(step=plan.step, tokens=plan.tokens, skipped=self._skipped)
         numbers = f"loss {metrics.loss:.4g}, gradient norm {metrics.grad_norm:.4g}"
         told = f"step {plan.step}: no update: {numbers}; not finite: {_not_finite(metrics.squares)}"
+        self._progress.note(told)
         if self._skipped < self._config.train.max_skips:
-            self._progress.note(told)
             return
-        self._progress.note(f"{told}\nlooking where it began")
+        self._progress.note("looking where it began")
         batch = self._sequences(plan, 0, part_size(self._config.train))
         where = Search(self._config, self._division).find(state, batch, _scalars(plan, self._config)._replace(parts=None))
         raise UserError(too_many_skips(plan.step, numbers, where, self._skipped))

@@ -103,8 +103,7 @@ def evaluation_line(bits: Mapping[str, float]) -> dict[str, Any]:
 def evaluation_text(step: int, bits: Mapping[str, float]) -> str:
     """The same for people."""
     text = f"step {step}: {bits[HELD_OUT]:.3f} bits per byte on the held-out text"
-    text += "".join(f", {value:.3f} on {name}" for name, value in bits.items() if name != HELD_OUT)
-    return textwrap.fill(text, WIDTH, subsequent_indent="  ", break_on_hyphens=False)
+    return text + "".join(f", {value:.3f} on {name}" for name, value in bits.items() if name != HELD_OUT)
 
 
 def expert_line(counts: Mapping[str, Any]) -> dict[str, Any]:
@@ -164,8 +163,9 @@ class Progress:
         self._start += time.monotonic() - begin
 
     def note(self, text: str) -> None:
-        """A line that stays."""
-        self._print(text, keep=True)
+        """A line that stays, or several where it is long."""
+        lines = textwrap.wrap(text, WIDTH, subsequent_indent="  ", break_on_hyphens=False, break_long_words=False)
+        self._print("\n".join(lines), keep=True)
 
     def _print(self, text: str, keep: bool) -> None:
         end = "\n" if keep or not self._live else ""
