@@ -48,14 +48,14 @@ def attention_of_products(
 ) -> Optional[jax.Array]:
     """What `latent_attention` says, by splash attention; null where blocks of its operands are not whole."""
     c, length = config, q.shape[1]
-    widths = c.qk_nope_head_dim + c.qk_rope_head_dim, c.qk_nope_head_dim + c.v_head_dim
-    blocks = [block_of(length, c.num_attention_heads, width, q.dtype) for width in widths]
-    if blocks[0] is None or blocks[1] is None or c.v_head_dim % LANES or c.qk_nope_head_dim % LANES:
+    widths = c.qk_nope_head_dim + c.qk_rope_head_dim, c.qk_nope_head_dim + c.v_head_dim, c.v_head_dim
+    blocks = [block for width in widths if (block := block_of(length, c.num_attention_heads, width, q.dtype)) is not None]
+    if len(blocks) < len(widths) or c.v_head_dim % LANES or c.qk_nope_head_dim % LANES:
         return None
     queries = queries_by_head(q, *rope, blocks[0], softmax_scale(c), c.rope_interleave)
     keys, values = keys_and_values_by_head(expanded, k_rope, blocks[1], c.v_head_dim)
     documents = None if segment_ids is None else (segment_ids, segment_ids)
-    return attention_by_head(queries, keys, values, jnp.arange(length), documents)
+    return attention_by_head(queries, keys, values, jnp.arange(length), documents, partial(values_by_token, blocks[2]))
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(3, 4, 5))
@@ -131,6 +131,29 @@ keys_and_values_by_head.defvjp(
     lambda expanded, shared, *static: (keys_and_values_by_head(expanded, shared, *static), shared.shape[-1]),
     _keys_and_values_backward,
 )
+
+
+@partial(jax.custom_vjp, nondiff_argnums=(0,))
+def values_by_token(block: Block, values: jax.Array) -> jax.Array:
+    """[B, H, T, V] -> [B, T, H, V]. Backwards XLA does that, within the product that makes the gradient."""
+    size, heads, length, width = values.shape
+    (joined,) = _call(
+        partial(_put_together, block.heads), "values_by_token", _grid(block, size, length, heads), 0,
+        [_by_head(block, width)], [_by_token(block, width)],
+        [jax.ShapeDtypeStruct((size, length, heads * width), values.dtype)], values,
+    )  # fmt: skip
+    return joined.reshape(size, length, heads, width)
+
+
+values_by_token.defvjp(
+    lambda block, values: (values_by_token(block, values), None), lambda block, _, gradient: (gradient.swapaxes(1, 2),)
+)
+
+
+def _put_together(heads: int, values: Any, result: Any) -> None:
+    width = values.shape[-1]
+    for head in range(heads):
+        result[:, head * width : (head + 1) * width] = values[head]
 
 
 def _turn_and_part(scale: float, heads: int, q: Any, cos: Any, sin: Any, signs: Any, result: Any) -> None:

@@ -1,5 +1,6 @@
 """Causal attention on TPU by JAX's splash attention: blocks of scores that never leave the core."""
 
+from collections.abc import Callable
 from typing import Any, Optional
 
 import jax
@@ -36,7 +37,19 @@ def splash_attention(q: jax.Array, k: jax.Array, v: jax.Array, scale: float, seg
     return attention_by_head(q, k, v, jnp.arange(q.shape[2]), documents)
 
 
-def attention_by_head(q: jax.Array, k: jax.Array, v: jax.Array, places: jax.Array, documents: Documents) -> jax.Array:
+def tokens_first(x: jax.Array) -> jax.Array:
+    """[B, H, T, ...] -> [B, T, H, ...]."""
+    return x.swapaxes(1, 2)
+
+
+def attention_by_head(
+    q: jax.Array,
+    k: jax.Array,
+    v: jax.Array,
+    places: jax.Array,
+    documents: Documents,
+    by_token: Callable[[jax.Array], jax.Array] = tokens_first,
+) -> jax.Array:
     """Attention of some queries of sequences to all keys up to their own place.
 
     Lengths are filled up to whole blocks: queries by the like of the last, keys where no query looks.
@@ -46,6 +59,7 @@ def attention_by_head(q: jax.Array, k: jax.Array, v: jax.Array, places: jax.Arra
         k, v: [B, H, S, ...].
         places: [T] int32, of the queries among the keys.
         documents: as said above.
+        by_token: what it says by default.
 
     Returns:
         What they attend to, by token, [B, T, H, V].
@@ -56,7 +70,7 @@ def attention_by_head(q: jax.Array, k: jax.Array, v: jax.Array, places: jax.Arra
     places = _filled(places, blocks[0], axis=0, mode="edge")
     ids = documents and SegmentIds(*(_filled(x, block, axis=1, mode="edge") for x, block in zip(documents, blocks)))
     attended: Any = jax.vmap(_kernel(places, k.shape[2], blocks))(q, k, v, ids)  # an array, unless residuals are asked for
-    return with_gradient_apart(attended.swapaxes(1, 2)[:, :length])
+    return with_gradient_apart(by_token(attended)[:, :length])
 
 
 def block_size(length: int, dtype: jnp.dtype) -> int:
