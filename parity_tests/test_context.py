@@ -4,6 +4,7 @@ import dataclasses
 from functools import partial
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 from jax.sharding import Mesh, PartitionSpec
@@ -11,8 +12,7 @@ from jax.sharding import Mesh, PartitionSpec
 from deepseek_jax.config import Config, ConfigError, load_config
 from deepseek_jax.kernels import splash_context
 from deepseek_jax.model import attention_scores, chunked_attention
-from deepseek_jax.model.attention import keys_and_values
-from deepseek_jax.model.causal_attention import causal_attention
+from deepseek_jax.model.attention import attention_over_context, keys_and_values, latent_attention
 from deepseek_jax.model.context_attention import context_attention
 from deepseek_jax.parallel.mesh import make_mesh, resolve
 from deepseek_jax.parallel.sharding import Division
@@ -80,31 +80,35 @@ def test_splash_over_context_is_attention_on_one_device(devices, heads_bytes, mo
     """Output and all gradients, of heads one by one or at once, of documents that end within and between pieces."""
     emulate_splash(monkeypatch)
     monkeypatch.setattr(splash_context, "KEYS_BYTES", heads_bytes)
-    config, length, scale = load_config("tiny").model, 600, 0.3
+    config, length = dataclasses.replace(load_config("tiny").model, attention="splash"), 600
     rng = np.random.default_rng(0)
-    shapes = (2, length, 3, 20), (2, length, 16), (2, length, 8), (16, 3 * (12 + 10)), (2, length, 3, 10)
+    shapes = (2, length, 3 * 20), (2, length, 16), (2, length, 8), (16, 3 * (12 + 10)), (2, length, 3, 10)
     q, c_kv, k_rope, weight, gradient = (rng.standard_normal(shape).astype("float32") for shape in shapes)
+    angles = rng.uniform(0, 6, (2, length, 4)).astype("float32")
     ids = np.repeat(np.arange(4, dtype="int32"), [1, 149, 190, 260]) + np.zeros((2, 1), "int32")
 
-    def results(attend, q, latents, weight, gradient, ids):
-        out, pull = jax.vjp(lambda *x: attend(partial(keys_and_values, config), scale, *x, ids), q, latents, weight)
+    def results(attend, q, latents, weight, gradient, angles, ids):
+        rope = jnp.cos(angles), jnp.sin(angles)
+        out, pull = jax.vjp(lambda q, latents, weight: attend(config, q, latents, rope, weight, ids), q, latents, weight)
         return out, *pull(gradient)
 
     def on_devices(*arrays):
-        out, of_q, of_latents, of_weight = results(splash_context.splash_context_attention, *arrays)
+        out, of_q, of_latents, of_weight = results(attention_over_context, *arrays)
         return out, of_q, of_latents, jax.lax.psum(of_weight, "context")
 
-    def on_one(expand, scale, q, latents, weight, ids):
-        return causal_attention(q, *expand(weight, latents), scale, ids, "reference")
+    def on_one(config, q, latents, rope, weight, ids):
+        config = dataclasses.replace(config, attention="reference")
+        return latent_attention(config, q, latents[0] @ weight, latents[1], rope, ids)
 
     pieces = length // (2 * devices)
     order = np.concatenate([np.arange(n * pieces, (n + 1) * pieces) for i in range(devices) for n in (i, 2 * devices - 1 - i)])
     own, same = PartitionSpec(None, "context"), PartitionSpec()
     spread = jax.shard_map(on_devices, mesh=Mesh(np.array(jax.devices()[:devices]), ("context",)), check_vma=False,
-                           in_specs=(own, own, same, own, own), out_specs=(own, own, own, same))  # fmt: skip
-    found = jax.jit(spread)(q[:, order], (c_kv[:, order], k_rope[:, order]), weight, gradient[:, order], ids[:, order])
+                           in_specs=(own, own, same, own, own, own), out_specs=(own, own, own, same))  # fmt: skip
+    latents, by_token = (c_kv[:, order], k_rope[:, order]), [x[:, order] for x in (gradient, angles, ids)]
+    found = jax.jit(spread)(q[:, order], latents, weight, *by_token)
     with jax.enable_x64(True):
-        wide = jax.tree.map(lambda x: x.astype("float64"), (q, (c_kv, k_rope), weight, gradient))
+        wide = jax.tree.map(lambda x: x.astype("float64"), (q, (c_kv, k_rope), weight, gradient, angles))
         right = jax.jit(partial(results, on_one))(*wide, ids)
     for a, b in zip(jax.tree.leaves(found), jax.tree.leaves(right), strict=True):
         b = b[:, order] if b.ndim > 2 else b

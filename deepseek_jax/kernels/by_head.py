@@ -13,7 +13,8 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
 from deepseek_jax.config import ModelConfig
-from deepseek_jax.kernels.splash_attention import attention_by_head
+from deepseek_jax.kernels.splash_attention import attention_by_head, tokens_first
+from deepseek_jax.model.attention import split_heads, turned_queries
 from deepseek_jax.model.rope import factors_of_all, other_of_pairs, softmax_scale
 
 LANES = 128
@@ -45,17 +46,37 @@ def attention_of_products(
     k_rope: jax.Array,
     rope: tuple[jax.Array, jax.Array],
     segment_ids: Optional[jax.Array],
-) -> Optional[jax.Array]:
-    """What `latent_attention` says, by splash attention; null where blocks of its operands are not whole."""
-    c, length = config, q.shape[1]
-    widths = c.qk_nope_head_dim + c.qk_rope_head_dim, c.qk_nope_head_dim + c.v_head_dim, c.v_head_dim
-    blocks = [block for width in widths if (block := block_of(length, c.num_attention_heads, width, q.dtype)) is not None]
-    if len(blocks) < len(widths) or c.v_head_dim % LANES or c.qk_nope_head_dim % LANES:
-        return None
-    queries = queries_by_head(q, *rope, blocks[0], softmax_scale(c), c.rope_interleave)
-    keys, values = keys_and_values_by_head(expanded, k_rope, blocks[1], c.v_head_dim)
+) -> jax.Array:
+    """What `latent_attention` says, by splash attention."""
+    queries = queries_of_products(config, q, rope)
+    keys, values = keys_and_values_of_products(config, expanded, k_rope)
     documents = None if segment_ids is None else (segment_ids, segment_ids)
-    return attention_by_head(queries, keys, values, jnp.arange(length), documents, partial(values_by_token, blocks[2]))
+    return attention_by_head(queries, keys, values, jnp.arange(q.shape[1]), documents, partial(tokens_first_of_heads, config))
+
+
+def queries_of_products(config: ModelConfig, q: jax.Array, rope: tuple[jax.Array, jax.Array]) -> jax.Array:
+    """Turned and scaled, [B, H, T, D] from [B, T, H * D]."""
+    c, width = config, config.qk_nope_head_dim + config.qk_rope_head_dim
+    block, scale = block_of(q.shape[1], q.shape[2] // width, width, q.dtype), softmax_scale(c)
+    if block is not None and c.qk_nope_head_dim % LANES == 0:
+        return queries_by_head(q, *rope, block, scale, c.rope_interleave)
+    return (turned_queries(c, q, rope) * jnp.asarray(scale, q.dtype)).swapaxes(1, 2)
+
+
+def keys_and_values_of_products(config: ModelConfig, expanded: jax.Array, k_rope: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """[B, H, T, nope + rope] and [B, H, T, v] from [B, T, H * (nope + v)], of all heads or some, and [B, T, rope]."""
+    c, width = config, config.qk_nope_head_dim + config.v_head_dim
+    block = block_of(expanded.shape[1], expanded.shape[2] // width, width, expanded.dtype)
+    if block is not None and c.v_head_dim % LANES == c.qk_nope_head_dim % LANES == 0:
+        return keys_and_values_by_head(expanded, k_rope, block, c.v_head_dim)
+    keys, values = split_heads(c, expanded, k_rope)
+    return keys.swapaxes(1, 2), values.swapaxes(1, 2)
+
+
+def tokens_first_of_heads(config: ModelConfig, attended: jax.Array) -> jax.Array:
+    """[B, H, T, v] -> [B, T, H, v]."""
+    block = block_of(attended.shape[2], attended.shape[1], config.v_head_dim, attended.dtype)
+    return values_by_token(block, attended) if block and config.v_head_dim % LANES == 0 else tokens_first(attended)
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(3, 4, 5))

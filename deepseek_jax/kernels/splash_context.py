@@ -9,12 +9,13 @@ from functools import partial
 from typing import Optional
 
 import jax
-import jax.numpy as jnp
 
+from deepseek_jax.config import ModelConfig
+from deepseek_jax.kernels.by_head import keys_and_values_of_products, queries_of_products
 from deepseek_jax.kernels.splash_attention import attention_by_head
-from deepseek_jax.model.context_attention import Expand, Latents
+from deepseek_jax.model.context_attention import Latents
 from deepseek_jax.model.layers import widen
-from deepseek_jax.model.products import policy
+from deepseek_jax.model.products import AGAIN, policy, products
 from deepseek_jax.parallel.context import own_places, whole
 
 KEYS_BYTES = 2**29
@@ -22,28 +23,31 @@ KEYS_BYTES = 2**29
 
 
 def splash_context_attention(
-    expand: Expand, scale: float, q: jax.Array, latents: Latents, weight: jax.Array, segment_ids: Optional[jax.Array]
-) -> jax.Array:
-    """What `context_attention` says, in float32 or bfloat16.
+    config: ModelConfig, q: jax.Array, latents: Latents, rope: tuple[jax.Array, jax.Array], weight: jax.Array,
+    segment_ids: Optional[jax.Array],
+) -> jax.Array:  # fmt: skip
+    """What `attention_over_context` says, in float32 or bfloat16.
 
-    Queries are scaled, and rounded, beforehand. Gradients of latents are summed, over heads and devices, in at least float32.
+    Gradients of latents are summed, over heads and devices, in at least float32.
     """
-    (size, length, heads), dtype = q.shape[:3], q.dtype
+    c, length, dtype, heads = config, q.shape[1], q.dtype, config.num_attention_heads
     all_latents = jax.tree.map(partial(whole, widen(dtype)), latents)
     documents = None if segment_ids is None else (segment_ids, whole(segment_ids.dtype, segment_ids))
-    bytes_each = sum(x.size for x in jax.eval_shape(expand, weight, all_latents)) // heads * dtype.itemsize
-    groups = next(n for n in range(1, heads + 1) if heads % n == 0 and heads // n <= max(KEYS_BYTES // bytes_each, 1))
+    widths = c.qk_nope_head_dim + c.qk_rope_head_dim + c.v_head_dim
+    most = KEYS_BYTES // (all_latents[0][..., 0].size * widths * dtype.itemsize)
+    size = next(size for size in range(min(max(most, 1), heads), 0, -1) if heads % size == 0)
 
     @partial(jax.checkpoint, prevent_cse=False, policy=policy("attention"))
     def attend(queries: jax.Array, weight: jax.Array, all_latents: Latents) -> jax.Array:
-        narrow = jax.tree.map(lambda x: x.astype(dtype), all_latents)
-        k, v = (x.swapaxes(1, 2) for x in expand(weight, narrow))
-        return attention_by_head(queries, k, v, own_places(length), documents)
+        c_kv, k_rope = (x.astype(dtype) for x in all_latents)
+        (expanded,) = products(c, c_kv, weight, name=AGAIN)
+        return attention_by_head(queries, *keys_and_values_of_products(c, expanded, k_rope), own_places(length), documents)
 
     def visit(_: None, group: tuple[jax.Array, jax.Array]) -> tuple[None, jax.Array]:
         return None, attend(*group, all_latents)
 
-    queries = (q * jnp.asarray(scale, dtype)).reshape(size, length, groups, heads // groups, -1).transpose(2, 0, 3, 1, 4)
-    weights = weight.reshape(len(weight), groups, -1).swapaxes(0, 1)
+    queries = queries_of_products(c, q, rope)
+    queries = queries.reshape(len(q), heads // size, size, length, -1).swapaxes(0, 1)
+    weights = weight.reshape(len(weight), heads // size, -1).swapaxes(0, 1)
     _, attended = jax.lax.scan(visit, None, (queries, weights))
-    return jnp.moveaxis(attended, 0, 2).reshape(size, length, heads, -1)
+    return attended.transpose(1, 2, 0, 3, 4).reshape(len(q), length, heads, -1)

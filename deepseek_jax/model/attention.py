@@ -5,9 +5,8 @@ latent and one shared rotary key: kv_lora_rank + qk_rope_head_dim numbers per to
 a cache, the expansion is absorbed into the query and the output, and keys and values never exist.
 """
 
-from collections.abc import Callable
 from functools import partial
-from typing import Any, NamedTuple, Optional
+from typing import NamedTuple, Optional
 
 import flax.linen as nn
 import jax
@@ -145,11 +144,12 @@ class MultiHeadLatentAttention(nn.Module):
         """Attention with keys and values made for every head: the fewest operations for many queries."""
         c = self.config
         if devices_of_a_sequence(self.division) > 1:
-            expand, weight, q = partial(keys_and_values, c), self.kv_b_proj.whole_weight(), turned_queries(c, q, rope)
-            operands: Any = (q, tuple(latents), weight, segment_ids)
+            weight = self.kv_b_proj.whole_weight()
             if self.is_mutable_collection(SCORES):
-                self.sow(SCORES, "largest_scores", largest_scores_over_context(expand, softmax_scale(c), *operands))
-            return over_context(c, q.dtype)(expand, softmax_scale(c), *operands)
+                operands = turned_queries(c, q, rope), (latents.c_kv, latents.k_rope), weight, segment_ids
+                largest = largest_scores_over_context(partial(keys_and_values, c), softmax_scale(c), *operands)
+                self.sow(SCORES, "largest_scores", largest)
+            return attention_over_context(c, q, (latents.c_kv, latents.k_rope), rope, weight, segment_ids)
         expanded = self.kv_b_proj(latents.c_kv)
         if not self.is_mutable_collection(SCORES):
             return latent_attention(c, q, expanded, latents.k_rope, rope, segment_ids)
@@ -195,24 +195,39 @@ def latent_attention(
     Returns:
         [B, T, H, v].
     """
-    if resolved(config.attention, q.dtype) == "splash" and q.dtype != jnp.float64:
+    if _is_splash(config, q):
         from deepseek_jax.kernels.by_head import attention_of_products  # only TPUs should load Pallas
 
-        attended = attention_of_products(config, q, expanded, k_rope, rope, segment_ids)
-        if attended is not None:
-            return attended
+        return attention_of_products(config, q, expanded, k_rope, rope, segment_ids)
     k, v = split_heads(config, expanded, k_rope)
     q = turned_queries(config, q, rope)
     return causal_attention(q, k, v, softmax_scale(config), segment_ids, implementation=config.attention)
 
 
-def over_context(config: ModelConfig, dtype: jnp.dtype) -> Callable[..., jax.Array]:
-    """The form of `context_attention` that stands for the config's attention: splash where that is splash, else blocks."""
-    if resolved(config.attention, dtype) != "splash":
-        return context_attention
-    from deepseek_jax.kernels.splash_context import splash_context_attention  # only TPUs should load Pallas
+def attention_over_context(
+    config: ModelConfig,
+    q: jax.Array,
+    latents: tuple[jax.Array, jax.Array],
+    rope: tuple[jax.Array, jax.Array],
+    weight: jax.Array,
+    segment_ids: Optional[jax.Array],
+) -> jax.Array:
+    """The same inside `shard_map` over `context`: splash attention where that is the config's, else blocks in plain JAX.
 
-    return splash_context_attention
+    Args:
+        latents: of this device's tokens, [B, T, kv_lora_rank] and [B, T, rope], turned.
+        weight: of kv_b_proj.
+    """
+    if _is_splash(config, q):
+        from deepseek_jax.kernels.splash_context import splash_context_attention
+
+        return splash_context_attention(config, q, latents, rope, weight, segment_ids)
+    expand = partial(keys_and_values, config)
+    return context_attention(expand, softmax_scale(config), turned_queries(config, q, rope), latents, weight, segment_ids)
+
+
+def _is_splash(config: ModelConfig, q: jax.Array) -> bool:
+    return resolved(config.attention, q.dtype) == "splash" and q.dtype != jnp.float64
 
 
 def turned_queries(config: ModelConfig, q: jax.Array, rope: tuple[jax.Array, jax.Array]) -> jax.Array:
