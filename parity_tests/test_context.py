@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from jax.sharding import Mesh, PartitionSpec
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from deepseek_jax.config import Config, ConfigError, load_config
 from deepseek_jax.kernels import splash_context
@@ -113,6 +113,38 @@ def test_splash_over_context_is_attention_on_one_device(devices, heads_bytes, mo
     for a, b in zip(jax.tree.leaves(found), jax.tree.leaves(right), strict=True):
         b = b[:, order] if b.ndim > 2 else b
         np.testing.assert_allclose(a, b, rtol=0, atol=5e-6 * np.abs(b).max())
+
+
+@pytest.mark.slow
+def test_splash_over_context_compiles_for_tpu_in_memory_linear_in_the_length(monkeypatch):
+    """With DeepSeek-V3's head sizes on four chips: the kernel and both of its gradients."""
+    pytest.importorskip("libtpu", reason="libtpu, the TPU's compiler, is not installed")
+    from jax.experimental import topologies
+
+    monkeypatch.setattr(splash_context, "KEYS_BYTES", 2**22)  # some heads at a time
+    mesh = Mesh(np.array(topologies.get_topology_desc(platform="tpu", topology_name="v5p:2x2x1").devices), ("context",))
+    heads = dict(num_attention_heads=8, qk_nope_head_dim=128, qk_rope_head_dim=64, v_head_dim=128, kv_lora_rank=512)
+    config = dataclasses.replace(load_config("tiny").model, attention="splash", **heads)
+    own, same = PartitionSpec(None, "context"), PartitionSpec()
+
+    def compiled(length):
+        def operand(*shape, spec=own, dtype="bfloat16"):
+            return jax.ShapeDtypeStruct(shape, dtype, sharding=NamedSharding(mesh, spec))
+
+        def gradients(q, latents, weight, angles, ids):
+            rope = jnp.cos(angles), jnp.sin(angles)
+            out, pull = jax.vjp(lambda *x: attention_over_context(config, x[0], x[1], rope, x[2], ids), q, latents, weight)
+            return pull(out)
+
+        spread = jax.shard_map(gradients, mesh=mesh, in_specs=(own, own, same, own, own), out_specs=(own, own, same),
+                               check_vma=False)  # fmt: skip
+        latents = operand(1, length, 512), operand(1, length, 64)
+        beside = operand(1, length, 32, dtype="float32"), operand(1, length, dtype="int32")
+        return jax.jit(spread).lower(operand(1, length, 8 * 192), latents, operand(512, 8 * 256, spec=same), *beside).compile()
+
+    short, long = compiled(8192), compiled(16384)
+    assert all(f"splash_mha_{kernel}" in short.as_text() for kernel in ("fwd", "dkv", "dq"))
+    assert long.memory_analysis().temp_size_in_bytes < 2.1 * short.memory_analysis().temp_size_in_bytes
 
 
 @pytest.mark.slow
