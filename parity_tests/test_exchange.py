@@ -124,7 +124,7 @@ def test_every_token_is_served(remat, hops, parts, x64, monkeypatch):
 
     def served(indices, *inputs):
         def of(x, weights, *projections):
-            return serve_in_rounds(dataclasses.replace(MODEL, remat=remat), parallel, (x, indices, weights), projections)
+            return serve_in_rounds(MODEL, parallel, (x, indices, weights), projections)
 
         return (of if remat == "none" else jax.checkpoint(of, policy=policy(remat)))(*inputs)
 

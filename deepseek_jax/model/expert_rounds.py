@@ -4,7 +4,7 @@ The first round is straight-line code that rematerialisation sees. Those after i
 there is something left to serve; the backward pass keeps nothing of it, and makes each of its rounds again.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from functools import partial
 from typing import Any, NamedTuple, Optional
 
@@ -13,9 +13,9 @@ import jax.numpy as jnp
 
 from deepseek_jax.config import ModelConfig, ParallelConfig
 from deepseek_jax.model.dispatch import Order, combine, dispatch, sort_slots
-from deepseek_jax.model.layers import activate
+from deepseek_jax.model.layers import grouped_feed_forward
 from deepseek_jax.model.parcels import Parcels, next_journey, order_in, pack
-from deepseek_jax.model.products import HIDDEN, grouped_products, keep, policy, prepared, prepared_rows
+from deepseek_jax.model.products import keep, prepared, prepared_rows
 from deepseek_jax.parallel.exchange import AXIS, OVERFLOW, Hop, Journey, hops_of, send, send_back
 from deepseek_jax.precision.fp8_operands import Operand, Prepared, Quantized, from_bytes, join, part, to_bytes
 
@@ -127,17 +127,15 @@ def _serve(setting: Setting, known: Known, journey: Journey, inputs: Inputs) -> 
     outward = order_in(hop, parcels, journey)
     # Labels first: where rows go from here is found out while they travel.
     labels = keep(send(dispatch(labels, outward), journey, hop, hop.room.parcels, exchange))
-
-    def send_rows(x: jax.Array) -> Operand:
-        return _send_rows(join(known.rows, x), outward, journey, hop, exchange)
+    rows = _send_rows(join(known.rows, x), outward, journey, hop, exchange)
 
     arrived = jnp.arange(hop.room.parcels) < jnp.sum(journey.sizes[:, hop.mine()])
     experts, factors = jnp.split(jnp.where(arrived[:, None], labels, 0), 2, axis=1)
-    choices = experts.astype(jnp.int32) - 1, factors
+    tokens = rows, experts.astype(jnp.int32) - 1, factors
     if further:
-        outputs = _hop(setting._replace(hops=tuple(further)), (send_rows(x), *choices), projections)
+        outputs = _hop(setting._replace(hops=tuple(further)), tokens, projections)
     else:
-        outputs = _serve_here(config, hop, (partial(send_rows, x), *choices), projections)
+        outputs = _serve_here(config, hop, tokens, projections)
     returned = send(outputs, journey.back(), hop, outward.slots.size, exchange)
     return combine(returned, outward, x.shape[0])
 
@@ -153,23 +151,12 @@ def _send_rows(x: Operand, outward: Order, journey: Journey, hop: Hop, exchange:
 
 
 def _serve_here(
-    config: ModelConfig,
-    hop: Hop,
-    tokens: tuple[Callable[[], Operand], jax.Array, jax.Array],
-    projections: Sequence[Operand],
+    config: ModelConfig, hop: Hop, tokens: tuple[Operand, jax.Array, jax.Array], projections: Sequence[Operand]
 ) -> jax.Array:
-    """What this device's experts make of the tokens that arrived; rows are sent for as they are needed."""
-    (send_rows, indices, factors), number = tokens, hop.experts
+    """What this device's experts make of the tokens that arrived."""
+    (rows, indices, factors), number = tokens, hop.experts
     experts = indices.reshape(-1)
     order = jax.tree.map(keep, sort_slots(jnp.where(experts < 0, number, experts), number, hop.room.choices))
     group_sizes = jnp.sum(experts[:, None] == jnp.arange(number), axis=0, dtype=jnp.int32)
-    *entering, down_proj = projections
-
-    def enter() -> list[jax.Array]:
-        chosen = jax.tree.map(lambda each: dispatch(each, order), send_rows())
-        return grouped_products(config, chosen, group_sizes, *entering, name=HIDDEN)
-
-    if config.remat == "hidden":  # backwards, rows travel once more, but not before anything can stand beside that
-        enter = jax.checkpoint(enter, policy=policy(config.remat))
-    activated = activate(config, enter(), dispatch(factors.reshape(-1, 1), order))
-    return combine(grouped_products(config, activated, group_sizes, down_proj)[0], order, hop.room.parcels)
+    chosen, factors = jax.tree.map(lambda each: dispatch(each, order), (rows, factors.reshape(-1, 1)))
+    return combine(grouped_feed_forward(config, chosen, factors, group_sizes, projections), order, hop.room.parcels)

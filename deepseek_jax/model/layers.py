@@ -153,16 +153,10 @@ def grouped_feed_forward(
         projections: of all groups, [E, in, out] each; the down projection is the last.
     """
     *entering, down_proj = projections
-    activated = activate(config, grouped_products(config, x, group_sizes, *entering, name=HIDDEN), factors)
+    entered = grouped_products(config, x, group_sizes, *entering, name=HIDDEN)
+    # The factor is applied before the down projection, which is linear: its rows are the narrower ones.
+    activated = FEED_FORWARD_FORMS[config.feed_forward].activation(*entered) * factors.astype(x.dtype)
     return grouped_products(config, activated, group_sizes, down_proj)[0]
-
-
-def activate(config: ModelConfig, entered: Sequence[jax.Array], factors: jax.Array) -> jax.Array:
-    """Hidden units of experts from what entered them, times their rows' factors [N, 1].
-
-    Before the down projection, which is linear: its rows are the narrower ones.
-    """
-    return FEED_FORWARD_FORMS[config.feed_forward].activation(*entered) * factors.astype(entered[0].dtype)
 
 
 class FeedForward(nn.Module):
