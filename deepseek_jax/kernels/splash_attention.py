@@ -82,8 +82,8 @@ def block_size(length: int, dtype: jnp.dtype) -> int:
 def _kernel(places: jax.Array, keys: int, blocks: tuple[int, int]) -> SplashAttentionKernel:
     """For queries [heads, T, D] at these places and so many keys, by blocks of so many of either.
 
-    JAX's own makers of masks look at every pair of a query and a key, for minutes where there are 128K, and know places only
-    as the program is made. Which blocks have pairs that see each other follows from each block's last place.
+    JAX's own makers of masks look at every pair of a query and a key, 52 s for 128K of either, and want to know places before
+    the program runs. Which blocks have pairs that see each other follows from each block's last place.
 
     Queries have a backward kernel of their own. The fused one makes two products fewer, but leaves a part of the
     queries' gradient for each block of keys: memory that grows with the square of the length, and XLA sums them slowly.
