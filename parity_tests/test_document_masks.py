@@ -68,9 +68,14 @@ def test_losses_are_those_of_the_documents_one_by_one(x64):
     loss, parts = torch_loss.training_loss(pair.torch, torch.from_numpy(tokens).long(), config, mtp_weight=0.7)
     loss.backward()
 
-    assert_close({"torch": parts.cross_entropy}, {"torch": losses_one_by_one(pair, tokens)}, 1e-12)
+    one_by_one = losses_one_by_one(pair, tokens)
+    assert_close({"torch": parts.cross_entropy}, {"torch": one_by_one}, 1e-12)
 
     state = pair.variables["router_state"]
+    evaluation = jax.jit(partial(evaluation_nats, config=config, division=None), compiler_options=COMPILE_QUICKLY)
+    nats = evaluation(pair.variables["params"], state, tokens[:, : LENGTH + 1], np.ones(len(tokens)))
+    count = counted_targets(Marked(tokens, tokens == END, None), LENGTH, DEPTH, None)[0].sum()
+    assert_close({"evaluation": nats / count}, {"evaluation": one_by_one[0]}, 1e-12)
     loss_of = jax.value_and_grad(partial(training_loss, config=config, mtp_weight=jnp.float64(0.7)), has_aux=True)
     (own, own_parts), gradients = jax.jit(loss_of, compiler_options=COMPILE_QUICKLY)(pair.variables["params"], state, tokens)
     theirs = {name: p.grad.numpy() for name, p in pair.torch.named_parameters()}
