@@ -9,10 +9,11 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jax.experimental.compute_on import compute_on
+from jax.experimental import compute_on
 
 from deepseek_jax.config import TrainConfig
 
+compute_at: Any = getattr(compute_on, "compute_on2", compute_on.compute_on)  # its name before jax 0.12
 HOST_MEMORY, HOST = "pinned_host", "device_host"
 """JAX's names for memory that devices reach, and for the processor beside it."""
 
@@ -39,7 +40,7 @@ class Average:
                 return moved(average, params, *shares)
             average, params = jax.device_put((average, params), (where, where))
             shares = jax.device_put(shares, jax.memory.Space.Host)
-            return compute_on(HOST)(jax.jit(moved))(average, params, *shares)
+            return compute_at(moved, compute_type=HOST, out_memory_spaces=jax.memory.Space.Host)(average, params, *shares)
 
         self._update = jax.jit(update, donate_argnums=0, out_shardings=where)
 
