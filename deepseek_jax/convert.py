@@ -172,7 +172,9 @@ def _from_huggingface(
         for array in stacked_arrays(source.config).values()
     ]
     print("\n".join([source.summary, *source.notes, _summary(destination, "orbax", specs)]))
-    if not _holds(path, TOKENIZER_JSON):
+    if _holds(path, TOKENIZER_JSON):
+        load_tokenizer(path)  # one that is broken is named here, and not when the run is to write
+    else:
         unread = next((f", only {name}, which goes along" for name in UNREAD if _holds(path, name)), "")
         print(f"{path}: no {TOKENIZER_JSON}{unread}; generation will need one in {destination}, or take --prompt-ids")
     if dry_run:

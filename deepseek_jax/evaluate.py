@@ -1,12 +1,14 @@
 """How well a model predicts text: `python -m deepseek_jax.evaluate RUN FILE...`.
 
-Every document is read from its beginning, after the token that begins or ends a text, and each of its tokens counts once.
+Every document is read from its beginning, after the token that begins or ends a text, and each of its tokens counts once;
+of a conversation (--chat) those of the assistant's words, as in training on conversations.
 Bits per byte compare models with any tokenizers; perplexity only those with the same.
 """
 
 import argparse
 import math
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
@@ -16,8 +18,11 @@ from rich.console import Console
 from rich.progress import Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 from tokenizers import Tokenizer
 
+from deepseek_jax.data.conversations import conversation_files, read_conversations
 from deepseek_jax.data.documents import find_files, read_documents
+from deepseek_jax.data.tokenizer import token_byte_lengths
 from deepseek_jax.errors import UserError, run_command
+from deepseek_jax.generation.chat import ChatTemplate, load_chat_template
 from deepseek_jax.generation.scoring import Scorer
 from deepseek_jax.training.loading import LoadedModel, load_model
 
@@ -62,6 +67,8 @@ def main() -> None:
     parser.add_argument("--context", type=int, metavar="N", help=context)
     stride = "of longer texts: new tokens of each window (all of the context); fewer look back further"
     parser.add_argument("--stride", type=int, metavar="N", help=stride)
+    chat = "files hold conversations, a list `messages` in each line; of them the assistant's words count"
+    parser.add_argument("--chat", action="store_true", help=chat)
     parser.add_argument("--step", type=int, help="checkpoint of the run to use instead of the last")
     args = parser.parse_args()
     run_command(lambda: evaluate(args))
@@ -70,7 +77,8 @@ def main() -> None:
 def evaluate(args: argparse.Namespace) -> None:
     """Score each file and print a line for it."""
     parallel = [word for word in args.file if word.startswith("parallel.") and "=" in word]
-    files = find_files([word for word in args.file if word not in parallel])
+    find = conversation_files if args.chat else find_files
+    files = find([word for word in args.file if word not in parallel])
     jax.config.update("jax_default_matmul_precision", "highest")
     model = load_model(Path(args.run), args.step, parallel, stacked=True)
     if model.tokenizer is None:
@@ -78,14 +86,14 @@ def evaluate(args: argparse.Namespace) -> None:
     context = _within(args.context, "--context", model.config.max_position_embeddings, DEFAULT_CONTEXT)
     stride = _within(args.stride, "--stride", context, context)
     scorer = Scorer(model.config, model.variables, context, stride, max(BATCH_TOKENS // context, 1), model.division)
-    first, total = first_token(model), Score()
+    scores, total = partial(_scores, args.chat, model, scorer), Score()
     width = min(max(len(_shown(file)) for file in files) + 2, 60)
     print(f"{'file':{width}}{'documents':>10}{'tokens':>12}{'bytes':>12}{'bits/byte':>11}{'perplexity':>12}", flush=True)
     columns = SpinnerColumn(), TextColumn("{task.description} {task.fields[tokens]:,} tokens"), TimeElapsedColumn()
     with Progress(*columns, console=Console(stderr=True), transient=True) as progress:
         for file in files:
             task, score = progress.add_task(_shown(file), tokens=0), Score()
-            for document in score_documents(scorer, model.tokenizer, first, read_texts(file)):
+            for document in scores(file):
                 score = score.plus(document)
                 progress.update(task, tokens=score.tokens)
             progress.remove_task(task)
@@ -94,6 +102,16 @@ def evaluate(args: argparse.Namespace) -> None:
             total = total.plus(score)
     if len(files) > 1:
         print(_line("all", total, width))
+
+
+def _scores(chat: bool, model: LoadedModel, scorer: Scorer, file: Path) -> Iterator[Score]:
+    """Each document's or conversation's score."""
+    assert model.tokenizer is not None
+    if chat:
+        template = load_chat_template(model.directory, model.tokenizer)
+        sizes = token_byte_lengths(model.tokenizer, model.config.vocab_size)
+        return score_conversations(scorer, template, sizes, file)
+    return score_documents(scorer, model.tokenizer, first_token(model), read_texts(file))
 
 
 def first_token(model: LoadedModel) -> int:
@@ -119,6 +137,29 @@ def score_documents(scorer: Scorer, tokenizer: Tokenizer, first: int, texts: Ite
 
     for scored in scorer.score(sequences()):
         yield Score(1, len(scored.nats), sizes.pop(0), float(np.sum(scored.nats, dtype=np.float64)))
+
+
+def score_conversations(scorer: Scorer, template: ChatTemplate, sizes: np.ndarray, file: Path) -> Iterator[Score]:
+    """Each conversation's score: of the assistant's words, after all that was said before.
+
+    Args:
+        sizes: [V] bytes of each token.
+    """
+    asked: list[tuple[np.ndarray, np.ndarray]] = []
+
+    def sequences() -> Iterator[list[int]]:
+        for where, messages in read_conversations([file]):
+            try:
+                ids, counted = template.answers(messages)
+            except UserError as error:
+                raise UserError(f"{where}: {error}") from None
+            asked.append((np.array(ids[1:]), np.array(counted[1:], bool)))
+            yield ids
+
+    for scored in scorer.score(sequences()):
+        targets, counted = asked.pop(0)
+        nats = float(np.sum(scored.nats[counted], dtype=np.float64))
+        yield Score(1, int(counted.sum()), int(sizes[targets[counted]].sum()), nats)
 
 
 def _within(value: int | None, name: str, most: int, default: int) -> int:

@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import sys
 from functools import partial
 
 import jax
@@ -9,9 +10,10 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import torch
-from transformers import PreTrainedTokenizerFast
+from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
 
 import deepseek_torch.train as in_torch
+from deepseek_jax import evaluate
 from deepseek_jax.checkpoint.tokenizer_files import CHAT_TEMPLATE
 from deepseek_jax.config import HELD_OUT, ConfigError, load_config
 from deepseek_jax.config.trainable import with_part
@@ -110,6 +112,27 @@ def chat_files(directory, tmp_path_factory):  # noqa: F811
         "train.gradient_accumulation_steps=2", "lora.rank=2", "train.trainable=['lm_head/*']", "train.learning_rate=1e-2",
         "model.remat=none", "model.grouped_matmul=reference",
     ]  # fmt: skip
+
+
+def test_evaluate_counts_the_assistants_words_alone(chat_files, tmp_path, monkeypatch, capsys):
+    """As transformers' model and mask have it."""
+    base, file, _ = chat_files
+    few = tmp_path / "few.jsonl"
+    few.write_text("".join(file.read_text().splitlines(keepends=True)[:12:3]))  # of one turn: within the context
+    monkeypatch.setattr(sys, "argv", ["evaluate", str(base), "--chat", str(few)])
+    evaluate.main()
+    line = capsys.readouterr().out.splitlines()[1].split()
+    tokenizer = PreTrainedTokenizerFast.from_pretrained(base)
+    model = AutoModelForCausalLM.from_pretrained(base, attn_implementation="eager", experts_implementation="eager").eval()
+    nats, counts = 0.0, 0
+    for text in few.read_text().splitlines():
+        said = tokenizer.apply_chat_template(json.loads(text)["messages"], return_dict=True, return_assistant_tokens_mask=True)
+        ids, mask = torch.tensor([said["input_ids"]]), torch.tensor(said["assistant_masks"][1:], dtype=torch.bool)
+        with torch.no_grad():
+            told = torch.nn.functional.cross_entropy(model(ids[:, :-1]).logits[0].double(), ids[0, 1:], reduction="none")
+        nats, counts = nats + told[mask].sum().item(), counts + int(mask.sum())
+    assert line[1:3] == ["4", f"{counts:,}"]
+    assert abs(float(line[5]) / np.exp(nats / counts) - 1) < 1e-5
 
 
 def test_rows_hold_every_conversation_once(chat_files, tmp_path):

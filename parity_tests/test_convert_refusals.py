@@ -13,6 +13,7 @@ from deepseek_jax.checkpoint.hf_config import read_config_json, to_config_json
 from deepseek_jax.checkpoint.pretrained import load_pretrained
 from deepseek_jax.convert import convert
 from deepseek_jax.errors import UserError
+from deepseek_jax.training.loading import load_model
 from parity_tests.checkpoints import TINY, WIDE, write_huggingface_directory
 from parity_tests.conversions import fails, rewritten, with_config
 
@@ -146,6 +147,16 @@ def test_what_is_no_checkpoint(run, exported, tmp_path):
     shutil.copyfile(run / "config.yaml", both / "config.yaml")
     with fails("a Hugging Face directory and a run directory"):
         convert(both, tmp_path / "out")
+    (tmp_path / "adapter").mkdir()
+    (tmp_path / "adapter" / "adapter_config.json").write_text('{"base_model_name_or_path": "org/base"}')
+    for read in (convert, load_model):
+        with fails("adapter: is an adapter without its model, org/base; merge it"):
+            read(tmp_path / "adapter", *[tmp_path / "out"][: read is convert])
+    broken = shutil.copytree(exported, tmp_path / "broken")
+    (broken / "tokenizer.json").write_text('{"version": "1.0"')
+    with fails("broken/tokenizer.json: not a tokenizer.json"):
+        convert(broken, tmp_path / "out")
+    assert not (tmp_path / "out").exists()
     (tmp_path / "run" / "checkpoints").mkdir(parents=True)
     (tmp_path / "run" / "config.yaml").touch()
     with fails("no checkpoint is complete"):

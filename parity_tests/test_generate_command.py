@@ -2,13 +2,16 @@
 
 import dataclasses
 import json
+import shutil
 import sys
 
 import pytest
 
 from deepseek_jax import generate as command
 from deepseek_jax.data.tokenizer import load_tokenizer
+from deepseek_jax.generation.chat import load_chat_template
 from deepseek_jax.generation.continuation import Continuation, TextStream
+from deepseek_jax.generation.generator import Generator
 from deepseek_jax.training.loading import load_model
 from deepseek_torch.generate import generate
 from deepseek_torch.pretrained import load_pretrained
@@ -98,8 +101,37 @@ def test_a_directory_without_a_model_is_one_line(tmp_path, monkeypatch, capsys):
     assert "no model here" in fails(monkeypatch, capsys, tmp_path)
 
 
-def test_all_end_tokens_are_known(directory):
+def test_all_end_tokens_end_a_chat(directory, tmp_path, monkeypatch, capsys):
+    """The last of several as well as the first: here whatever the model would say second."""
     assert load_model(directory).ends == (0, 7)
+    words = ("--chat", "--prompt", "class", "--temperature", 0, "--max-new-tokens", 6, "--log-probabilities")
+    told = "log-probabilities: "
+
+    def written():
+        line = next(line for line in capsys.readouterr().out.splitlines() if line.startswith(told))
+        return len(line.removeprefix(told).split())
+
+    started(monkeypatch, directory, *words)
+    assert written() == 6
+    model = load_model(directory)
+    template = load_chat_template(directory, model.tokenizer)
+    row = Continuation(template.tokens([{"role": "user", "content": "class"}]), 2)
+    for _ in Generator(model.config, model.variables).run([row]):
+        pass
+    other = shutil.copytree(directory, tmp_path / "model")
+    (other / "generation_config.json").write_text(json.dumps({"eos_token_id": [319, row.tokens[1]]}))
+    started(monkeypatch, other, *words)
+    assert written() == (1 if row.tokens[0] == row.tokens[1] else 2)
+
+
+@pytest.mark.parametrize("name", ["tiktoken.model", "tokenizer.model"])
+def test_tokens_where_a_tokenizer_is_not_read(name, directory, tmp_path, monkeypatch, capsys):
+    other = shutil.copytree(directory, tmp_path / "model")
+    (other / "tokenizer.json").rename(other / name)
+    started(monkeypatch, other, "--prompt-ids", "5 9 2", "--temperature", 0, "--max-new-tokens", 4)
+    line = capsys.readouterr().out.strip()
+    assert line.startswith("[5 9 2]") and len(line.removeprefix("[5 9 2]").split()) == 4
+    assert "no tokenizer.json; give token ids" in fails(monkeypatch, capsys, other, "--prompt", "x")
 
 
 def test_text_comes_whole_and_stops_before_a_stop_string(tokenizer):

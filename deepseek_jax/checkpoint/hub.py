@@ -3,11 +3,15 @@
 import re
 from pathlib import Path
 
+from deepseek_jax.checkpoint.hf_config import CONFIG_JSON
 from deepseek_jax.checkpoint.hf_files import has_weights
 from deepseek_jax.checkpoint.tensors import CheckpointError
+from deepseek_jax.checkpoint.untrusted import read_object, shown
 from deepseek_jax.config.stages import last_stage
 
 _NAME = re.compile(r"(?P<repository>[\w.-]{1,96}/[\w.-]{1,96})(@(?P<revision>[\w./-]{1,200}))?", re.ASCII)
+ADAPTER_CONFIG = "adapter_config.json"
+"""Of a directory that holds what peft puts beside a model's weights."""
 _TEXTS = ["*.json", "*.jinja", "*.model", "merges.txt"]
 """Configs, indices and whatever belongs to a tokenizer."""
 _WEIGHTS = (["*.safetensors"], ["*.bin", "*.pt", "*.pth"])
@@ -22,18 +26,29 @@ def local_directory(path: str | Path) -> Path:
     with HF_HUB_OFFLINE=1, what is in the cache is all there is.
 
     Raises:
-        CheckpointError: one line, if it is neither here nor in the cache nor to be had.
+        CheckpointError: one line, if it is neither here nor in the cache nor to be had, or an adapter alone.
     """
     path = Path(path).expanduser()
     match = _NAME.fullmatch(str(path))
     if path.exists() or match is None or Path(path.parts[0]).exists():
-        return last_stage(path)
+        return last_stage(_whole(path))
     repository, revision = match["repository"], match["revision"]
     for weights in _WEIGHTS:
-        directory = _fetched(str(path), repository, revision, [*_TEXTS, *weights])
+        directory = _whole(_fetched(str(path), repository, revision, [*_TEXTS, *weights]))
         if has_weights(directory):
             return directory
     raise CheckpointError(f"{path}: {directory}, where the hub's files are kept, has no weights that can be read")
+
+
+def _whole(directory: Path) -> Path:
+    """The same, which is not an adapter alone."""
+    if (directory / ADAPTER_CONFIG).is_file() and not (directory / CONFIG_JSON).is_file():
+        base = read_object(directory / ADAPTER_CONFIG).get("base_model_name_or_path")
+        raise CheckpointError(
+            f"{directory}: is an adapter without its model, {shown(base)}; merge it there by peft's merge_and_unload and give "
+            "what that saves"
+        )
+    return directory
 
 
 def _fetched(asked: str, repository: str, revision: str | None, patterns: list[str]) -> Path:

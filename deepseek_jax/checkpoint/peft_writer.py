@@ -7,6 +7,7 @@ import numpy as np
 from safetensors.numpy import save_file
 
 from deepseek_jax.checkpoint.finite import require_finite
+from deepseek_jax.checkpoint.hub import ADAPTER_CONFIG
 from deepseek_jax.checkpoint.orbax_source import OrbaxSource
 from deepseek_jax.checkpoint.orbax_step import read_meta
 from deepseek_jax.checkpoint.staging import disk_errors
@@ -14,7 +15,7 @@ from deepseek_jax.checkpoint.tensors import CheckpointError
 from deepseek_jax.checkpoint.tokenizer_files import write_json
 from deepseek_jax.config import ModelConfig, expert_layers
 
-ADAPTER_TENSORS, ADAPTER_CONFIG = "adapter_model.safetensors", "adapter_config.json"
+ADAPTER_TENSORS = "adapter_model.safetensors"
 PREFIX, SUFFIX = "base_model.model.", ".weight"
 """What peft puts around a module's name."""
 FUSED = ("gate_proj", "up_proj", "down_proj")
