@@ -195,7 +195,7 @@ def latent_attention(
     Returns:
         [B, T, H, v].
     """
-    if _is_splash(config, q):
+    if resolved(config.attention, q.dtype) == "splash":
         from deepseek_jax.kernels.by_head import attention_of_products  # only TPUs should load Pallas
 
         return attention_of_products(config, q, expanded, k_rope, rope, segment_ids)
@@ -218,16 +218,12 @@ def attention_over_context(
         latents: of this device's tokens, [B, T, kv_lora_rank] and [B, T, rope], turned.
         weight: of kv_b_proj.
     """
-    if _is_splash(config, q):
+    if resolved(config.attention, q.dtype) == "splash":
         from deepseek_jax.kernels.splash_context import splash_context_attention
 
         return splash_context_attention(config, q, latents, rope, weight, segment_ids)
     expand = partial(keys_and_values, config)
     return context_attention(expand, softmax_scale(config), turned_queries(config, q, rope), latents, weight, segment_ids)
-
-
-def _is_splash(config: ModelConfig, q: jax.Array) -> bool:
-    return resolved(config.attention, q.dtype) == "splash" and q.dtype != jnp.float64
 
 
 def turned_queries(config: ModelConfig, q: jax.Array, rope: tuple[jax.Array, jax.Array]) -> jax.Array:

@@ -61,10 +61,13 @@ def causal_attention_and_scores(
 
 
 def resolved(implementation: str, dtype: jnp.dtype) -> str:
-    """Which of ATTENTIONS computes in a type where `implementation` is asked for; `UserError` for another word."""
+    """Which of ATTENTIONS computes in a type where `implementation` is asked for; `UserError` where that cannot be."""
     if implementation not in ATTENTIONS:
         raise UserError(f"model.attention={implementation}: choose one of {', '.join(ATTENTIONS)}")
-    return best("attention", is_float64=dtype == jnp.float64) if implementation == "auto" else implementation
+    is_float64 = dtype == jnp.float64
+    if implementation == "splash" and is_float64:
+        raise UserError("model.attention=splash: has no float64; choose chunked or model.precision=float32")
+    return best("attention", is_float64=is_float64) if implementation == "auto" else implementation
 
 
 def _reference(q: jax.Array, k: jax.Array, v: jax.Array, scale: float, segment_ids: Optional[jax.Array]) -> jax.Array:
@@ -81,8 +84,6 @@ def _splash(q: jax.Array, k: jax.Array, v: jax.Array, scale: float, segment_ids:
     """Imported late: only TPUs should load Pallas."""
     from deepseek_jax.kernels.splash_attention import splash_attention
 
-    if q.dtype == jnp.float64:
-        raise UserError("model.attention=splash: has no float64; choose chunked or model.precision=float32")
     return splash_attention(q, k, v, scale, segment_ids)
 
 
