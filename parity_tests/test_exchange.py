@@ -90,6 +90,12 @@ def in_groups(*groups):
     return (4 * pairs[:, [0, 1, 0, 1]] + np.array([3, 0, 1, 2])).astype(np.int32)
 
 
+def one_and_three():
+    """More parcels of one choice for the first device than it has room for in a round."""
+    other = 4 * (1 + np.arange(DEVICES * TOKENS) % 3)
+    return np.stack([0 * other, other, other + 1, other + 2], axis=1).astype(np.int32)
+
+
 def random_routing():
     rng = np.random.default_rng(1)
     groups = np.argsort(rng.random((DEVICES * TOKENS, 4)))[:, :2]
@@ -102,6 +108,7 @@ ROUTINGS = {
     "even": (in_groups((0, 1), (2, 3)), 1),
     "every second choice on one device": (in_groups((0, 1), (0, 2), (0, 3), (3, 0)), 2),
     "all on one device": (in_groups((2, 2)), 4),
+    "one choice on the first device, three on another": (one_and_three(), 2),
     "random": (random_routing(), 2),
 }
 """And how many rounds they take in room for an even share."""
