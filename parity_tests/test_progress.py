@@ -14,6 +14,8 @@ import pytest
 from deepseek_jax.config import ConfigError, load_config
 from deepseek_jax.planning.figures import figures
 from deepseek_jax.planning.machines import MACHINES, machine_of
+from deepseek_jax.train import train
+from deepseek_jax.training import loop
 from deepseek_jax.training.goodput import Times, goodput, goodput_text
 from deepseek_jax.training.metrics import WIDTH, MetricsFile, Progress, expert_line, one_line
 from deepseek_jax.training.plot import plot_experts
@@ -80,6 +82,32 @@ def test_load_by_layer():
     }
     assert expert_line(counts) == {"max_expert_load": 2.5, "max_violation": [0.0, 1.5, 0.5]}
     assert expert_line({}) == {"max_expert_load": 1.0}
+
+
+def test_a_step_that_hangs_is_told_with_its_stack_and_compiling_is_not(tmp_path, text_file, monkeypatch, capfd):
+    make_step = loop.make_step
+
+    def make_slow_step(*words):
+        step = make_step(*words)
+
+        def compiles(*inputs):
+            time.sleep(1.5)
+            return step(*inputs)
+
+        def hangs(*inputs):
+            time.sleep(1.5)
+            return step(*inputs)
+
+        steps = iter((compiles, step, hangs))
+        return lambda *inputs: next(steps)(*inputs)
+
+    words = ["model.num_hidden_layers=1", "model.num_nextn_predict_layers=0", "train.sequence_length=8", "train.steps=3",
+             "train.hang_after=1", f"data.input={text_file}", f"run_dir={tmp_path / 'run'}"]  # fmt: skip
+    monkeypatch.setattr(loop, "make_step", make_slow_step)
+    monkeypatch.setattr(jax, "device_count", lambda: 1)
+    train(load_config("tiny", words))
+    told = capfd.readouterr().err
+    assert " in hangs\n" in told and " in compiles\n" not in told
 
 
 class Clock:

@@ -287,7 +287,7 @@ class TrainConfig:
     max_skips: int = 10
     """Steps in a row whose loss or gradients may be no numbers, and which then change nothing, before the run ends."""
     hang_after: int = 3600
-    """Seconds without the end of a step after which every thread's stack is told; 0 never."""
+    """Seconds without the end of a step after which every thread's stack is told, from when the step is compiled; 0 never."""
     profile: Optional[str] = None
     """Steps `first-last` of which a trace is written into run_dir, for TensorBoard, XProf or Perfetto."""
     tensorboard: bool = False

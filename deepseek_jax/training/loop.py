@@ -78,8 +78,9 @@ class Loop:
             asked = _Wishes()
             average = self._average(state)
             for plan in plan_steps(train, self._position):
-                self._watch(plan.step)
+                self._trace(plan.step)
                 state, metrics = self._step(state, self._batch(plan), _scalars(plan, self._config))
+                self._watch()
                 if average is not None:
                     average.update(state.params, metrics.skipped)
                 # Telling of the step before keeps the device busy while the host reads its metrics.
@@ -135,11 +136,15 @@ class Loop:
         so_far = self._checkpoints.restore_average(step, places(train, state.params)) if step else None
         return Average(train, state.params, so_far)
 
-    def _watch(self, step: int) -> None:
-        """Begin or end a trace before this step, and tell every thread's stack if the step does not end."""
+    def _watch(self) -> None:
+        """Tell every thread's stack if no other step is on its way in time; the first is once it is compiled."""
+        seconds = self._config.train.hang_after
+        if seconds and sys.__stderr__ is not None:  # not `sys.stderr`, which may be a notebook's
+            faulthandler.dump_traceback_later(seconds, repeat=True, file=sys.__stderr__)
+
+    def _trace(self, step: int) -> None:
+        """Begin or end a trace before this step."""
         train = self._config.train
-        if train.hang_after and sys.__stderr__ is not None:  # not `sys.stderr`, which may be a notebook's
-            faulthandler.dump_traceback_later(train.hang_after, repeat=True, file=sys.__stderr__)
         if train.profile:
             first, last = map(int, train.profile.split("-"))
             if step == first:
