@@ -71,16 +71,24 @@ def test_a_directory_that_cannot_be_written_is_one_line(tmp_path, monkeypatch, c
     assert capsys.readouterr().err == f"error: {tmp_path}/run: Read-only file system\n"
 
 
-def test_metrics_of_another_run_are_refused(tmp_path):
+def test_metrics_of_another_run_are_refused(tmp_path, capsys):
     check_metrics(tmp_path, 20, 2560)
     file = tmp_path / "metrics.jsonl"
-    file.write_text("".join(json.dumps({"step": step, "tokens": 128 * step}) + "\n" for step in (10, 20, 30)))
+    lines = "".join(json.dumps({"step": step, "tokens": 128 * step}) + "\n" for step in (10, 20, 30))
+    file.write_text(lines + '{"step": 31, "tok')
     check_metrics(tmp_path, 20, 2560)
-    with pytest.raises(ConfigError, match=r"is of another run: its step 20 saw 2,560 tokens and the checkpoint's 5,120"):
+    check_metrics(tmp_path, 5, 640)
+    assert capsys.readouterr().out == ""
+    with pytest.raises(ConfigError, match=r"of another run: its step 20 saw 2,560 tokens and the checkpoint's step 20 5,120"):
         check_metrics(tmp_path, 20, 5120)
-    file.write_text('{"step": 1, "tokens": 128}\n{"epoch": 1}\n')
-    with pytest.raises(ConfigError, match=r"metrics.jsonl:2: is no line of a run's metrics; move the file away$"):
-        check_metrics(tmp_path, 1, 128)
+    with pytest.raises(ConfigError, match=r"of another run: its step 30 saw 3,840 tokens and the checkpoint's step 40 2,560"):
+        check_metrics(tmp_path, 40, 2560)
+    check_metrics(tmp_path, 40, 5120)
+    assert capsys.readouterr().out.startswith(f"{file}: lacks steps 31 to 40; ")
+    for line in ('{"epoch": 1}', "[]", "no JSON", "\udcff"):
+        file.write_text('{"step": 1, "tokens": 128}\n' + line + "\n" + lines, errors="surrogateescape")
+        with pytest.raises(ConfigError, match=r"metrics.jsonl:2: is no line of a run's metrics; move the file away$"):
+            check_metrics(tmp_path, 1, 128)
 
 
 def test_an_unknown_step_is_refused(run):

@@ -7,21 +7,25 @@ from dataclasses import replace
 import numpy as np
 import pytest
 from tokenizers import Tokenizer, models
+from tokenizers.processors import TemplateProcessing
 
 from deepseek_jax.config import Config
 from deepseek_jax.data import packing, shards
 from deepseek_jax.data import tokenizer as tokenizing
 from deepseek_jax.data.documents import DataError
 from deepseek_jax.data.packing import changed_files, is_prepared, prepare, write_tokens
-from deepseek_jax.data.tokenizer import train_tokenizer
+from deepseek_jax.data.tokenizer import END_OF_DOCUMENT, train_tokenizer
 from parity_tests.texts import TEXT, VOCAB_SIZE, one_line, tiny
 
 
 def test_tokens_are_the_documents_each_with_its_end(tokenizer, tmp_path):
+    """And nothing that the tokenizer puts before a text."""
     texts = ["one\n", "", TEXT, "  two"]
+    plain, tokenizer = tokenizer, Tokenizer.from_str(tokenizer.to_str())
+    tokenizer.post_processor = TemplateProcessing(single=f"{END_OF_DOCUMENT} $A", special_tokens=[(END_OF_DOCUMENT, 0)])
     count = write_tokens(texts, tokenizer, tmp_path / "tokens.npy")
     tokens = np.load(tmp_path / "tokens.npy", mmap_mode="r", allow_pickle=False)
-    expected = [i for text in texts for i in [*tokenizer.encode(text).ids, 0]]
+    expected = [i for text in texts for i in [*plain.encode(text).ids, 0]]
     assert tokens.dtype == np.uint16 and len(tokens) == count and tokens.tolist() == expected
     assert [path.name for path in tmp_path.iterdir()] == ["tokens.npy"]
 

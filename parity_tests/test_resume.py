@@ -57,8 +57,9 @@ def test_changes_are_named_and_refused_until_allowed():
     position = Position(8, 32, 1024)
     assert changed_fields(saved(then), now) == {"train.steps": (8, 16), "train.batch_size": (4, 8)}
     refused = (
-        r"^here: train.steps was 8 and is 16, train.batch_size was 4 and is 8; give what was, or go on with what is by "
-        r"--allow train.steps --allow train.batch_size$"
+        r"^here: train.steps was 8 and is 16, train.batch_size was 4 and is 8 \(learning_rate of step 9: 0.00\d+, where the "
+        r"schedule as it was had come to 0.0003; batch_size of step 9: 8, where the schedule as it was had come to 4\); "
+        r"give what was, or go on with what is by --allow train.steps --allow train.batch_size$"
     )
     with pytest.raises(ConfigError, match=refused):
         check_changes(saved(then), now, (), position)

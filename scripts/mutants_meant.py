@@ -11,7 +11,11 @@ MODULES = {
         test_resume.py::test_the_past_is_counted_and_not_derived test_training.py::test_the_reports_schedules
         test_training.py::test_schedules_are_alike""",
     ),
-    "packing": ("data/packing.py", "test_packing.py test_eval_sets.py"),
+    "packing": (
+        "data/packing.py",
+        """test_packing.py test_eval_sets.py test_prepare.py::test_a_run_takes_prepared_sets
+        test_conversations.py::test_rows_hold_every_conversation_once""",
+    ),
     "sampling": (
         "generation/sampling.py",
         """test_generation.py::test_what_is_compiled_is_what_is_asked_for test_generation.py::test_what_cannot_be_asked_for

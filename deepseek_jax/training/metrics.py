@@ -67,14 +67,22 @@ class MetricsFile:
 
 
 def read_metrics(run_dir: Path) -> list[dict[str, Any]]:
-    """All whole lines of a run's metrics; a last line cut short by a crash is left out."""
-    lines = []
-    path = run_dir / METRICS_FILE
-    for text in path.read_text().splitlines() if path.exists() else []:
+    """All lines of a run's metrics; a last line cut short by a crash is left out.
+
+    Raises:
+        ConfigError: a line is none that a run writes.
+    """
+    path, lines = run_dir / METRICS_FILE, []
+    texts = path.read_text(errors="replace").splitlines(keepends=True) if path.exists() else []
+    for number, text in enumerate(texts, start=1):
         try:
-            lines.append(json.loads(text))
+            line = json.loads(text)
         except ValueError:
-            break
+            line = None
+        if isinstance(line, dict) and isinstance(line.get("step"), int) and isinstance(line.get("tokens"), int):
+            lines.append(line)
+        elif text.endswith("\n"):
+            raise ConfigError(f"{path}:{number}: is no line of a run's metrics; move the file away")
     return lines
 
 
@@ -82,16 +90,17 @@ def check_metrics(run_dir: Path, step: int, tokens: int) -> None:
     """Refuse to go on in the metrics of another run, given what the checkpoint says; a file that is missing is no harm.
 
     Raises:
-        ConfigError: a line is none of ours, or that of the checkpoint's step saw other tokens.
+        ConfigError: a line is none of ours, or that of the checkpoint's step or of one before it saw other tokens.
     """
-    lines = read_metrics(run_dir)
-    for number, line in enumerate(lines, start=1):
-        if not (isinstance(line, dict) and isinstance(line.get("step"), int) and isinstance(line.get("tokens"), int)):
-            raise ConfigError(f"{run_dir / METRICS_FILE}:{number}: is no line of a run's metrics; move the file away")
-    seen = [line["tokens"] for line in lines if line["step"] == step]
-    if seen and seen[-1] != tokens:
-        raise ConfigError(f"{run_dir / METRICS_FILE}: is of another run: its step {step} saw {seen[-1]:,} tokens and the "
-                          f"checkpoint's {tokens:,}; move the file away")  # fmt: skip
+    path = run_dir / METRICS_FILE
+    last = next((line for line in reversed(read_metrics(run_dir)) if line["step"] <= step), None)
+    if last is None:
+        return
+    if last["tokens"] != tokens if last["step"] == step else last["tokens"] >= tokens:
+        raise ConfigError(f"{path}: is of another run: its step {last['step']} saw {last['tokens']:,} tokens and the "
+                          f"checkpoint's step {step} {tokens:,}; move the file away")  # fmt: skip
+    if last["step"] < step:
+        print(f"{path}: lacks steps {last['step'] + 1} to {step}; if it is of another run, stop and move the file away")
 
 
 def evaluation_line(bits: Mapping[str, float]) -> dict[str, Any]:

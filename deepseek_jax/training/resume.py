@@ -71,7 +71,7 @@ def check_changes(saved: dict[str, Any], config: Config, allowed: Collection[str
     """A line for each change that `allowed` names, and for each scheduled number that moves with them.
 
     Raises:
-        ConfigError: a field differs that `allowed` does not name.
+        ConfigError: a field differs that `allowed` does not name; it tells of scheduled numbers, too.
     """
     if position.step == 0:  # a converted model: nothing was trained here
         return []
@@ -81,13 +81,14 @@ def check_changes(saved: dict[str, Any], config: Config, allowed: Collection[str
             then, now = changed[name]
             raise ConfigError(f"{config.run_dir}: {name} was {then} and is {now}, which a run keeps; begin another from its "
                               f"weights, by init_from={config.run_dir}")  # fmt: skip
+    moved = list(_moved(saved, config, position))
     refused = [name for name in changed if name not in allowed]
     if refused:
         told = ", ".join(f"{name} was {changed[name][0]} and is {changed[name][1]}" for name in refused)
+        effect = f" ({'; '.join(moved)})" if moved else ""
         options = " ".join(f"--allow {name}" for name in refused)
-        raise ConfigError(f"{config.run_dir}: {told}; give what was, or go on with what is by {options}")
-    lines = [f"{name}: {then} until now, {now} from now on" for name, (then, now) in changed.items()]
-    return lines + list(_moved(saved, config, position))
+        raise ConfigError(f"{config.run_dir}: {told}{effect}; give what was, or go on with what is by {options}")
+    return [f"{name}: {then} until now, {now} from now on" for name, (then, now) in changed.items()] + moved
 
 
 def _moved(saved: dict[str, Any], config: Config, position: Position) -> Iterable[str]:
