@@ -9,7 +9,7 @@ print(model.tokenizer.decode(ids))
 """
 
 import dataclasses
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any, Optional
@@ -17,13 +17,15 @@ from typing import Any, Optional
 import jax
 from tokenizers import Tokenizer
 
+from deepseek_jax.checkpoint.adapters import with_adapters_merged
 from deepseek_jax.checkpoint.hub import local_directory
 from deepseek_jax.checkpoint.pretrained import save_pretrained
+from deepseek_jax.checkpoint.tokenizer_files import TextFiles, read_text_files
 from deepseek_jax.config import ModelConfig
 from deepseek_jax.config.sizes import model_from
 from deepseek_jax.data.texts import as_prompts
-from deepseek_jax.data.tokenizer import end_of_document_id, load_tokenizer
 from deepseek_jax.generate import check_sampling
+from deepseek_jax.generation.chat import as_messages, load_chat_template
 from deepseek_jax.generation.continuation import Continuation
 from deepseek_jax.generation.generator import Generator
 from deepseek_jax.generation.sampling import Sampling
@@ -65,9 +67,8 @@ class DeepSeekModel:
             ConfigError: one line naming the field at fault.
         """
         self.config: ModelConfig = model_from(preset, sizes)
-        self.tokenizer: Optional[Tokenizer] = None
         self._fits_vocabulary = preset is None and "vocab_size" not in sizes
-        self._take(None, None, None)
+        self._take(None, None)
         self._make = jax.jit(partial(init_variables, self.config, seed))
 
     @classmethod
@@ -83,11 +84,11 @@ class DeepSeekModel:
         Raises:
             UserError: one line naming what cannot be read.
         """
-        path, model = local_directory(path), cls.__new__(cls)
-        loaded = load_model(path, parallel=[f"parallel.{name}={size}" for name, size in (parallel or {}).items()])
+        directory, model = local_directory(path), cls.__new__(cls)
+        loaded = load_model(directory, parallel=[f"parallel.{name}={size}" for name, size in (parallel or {}).items()])
         model.config, model._fits_vocabulary = loaded.config, False
-        model._take(None if loaded.division else loaded.variables, loaded.tokenizer, path if loaded.tokenizer else None)
-        model._make = lambda: load_model(path).variables
+        model._take(None if loaded.division else loaded.variables, str(path))
+        model._make = lambda: load_model(directory).variables
         if loaded.division is not None:
             model._on_mesh = loaded.variables, loaded.division
         return model
@@ -102,6 +103,15 @@ class DeepSeekModel:
     def count_parameters(self) -> ParameterCount:
         """How many numbers the model learns: in all, active per token, and in MTP modules."""
         return count_parameters(self.config)
+
+    def apply_chat_template(self, messages: Sequence[Mapping[str, Any]]) -> list[int]:
+        """A conversation, [{"role": "user", "content": "..."}, ...], as token ids up to where the assistant's answer begins.
+
+        Raises:
+            UserError: one line on the messages, or why there is no chat template that can be used.
+        """
+        template = load_chat_template(self._texts.directory, self.tokenizer)
+        return template.tokens(as_messages(messages, "apply_chat_template"))
 
     def generate(
         self,
@@ -122,8 +132,8 @@ class DeepSeekModel:
                 distribution; see `accepted_share`.
 
         Returns:
-            The prompt's ids and those after it, as a list; of several a list of lists. The token that ends a document
-            ends a sequence.
+            The prompt's ids and those after it, as a list; of several a list of lists. A token that ends a text ends a
+            sequence.
 
         Raises:
             UserError: when the ids are none, or do not fit the context; or when there are no MTP modules that could draft.
@@ -132,14 +142,13 @@ class DeepSeekModel:
             require_fp8()
         check_sampling(max_new_tokens, temperature, top_p)
         prompts, is_batch = as_prompts(ids, self.config.vocab_size)
-        end = None if self.tokenizer is None else end_of_document_id(self.tokenizer)
         if (kind := (len(prompts), speculative)) not in self._generators:
             variables, division = self._on_mesh or (self.variables, None)
             self._generators = {kind: Generator(self.config, variables, *kind, division=division)}
-        generator, ends = self._generators[kind], () if end is None else (end,)
+        generator = self._generators[kind]
         generator.drafted = generator.accepted = 0
         limit = min(max_new_tokens, self.config.max_position_embeddings + 1 - max(map(len, prompts)))
-        rows = [Continuation(prompt, limit, ends) for prompt in prompts]
+        rows = [Continuation(prompt, limit, self._texts.ends) for prompt in prompts]
         with jax.default_matmul_precision("highest"):
             for _ in generator.run(rows, Sampling(temperature=temperature, top_p=top_p), seed):
                 pass
@@ -155,24 +164,27 @@ class DeepSeekModel:
         Raises:
             UserError: one line naming file or tensor; `directory` is then as it was before.
         """
-        save_pretrained(directory, self.config, self.variables, dtype, self._tokenizer_files)
+        texts = None if self.tokenizer is None else self._texts.directory
+        save_pretrained(directory, self.config, self.variables, dtype, texts)
 
-    def _take(
-        self, variables: Optional[dict[str, Any]], tokenizer: Optional[Tokenizer], tokenizer_files: Optional[Path]
-    ) -> None:
-        """Be the model of these weights and this tokenizer, whose files are in that directory."""
-        self._variables, self._on_mesh, self._generators = variables, None, {}
-        self.tokenizer, self._tokenizer_files = tokenizer, tokenizer_files
+    def _take(self, variables: Optional[dict[str, Any]], source: Optional[str]) -> None:
+        """Be the model of these weights, which are those of a run, a Hugging Face directory or a name on its hub."""
+        self._variables, self._on_mesh, self._generators, self._source = variables, None, {}, source
+        self._texts = TextFiles(None, (), None, Path()) if source is None else read_text_files(local_directory(source))
+        self.tokenizer: Optional[Tokenizer] = self._texts.tokenizer
 
 
 class DeepSeekTrainer:
-    """Trains a `DeepSeekModel` on texts.
+    """Trains a `DeepSeekModel` on texts or conversations.
 
     Args:
         model: changed by training.
         tokenizer: ours or any of Hugging Face's, see `data.texts.as_tokenizer`; None keeps the model's own, or trains one
             on the texts if it has none.
         precision: of the products with weights, such as "bfloat16" or "fp8"; None leaves the model's.
+        lora: fields of `LoraConfig`, such as {"rank": 16}: low-rank adapters learn beside the weights. Afterwards the model
+            has them merged; the run in save_path has them apart, for `deepseek_jax.convert --adapter`.
+        chat_template: a Jinja file to render conversations by, for a tokenizer that has none, or instead of its own.
         fields: more fields of `TrainConfig`, such as warmup_steps=100 or weight_decay=0.01.
 
     Raises:
@@ -185,14 +197,16 @@ class DeepSeekTrainer:
         tokenizer: Any = None,
         learning_rate: float = 2e-4,
         precision: Optional[str] = None,
+        lora: Optional[Mapping[str, Any]] = None,
+        chat_template: Optional[str | Path] = None,
         **fields: Any,
     ):
         self.model, self._tokenizer = model, tokenizer
-        self._precision, self._fields = precision, trainer_fields(learning_rate, fields)
+        self._precision, self._asked = precision, trainer_fields(learning_rate, lora, chat_template, fields)
 
     def train(
         self,
-        train_texts: Iterable[str],
+        train_texts: Iterable[str | Mapping[str, Any]],
         epochs: float = 1,
         batch_size: int = 8,
         max_length: int = 512,
@@ -201,10 +215,11 @@ class DeepSeekTrainer:
         """Train, and show progress and evaluations along the way.
 
         Args:
-            train_texts: a small part is held out to evaluate on.
+            train_texts: texts; or conversations, {"messages": [{"role": "user", "content": "..."}, ...]} each, in which the
+                assistant's words count. A small part is held out to evaluate on.
             epochs: how often to see each sequence of the rest.
             batch_size: sequences of a step.
-            max_length: tokens of a sequence; texts follow each other in them.
+            max_length: tokens of a sequence. Texts follow each other in them; conversations stay whole, or are cut there.
             save_path: becomes a run directory as `deepseek_jax.train` makes them, with the checkpoints, the metrics and the
                 picture of the loss; by default a new one in runs/.
 
@@ -213,16 +228,16 @@ class DeepSeekTrainer:
         """
         model = self.model
         asked = model.config if self._precision is None else dataclasses.replace(model.config, precision=self._precision)
-        fields = {**self._fields, "batch_size": batch_size, "sequence_length": max_length}
-        tokenizer = model.tokenizer if self._tokenizer is None else self._tokenizer
+        of_train = {**self._asked["train"], "batch_size": batch_size, "sequence_length": max_length}
         fits = model._fits_vocabulary and model._variables is None
-        config = plan_run(asked, fields, train_texts, tokenizer, epochs, save_path, fits)
+        config = plan_run(asked, {**self._asked, "train": of_train}, train_texts, self._tokenizer, epochs, save_path, fits,
+                          model._source)  # fmt: skip
         model.config, run_dir = config.model, Path(config.run_dir)
         try:
             state = train(config, variables=model.variables)
         except Interrupted:
-            model._take(load_run(run_dir)[2], load_tokenizer(run_dir), run_dir)
+            model._take(load_run(run_dir)[2], str(run_dir))
             raise
-        variables = {"params": state.params, "router_state": state.router_state}
-        model._take(jax.device_get(variables), load_tokenizer(run_dir), run_dir)
+        variables = jax.device_get({"params": state.params, "router_state": state.router_state})
+        model._take(variables | {"params": with_adapters_merged(variables["params"], config.lora)}, str(run_dir))
         return History(run_dir)

@@ -27,13 +27,13 @@ from deepseek_jax.checkpoint.layout import layout
 from deepseek_jax.checkpoint.orbax_source import OrbaxSource
 from deepseek_jax.checkpoint.orbax_step import AVERAGE, META, VARIABLES, stacked_arrays
 from deepseek_jax.checkpoint.peft_writer import require_exportable, write_adapter
-from deepseek_jax.checkpoint.run_writer import COMPANIONS_FOLDER, FIRST_STEP, write_run
+from deepseek_jax.checkpoint.run_writer import FIRST_STEP, write_run
 from deepseek_jax.checkpoint.safetensors_reader import SafetensorsDirectory
 from deepseek_jax.checkpoint.safetensors_writer import parse_size, plan_shards
 from deepseek_jax.checkpoint.source import Source, summarize
 from deepseek_jax.checkpoint.staging import staged_directory
 from deepseek_jax.checkpoint.tensors import CheckpointError, TensorSpec
-from deepseek_jax.checkpoint.tokenizer_files import TOKENIZER_JSON, UNREAD
+from deepseek_jax.checkpoint.tokenizer_files import TOKENIZER_JSON, UNREAD, texts_directory
 from deepseek_jax.config import load_config
 from deepseek_jax.data.tokenizer import load_tokenizer
 from deepseek_jax.errors import run_command
@@ -276,16 +276,8 @@ def _tokenizer(step: Path) -> Path | None:
     run = step.absolute().parent.parent
     if not _holds(run, "config.yaml"):
         return None
-    own = run if _holds(run, TOKENIZER_JSON) else None
-    kept = run / COMPANIONS_FOLDER
-    if _holds(kept, "config.json") and (own is None or _same_vocabulary(own, kept)):
-        return kept
-    return own
-
-
-def _same_vocabulary(own: Path, kept: Path) -> bool:
-    """Whether training went on with the tokenizer that came; it may write the same one in other words."""
-    return _holds(kept, TOKENIZER_JSON) and load_tokenizer(own).get_vocab() == load_tokenizer(kept).get_vocab()
+    folder = texts_directory(run)
+    return folder if folder != run or _holds(run, TOKENIZER_JSON) else None
 
 
 def _summary(destination: Path, kind: str, specs: list[TensorSpec]) -> str:

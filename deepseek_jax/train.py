@@ -21,6 +21,7 @@ from flax.traverse_util import flatten_dict
 from deepseek_jax.compilation import keep_programs
 from deepseek_jax.config import Config, ConfigError, load_config, presets, to_yaml
 from deepseek_jax.config.trainable import check_trainable, trainable
+from deepseek_jax.data.conversations import keep_texts
 from deepseek_jax.data.eval_sets import check_sets, make_sets, open_sets
 from deepseek_jax.data.packing import PreparedData, open_prepared, prepare
 from deepseek_jax.errors import report, run_command, write_atomically
@@ -116,7 +117,7 @@ def train(
 
     Args:
         resume: go on from the run's last checkpoint.
-        variables: what a new run starts from instead of fresh weights; they stay as they are.
+        variables: what a new run starts from instead of fresh weights or those of init_from; they stay as they are.
         allowed: fields that may differ from the checkpoint's, as `--allow` names them.
 
     Raises:
@@ -144,9 +145,9 @@ def train(
         if resumed is not None:
             check_metrics(run_dir, resumed[0].step, resumed[0].tokens)
         local.clear(after=resumed[0].step if resumed else 0)
-        if resumed is None and variables is None and config.init_from is not None:
-            variables = initial.initial_variables(config)
-            processes.first_alone(lambda: initial.keep_texts(config))
+        if resumed is None and config.init_from is not None:
+            variables = initial.initial_variables(config) if variables is None else variables
+            processes.first_alone(lambda: keep_texts(config))
         processes.first_alone(lambda: _prepare_data(config, run_dir))
         data = dataclasses.replace(open_prepared(config, run_dir), eval=open_sets(config, run_dir))
         position, state = resumed or (Position(), jax.jit(partial(init_state, config), out_shardings=shardings)(variables))

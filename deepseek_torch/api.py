@@ -9,7 +9,7 @@ print(model.tokenizer.decode(ids))
 """
 
 import dataclasses
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Optional
 
@@ -22,6 +22,7 @@ from deepseek_jax.config import ModelConfig
 from deepseek_jax.config.sizes import model_from
 from deepseek_jax.data.texts import as_prompts, continued
 from deepseek_jax.data.tokenizer import end_of_document_id, load_tokenizer
+from deepseek_jax.generation.chat import as_messages, load_chat_template
 from deepseek_jax.training.fitting import History, plan_run, trainer_fields
 from deepseek_jax.training.plot import plot_run
 from deepseek_torch.generate import generate, generate_by_drafts, model_directory
@@ -29,6 +30,7 @@ from deepseek_torch.model.transformer import DeepseekV3
 from deepseek_torch.pretrained import load_pretrained, save_pretrained
 from deepseek_torch.sampling import check_sampling
 from deepseek_torch.train import train
+from deepseek_torch.training.adapters import merged_state_dict
 
 
 class DeepSeekModel:
@@ -55,7 +57,7 @@ class DeepSeekModel:
         """
         self.config: ModelConfig = model_from(preset, sizes)
         self.tokenizer: Optional[Tokenizer] = None
-        self._tokenizer_files: Optional[Path] = None
+        self._source: Optional[Path] = None
         self._seed = seed
         self._module: Optional[DeepseekV3] = None
         self._fits_vocabulary = preset is None and "vocab_size" not in sizes
@@ -72,7 +74,7 @@ class DeepSeekModel:
         directory, model = model_directory(local_directory(path)), cls.__new__(cls)
         model._module = load_pretrained(directory)
         model.config, model._seed, model._fits_vocabulary = model._module.config, 0, False
-        model._take_tokenizer(directory if (directory / TOKENIZER_JSON).is_file() else None)
+        model._take_source(directory)
         return model
 
     @property
@@ -82,6 +84,15 @@ class DeepSeekModel:
             torch.manual_seed(self._seed)
             self._module = DeepseekV3(self.config)
         return self._module
+
+    def apply_chat_template(self, messages: Sequence[Mapping[str, Any]]) -> list[int]:
+        """A conversation, [{"role": "user", "content": "..."}, ...], as token ids up to where the assistant's answer begins.
+
+        Raises:
+            UserError: one line on the messages, or why there is no chat template that can be used.
+        """
+        template = load_chat_template(self._source or Path(), self.tokenizer)
+        return template.tokens(as_messages(messages, "apply_chat_template"))
 
     def generate(
         self,
@@ -127,28 +138,32 @@ class DeepSeekModel:
         Raises:
             UserError: one line naming file or tensor; `directory` is then as it was before.
         """
-        save_pretrained(directory, self.module, dtype, self._tokenizer_files)
+        save_pretrained(directory, self.module, dtype, None if self.tokenizer is None else self._source)
 
-    def _take_tokenizer(self, directory: Optional[Path]) -> None:
-        """Have the tokenizer whose files are in that directory."""
-        self.tokenizer, self._tokenizer_files = None if directory is None else load_tokenizer(directory), directory
+    def _take_source(self, directory: Path) -> None:
+        """Be the model in that Hugging Face directory, with its tokenizer if it has one."""
+        self._source = directory
+        self.tokenizer = load_tokenizer(directory) if (directory / TOKENIZER_JSON).is_file() else None
 
     def _compute_as(self, config: ModelConfig) -> None:
-        """The same weights in a module of `config`, if there are any."""
-        if self._module is not None and config != self.config:
-            weights, self._module = self._module.state_dict(), DeepseekV3(config)
+        """The same weights in a module of `config`, if there are any, with no adapters beside them."""
+        if self._module is not None:
+            weights, self._module = merged_state_dict(self._module), DeepseekV3(config)
             self._module.load_state_dict(weights)
         self.config = config
 
 
 class DeepSeekTrainer:
-    """Trains a `DeepSeekModel` on texts.
+    """Trains a `DeepSeekModel` on texts or conversations.
 
     Args:
         model: changed by training.
         tokenizer: ours or any of Hugging Face's, see `data.texts.as_tokenizer`; None keeps the model's own, or trains one
             on the texts if it has none.
         precision: of the products with weights, such as "bfloat16" or "fp8"; None leaves the model's.
+        lora: fields of `LoraConfig`, such as {"rank": 16}: low-rank adapters learn beside the weights, and are merged
+            afterwards.
+        chat_template: a Jinja file to render conversations by, for a tokenizer that has none, or instead of its own.
         fields: more fields of `TrainConfig`, such as warmup_steps=100 or weight_decay=0.01.
 
     Raises:
@@ -161,14 +176,16 @@ class DeepSeekTrainer:
         tokenizer: Any = None,
         learning_rate: float = 2e-4,
         precision: Optional[str] = None,
+        lora: Optional[Mapping[str, Any]] = None,
+        chat_template: Optional[str | Path] = None,
         **fields: Any,
     ):
         self.model, self._tokenizer = model, tokenizer
-        self._precision, self._fields = precision, trainer_fields(learning_rate, fields)
+        self._precision, self._asked = precision, trainer_fields(learning_rate, lora, chat_template, fields)
 
     def train(
         self,
-        train_texts: Iterable[str],
+        train_texts: Iterable[str | Mapping[str, Any]],
         epochs: float = 1,
         batch_size: int = 8,
         max_length: int = 512,
@@ -177,10 +194,11 @@ class DeepSeekTrainer:
         """Train, and show progress and evaluations along the way.
 
         Args:
-            train_texts: a small part is held out to evaluate on.
+            train_texts: texts; or conversations, {"messages": [{"role": "user", "content": "..."}, ...]} each, in which the
+                assistant's words count. A small part is held out to evaluate on.
             epochs: how often to see each sequence of the rest.
             batch_size: sequences of a step.
-            max_length: tokens of a sequence; texts follow each other in them.
+            max_length: tokens of a sequence. Texts follow each other in them; conversations stay whole, or are cut there.
             save_path: becomes a run directory as `deepseek_torch.train` makes them, with the models, the metrics and a
                 picture of the loss; by default a new one in runs/.
 
@@ -189,13 +207,17 @@ class DeepSeekTrainer:
         """
         model = self.model
         asked = model.config if self._precision is None else dataclasses.replace(model.config, precision=self._precision)
-        fields = {**self._fields, "batch_size": batch_size, "sequence_length": max_length}
-        tokenizer = model.tokenizer if self._tokenizer is None else self._tokenizer
+        of_train = {**self._asked["train"], "batch_size": batch_size, "sequence_length": max_length}
         fits = model._fits_vocabulary and model._module is None
-        config = plan_run(asked, fields, train_texts, tokenizer, epochs, save_path, fits)
+        source = None if model._source is None else str(model._source)
+        config = plan_run(asked, {**self._asked, "train": of_train}, train_texts, self._tokenizer, epochs, save_path, fits,
+                          source)  # fmt: skip
         model._compute_as(config.model)
-        train(config, model.module)
+        try:
+            train(config, model.module)
+        finally:
+            model._compute_as(config.model)
         run_dir = Path(config.run_dir)
-        model._take_tokenizer(run_dir)
+        model._take_source(model_directory(run_dir))
         plot_run(run_dir)
         return History(run_dir)

@@ -18,8 +18,10 @@ from typing import Any, Optional
 import torch
 
 from deepseek_jax.checkpoint.hf_config import read_config_json
+from deepseek_jax.checkpoint.tokenizer_files import texts_directory
 from deepseek_jax.config import HOW_COMPUTED, Config, ConfigError, from_mapping, load_config, presets, to_yaml
 from deepseek_jax.config.sizes import to_go_on
+from deepseek_jax.data.conversations import keep_texts
 from deepseek_jax.data.eval_sets import check_sets, make_sets, open_sets
 from deepseek_jax.data.loader import part_size, training_sequences
 from deepseek_jax.data.packing import PreparedData, prepare
@@ -110,10 +112,12 @@ def _train(config: Config, run_dir: Path, resume: bool, model: Optional[Deepseek
     """`train`, once the directory is this run's alone."""
     if resume:
         check_same_text(config, run_dir)
-    if config.init_from is not None and model is None:
-        model = initial_model(config)
+    if config.init_from is not None:
+        if model is None and not (resume and saved_steps(run_dir / STATES)):
+            model = initial_model(config)
         tokenizer = config.data.tokenizer or config.init_from
         config = replace(config, data=replace(config.data, tokenizer=tokenizer))
+        keep_texts(config)
     check_sets(config)
     data = prepare(config, run_dir)
     make_sets(config, run_dir)
@@ -228,7 +232,7 @@ def _save(config: Config, run_dir: Path, state: TrainState, position: Position) 
     train = config.train
     model = run_dir / MODELS / str(position.step)
     shutil.rmtree(model, ignore_errors=True)  # of a run that was killed before its state was whole
-    save_pretrained(model, state.model, tokenizer=run_dir)
+    save_pretrained(model, state.model, tokenizer=texts_directory(run_dir))
     save_state(config, position, state)
     for folder in (run_dir / MODELS, run_dir / STATES):
         for step in saved_steps(folder)[: -train.keep_checkpoints]:

@@ -1,7 +1,9 @@
 """Models and trainers from Python: sizes, words, tokenizers, texts, and the same names in both siblings."""
 
+import dataclasses
 import json
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -9,6 +11,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from safetensors.numpy import load_file
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
@@ -22,7 +25,9 @@ from deepseek_jax.data.texts import as_prompts, as_tokenizer, continued
 from deepseek_jax.errors import UserError
 from deepseek_jax.training.fitting import plan_run
 from deepseek_jax.training.loop import Interrupted
+from parity_tests.checkpoints import TINY, write_huggingface_directory
 from parity_tests.compiling import QUICKLY
+from parity_tests.test_chat import MESSAGES, directory  # noqa: F401  (a fixture)
 
 TEXTS = [f"The answer to question {n} is {n * n}.\n" for n in range(400)]
 SIZES = dict(hidden_size=32, num_attention_heads=2, num_hidden_layers=2, n_routed_experts=4, moe_intermediate_size=16)
@@ -124,6 +129,36 @@ def test_the_torch_sibling_trains_with_a_tokenizer_of_transformers_and_jax_write
         again.train(TEXTS, save_path=tmp_path / "further")
 
 
+def test_adapters_learn_of_conversations_in_both_siblings(directory, tmp_path):  # noqa: F811
+    """With what came with the weights: the chat template, and the tokens that end a text."""
+    sizes = dataclasses.replace(TINY, num_hidden_layers=2, vocab_size=384, remat="none")
+    base = write_huggingface_directory(tmp_path / "base", sizes, tokenizer=directory)
+    shutil.copyfile(directory / "tokenizer_config.json", base / "tokenizer_config.json")
+    (base / "generation_config.json").write_text('{"eos_token_id": [0, 5]}')
+    dialogues = [{"messages": [{"role": "user", "content": f"{n}?"}, {"role": "assistant", "content": f"{n} is it"}], "id": n}
+                 for n in range(40)]  # fmt: skip
+    for package in (deepseek_jax, deepseek_torch):
+        out = tmp_path / package.__name__
+        model = package.DeepSeekModel.from_pretrained(base)
+        trainer = package.DeepSeekTrainer(model, learning_rate=1e-2, lora={"rank": 2}, bias_update_speed=0, eval_sequences=2)
+        trainer.train(dialogues, batch_size=8, max_length=64, save_path=out / "run")
+        ids = model.apply_chat_template([{"role": "user", "content": "7?"}])
+        written = model.generate(ids, max_new_tokens=6, temperature=0)
+        model.save_pretrained(out / "hf")
+        again = package.DeepSeekModel.from_pretrained(out / "hf")
+        assert again.apply_chat_template([{"role": "user", "content": "7?"}]) == ids
+        assert again.generate(ids, max_new_tokens=6, temperature=0) == written
+        names = ("generation_config.json", "tokenizer_config.json")
+        assert [(out / "hf" / name).read_text() == (base / name).read_text() for name in names] == [True, True]
+        was, came = (load_file(folder / "model.safetensors") for folder in (base, out / "hf"))
+        changed = {name.split(".", 3)[3] for name in was if not np.array_equal(was[name], came[name])}
+        attention = "q_a_proj", "q_b_proj", "kv_a_proj_with_mqa", "kv_b_proj", "o_proj"
+        assert changed == {f"self_attn.{name}.weight" for name in attention}
+    trainer = package.DeepSeekTrainer(model, lora={"rank": 2, "modules": ["q_proj"]})
+    with pytest.raises(ConfigError, match=r"^lora\.modules=q_proj: no Linear"):
+        trainer.train(dialogues, max_length=64, save_path=out / "again")
+
+
 @pytest.mark.slow
 def test_the_cells_run_from_top_to_bottom(tmp_path):
     script = Path(__file__).parent.parent / "scripts" / "quickstart_cells.py"
@@ -154,8 +189,8 @@ def test_a_run_that_is_interrupted_leaves_the_model_as_saved(tmp_path, monkeypat
 
 def test_a_run_is_planned_from_texts(tmp_path):
     """An epoch is every sequence once, whatever is held out; the fields of training are passed on."""
-    config = plan_run(model_from("tiny", {}), {"batch_size": 4, "sequence_length": 16, "beta1": 0.8}, iter(TEXTS), None, 2,
-                      tmp_path / "run", False)  # fmt: skip
+    asked = {"train": {"batch_size": 4, "sequence_length": 16, "beta1": 0.8}, "data": {}}
+    config = plan_run(model_from("tiny", {}), asked, iter(TEXTS), None, 2, tmp_path / "run", False)
     tokens = len(np.load(tmp_path / "run/data/train.npy"))
     assert config.train.steps == round(2 * ((tokens - 18) // 16 + 1) / 4) and config.train.beta1 == 0.8
     assert config.train.warmup_steps == config.train.steps // 20 and config.run_dir == str(tmp_path / "run")
@@ -168,6 +203,12 @@ def test_a_run_is_planned_from_texts(tmp_path):
     (dict(texts=["a", {"text": "b"}]), "train_texts: number 1 is of type dict; text is expected"),
     (dict(texts=[]), "train_texts: there is no text in them"),
     (dict(texts=["little"]), "tokens found to train on|too few to hold a part out"),
+    (dict(texts=["a", 1]), "train_texts: number 1 is of type int; text is expected"),
+    (dict(texts=[MESSAGES]), r"number 0 is of type list; text or {\"messages\": \[...\]} is expected"),
+    (dict(texts=[{"messages": MESSAGES}, "a"]), r"number 1 is of type str; {\"messages\": \[...\]} is expected"),
+    (dict(texts=[{"messages": [{"role": "user", "content": b""}]}]), "number 0: Object of type bytes is not JSON"),
+    (dict(texts=[{"messages": MESSAGES}] * 4), "conversations need a tokenizer with a chat template; give tokenizer="),
+    (dict(texts=[{"messages": MESSAGES}] * 4, tokenizer=auto_tokenizer()), "given: no chat template, neither chat_template"),
     (dict(train=dict(batch_size=4, sequence_length=4096)), "max_length=4096: the model's max_position_embeddings is 128"),
     (dict(train=dict(batch_size=4, sequence_length=16, learning_rat=1)), "^DeepSeekTrainer: unknown field train.learning_rat"),
     (dict(tokenizer=len), "tokenizer of type builtin_function_or_method: give the path of a tokenizer.json, or a fast"),
@@ -176,8 +217,10 @@ def test_a_run_is_planned_from_texts(tmp_path):
 ])  # fmt: skip
 def test_what_cannot_be_trained_on_is_one_line(tmp_path, changes, complaint):
     usual = dict(model=model_from("tiny", {}), train=dict(batch_size=4, sequence_length=16), texts=TEXTS, tokenizer=None)
+    given = usual | changes
+    given["asked"] = {"train": given.pop("train"), "data": {}}
     with pytest.raises(UserError, match=complaint) as error:
-        plan_run(**usual | changes, epochs=1, save_path=tmp_path / "run", fits_vocabulary=False)
+        plan_run(**given, epochs=1, save_path=tmp_path / "run", fits_vocabulary=False)
     assert "\n" not in str(error.value)
     assert "train" not in changes or not (tmp_path / "run").exists()
 

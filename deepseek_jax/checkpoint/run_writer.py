@@ -7,12 +7,10 @@ from pathlib import Path
 from deepseek_jax.checkpoint.orbax_writer import write_step
 from deepseek_jax.checkpoint.source import Source
 from deepseek_jax.checkpoint.staging import disk_errors
-from deepseek_jax.checkpoint.tokenizer_files import TOKENIZER_JSON, keep_companions
+from deepseek_jax.checkpoint.tokenizer_files import COMPANIONS_FOLDER, TOKENIZER_JSON, keep_companions
 from deepseek_jax.config import Config, DataConfig, to_yaml
 from deepseek_jax.config.sizes import to_go_on
 
-COMPANIONS_FOLDER = "huggingface"
-"""In a run directory: the tokenizer's files and config.json that came with the weights."""
 FIRST_STEP = 0
 
 

@@ -196,8 +196,6 @@ def _validate_lora(lora: LoraConfig, train: TrainConfig) -> None:
     _require(not lora.rank or train.qk_clip is None, "lora.rank", lora.rank,
              "train.qk_clip changes weights that adapters leave as they are; give train.qk_clip=null")  # fmt: skip
     _require(not lora.rank or not train.ema_decay, "lora.rank", lora.rank,
-             "no average of adapters is kept; give train.ema_decay=0")  # fmt: skip
-    _require(not lora.rank or not train.ema_decay, "lora.rank", lora.rank,
              "train.ema_decay averages whole weights, and adapters learn beside them; give train.ema_decay=0")  # fmt: skip
 
 

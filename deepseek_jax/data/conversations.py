@@ -13,7 +13,9 @@ from typing import Any, BinaryIO, NamedTuple
 
 import numpy as np
 
-from deepseek_jax.checkpoint.tokenizer_files import CHAT_TEMPLATE
+from deepseek_jax.checkpoint.hf_config import CONFIG_JSON
+from deepseek_jax.checkpoint.hub import local_directory
+from deepseek_jax.checkpoint.tokenizer_files import CHAT_TEMPLATE, COMPANIONS_FOLDER, keep_companions
 from deepseek_jax.checkpoint.untrusted import shown
 from deepseek_jax.config import Config
 from deepseek_jax.data.compressed import BROKEN, COMPRESSED_SUFFIXES, kind_of, open_binary
@@ -27,8 +29,6 @@ from deepseek_jax.generation.chat import ChatTemplate, as_messages, load_chat_te
 
 SUFFIXES = (*(".jsonl" + packed for packed in ("", *COMPRESSED_SUFFIXES)), ".parquet")
 ROLES = ("system", "developer", "user", "assistant", "tool", "function")
-COMPANIONS_FOLDER = "huggingface"
-"""Of a run that began from a Hugging Face directory, what came with it."""
 TOGETHER = 1000
 """Conversations that are laid into rows at one time, the longest first."""
 
@@ -236,6 +236,20 @@ def _read_parquet(path: Path) -> Iterator[tuple[str, Any]]:
                     yield f"{path}: row {row}", record
     except (pyarrow.ArrowException, UnicodeDecodeError) as error:
         raise DataError(f"{path}: not a sound parquet file: {str(error).splitlines()[0]}") from None
+
+
+def keep_texts(config: Config) -> None:
+    """Keep what came with the weights of init_from, if they are Hugging Face's, in the run, so that exports have it too.
+
+    Raises:
+        UserError: one line naming the file that cannot be read or written.
+    """
+    source, kept = local_directory(str(config.init_from)), Path(config.run_dir) / COMPANIONS_FOLDER
+    origin = source if (source / CONFIG_JSON).is_file() else source / COMPANIONS_FOLDER
+    if (origin / CONFIG_JSON).is_file() and not kept.exists():
+        keep_companions(origin, kept)
+        if config.data.chat_template is not None:
+            keep_template(config, kept)
 
 
 def keep_template(config: Config, folder: Path) -> None:

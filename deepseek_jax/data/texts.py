@@ -1,7 +1,7 @@
 """Texts and tokenizers that are in a Python program's memory, as the files that a run is made of; and its prompts."""
 
 import json
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any, Optional
 
@@ -10,25 +10,46 @@ from tokenizers import Tokenizer
 from deepseek_jax.data.documents import DataError
 from deepseek_jax.data.tokenizer import END_OF_DOCUMENT, end_of_document_id, load_tokenizer
 
+CONVERSATION = '{"messages": [...]}'
 
-def write_texts(texts: Iterable[str], path: Path) -> int:
-    """Write texts as a .jsonl file that `data.input` can name; returns their bytes.
+
+def write_texts(texts: Iterable[str | Mapping[str, Any]], path: Path) -> tuple[int, str]:
+    """Write texts, or conversations {"messages": [...]}, as a .jsonl file that `data.input` can name.
+
+    Returns:
+        Their bytes, and their `data.format`: what the first is, all must be.
 
     Raises:
-        DataError: naming the first that is no text.
+        DataError: naming the first that is neither, or not what the first is.
     """
     if isinstance(texts, str | bytes):
         raise DataError("train_texts: a list of texts is expected and not one text; write [text]")
-    size = 0
+    size, form = 0, ""
     with path.open("w", encoding="utf-8") as file:
         for number, text in enumerate(texts):
-            if not isinstance(text, str):
-                raise DataError(f"train_texts: number {number} is of type {type(text).__name__}; text is expected")
-            file.write(json.dumps({"text": text}) + "\n")
-            size += len(text.encode(errors="replace"))
+            found, record = _record(text)
+            form = form or found
+            if not found or found != form:
+                kind = {"text": "text", "chat": CONVERSATION}.get(form, f"text or {CONVERSATION}")
+                raise DataError(f"train_texts: number {number} is of type {type(text).__name__}; {kind} is expected")
+            try:
+                line = json.dumps(record)
+            except (TypeError, ValueError) as error:
+                raise DataError(f"train_texts: number {number}: {error}") from None
+            file.write(line + "\n")
+            size += len(record["text"].encode(errors="replace")) if found == "text" else len(line)
     if not size:
         raise DataError("train_texts: there is no text in them")
-    return size
+    return size, form
+
+
+def _record(text: Any) -> tuple[str, dict[str, Any]]:
+    """Its `data.format`, empty if it has none, and what a line of a file says of it."""
+    if isinstance(text, str):
+        return "text", {"text": text}
+    if isinstance(text, Mapping) and "messages" in text:
+        return "chat", {name: text[name] for name in ("messages", "tools") if name in text}
+    return "", {}
 
 
 def as_tokenizer(tokenizer: Any) -> Tokenizer:

@@ -5,8 +5,12 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any, Optional
 
+from tokenizers import Tokenizer
+
+from deepseek_jax.checkpoint.hub import local_directory
+from deepseek_jax.checkpoint.tokenizer_files import TOKENIZER_JSON, keep_companions, texts_directory
 from deepseek_jax.config import Config, ConfigError, ModelConfig, from_mapping
-from deepseek_jax.data.loader import Windows, window_length
+from deepseek_jax.data.loader import Windows, stride, window_length
 from deepseek_jax.data.packing import prepare
 from deepseek_jax.data.texts import as_tokenizer, write_texts
 from deepseek_jax.data.tokenizer import largest_id
@@ -20,71 +24,97 @@ GIVEN_TO_TRAIN = {"batch_size": "batch_size", "sequence_length": "max_length"}
 """Fields of `TrainConfig` that a trainer's `train` has words for."""
 
 
-def trainer_fields(learning_rate: float, fields: Mapping[str, Any]) -> dict[str, Any]:
-    """Fields of `TrainConfig` that a trainer is made with.
+def trainer_fields(
+    learning_rate: float, lora: Optional[Mapping[str, Any]], chat_template: Optional[str | Path], fields: Mapping[str, Any]
+) -> dict[str, dict[str, Any]]:
+    """What a trainer is made with, as sections of a config: `fields` are those of `TrainConfig`.
 
     Raises:
         ConfigError: when its `train` would replace one of them.
     """
     for name in GIVEN_TO_TRAIN.keys() & fields:
         raise ConfigError(f"DeepSeekTrainer: {name} is said to its train(), as {GIVEN_TO_TRAIN[name]}=")
-    return {"learning_rate": learning_rate, **fields}
+    data = {} if chat_template is None else {"chat_template": str(chat_template)}
+    return {"train": {"learning_rate": learning_rate, **fields}, "lora": dict(lora or {}), "data": data}
 
 
 def plan_run(
     model: ModelConfig,
-    train: Mapping[str, Any],
-    texts: Iterable[str],
+    asked: Mapping[str, Mapping[str, Any]],
+    texts: Iterable[str | Mapping[str, Any]],
     tokenizer: Any,
     epochs: float,
     save_path: Optional[str | Path],
     fits_vocabulary: bool,
+    source: Optional[str] = None,
 ) -> Config:
     """Write texts and tokenizer into a new run directory, tokenise them, and say what is to be run there.
 
     Args:
-        train: fields of `TrainConfig`, sequence_length and batch_size among them.
-        tokenizer: as for `as_tokenizer`; None trains one of model.vocab_size tokens on the texts.
+        asked: sections of a config, as `trainer_fields` gives them, with train's sequence_length and batch_size.
+        texts: as for `write_texts`.
+        tokenizer: as for `as_tokenizer`; None takes the source's, or trains one of model.vocab_size tokens on the texts.
         epochs: how often each training sequence is seen.
         save_path: the run directory; None takes the first free one of runs/python, runs/python-2 and so on.
         fits_vocabulary: whether model.vocab_size follows the tokenizer given.
+        source: where the weights came from, a run, a Hugging Face directory or a name on its hub; None are fresh ones.
 
     Raises:
         UserError: one line on the field, the texts or the tokenizer at fault.
     """
-    length, context = train["sequence_length"], model.max_position_embeddings
+    length, context = asked["train"]["sequence_length"], model.max_position_embeddings
     if length > context:
         raise ConfigError(f"max_length={length}: the model's max_position_embeddings is {context}")
-    from_mapping({"model": dataclasses.asdict(model), "train": train}, where="DeepSeekTrainer")  # before anything is written
+    from_mapping({"model": dataclasses.asdict(model), **asked}, where="DeepSeekTrainer")  # before anything is written
+    origin = None if source is None else local_directory(source)
+    if tokenizer is None and origin is not None and not (origin / TOKENIZER_JSON).is_file():
+        raise ConfigError(
+            f"DeepSeekTrainer: {origin} has no {TOKENIZER_JSON}; give the tokenizer of its weights as tokenizer="
+        )
     run_dir = _free_directory() if save_path is None else Path(save_path)
     if (run_dir / METRICS_FILE).exists():
         raise ConfigError(f"save_path={run_dir}: holds a run already; give another, or go on with its model, which "
                           "DeepSeekModel.from_pretrained reads")  # fmt: skip
-    if tokenizer is not None:
-        tokenizer = as_tokenizer(tokenizer)
-        if fits_vocabulary:
-            size = -(-(largest_id(tokenizer) + 1) // VOCABULARY_MULTIPLE) * VOCABULARY_MULTIPLE
-            model = dataclasses.replace(model, vocab_size=size)
     given = run_dir / "given"
     given.mkdir(parents=True, exist_ok=True)
-    size = write_texts(texts, given / "texts.jsonl")
+    size, form = write_texts(texts, given / "texts.jsonl")
     data = {
+        "format": form,
         "input": [str(given / "texts.jsonl")],
         "held_out_fraction": min(max(0.02, HELD_OUT_BYTES_PER_TOKEN * (length + 1) / size), 0.5),
+        **asked["data"],
     }
+    tokenizer = origin if tokenizer is None else tokenizer
     if tokenizer is not None:
-        data["tokenizer"] = str(given / "tokenizer.json")
-        tokenizer.save(data["tokenizer"])
+        written = _give_tokenizer(tokenizer, given)
+        data["tokenizer"] = str(given / TOKENIZER_JSON)
+        if fits_vocabulary:
+            count = -(-(largest_id(written) + 1) // VOCABULARY_MULTIPLE) * VOCABULARY_MULTIPLE
+            model = dataclasses.replace(model, vocab_size=count)
+    elif form == "chat":
+        raise ConfigError("DeepSeekTrainer: conversations need a tokenizer with a chat template; give tokenizer=")
 
     def config_with(**fields: Any) -> Config:
-        return from_mapping({"model": dataclasses.asdict(model), "data": data, "train": {**fields, **train},
-                             "run_dir": str(run_dir)}, where="DeepSeekTrainer")  # fmt: skip
+        return from_mapping({"model": dataclasses.asdict(model), **asked, "data": data, "train": {**fields, **asked["train"]},
+                             "run_dir": str(run_dir), "init_from": source}, where="DeepSeekTrainer")  # fmt: skip
 
     config = config_with()
-    windows = Windows(prepare(config, run_dir).train, window_length(config), length, seed=None)
+    windows = Windows(prepare(config, run_dir).train, window_length(config), stride(config), seed=None)
     steps = max(round(epochs * len(windows) / config.train.batch_size), 1)
     often = max(steps // 10, 1)
     return config_with(steps=steps, warmup_steps=steps // 20, eval_every=often, checkpoint_every=5 * often)
+
+
+def _give_tokenizer(tokenizer: Any, folder: Path) -> Tokenizer:
+    """Write a tokenizer into `folder`, and beside it what came with it, such as a chat template."""
+    written = as_tokenizer(tokenizer)
+    if isinstance(tokenizer, str | Path):
+        place = Path(tokenizer).expanduser()
+        keep_companions(texts_directory(place if place.is_dir() else place.parent), folder)
+    elif hasattr(tokenizer, "save_pretrained"):
+        tokenizer.save_pretrained(folder)
+    written.save(str(folder / TOKENIZER_JSON))
+    return written
 
 
 def _free_directory() -> Path:

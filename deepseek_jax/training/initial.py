@@ -10,12 +10,10 @@ from deepseek_jax.checkpoint.hf_config import CONFIG_JSON
 from deepseek_jax.checkpoint.hf_source import HuggingFaceSource
 from deepseek_jax.checkpoint.hub import local_directory
 from deepseek_jax.checkpoint.pretrained import load_pretrained
-from deepseek_jax.checkpoint.run_writer import COMPANIONS_FOLDER
-from deepseek_jax.checkpoint.tokenizer_files import TOKENIZER_JSON, keep_companions
+from deepseek_jax.checkpoint.tokenizer_files import TOKENIZER_JSON
 from deepseek_jax.config import HOW_COMPUTED, Config, ConfigError, ModelConfig, from_mapping
 from deepseek_jax.config.sizes import to_go_on
 from deepseek_jax.config.stages import STRETCHED
-from deepseek_jax.data.conversations import keep_template
 from deepseek_jax.training.loading import run_config, run_variables
 
 MTP = "num_nextn_predict_layers"
@@ -70,16 +68,6 @@ def initial_variables(config: Config) -> dict[str, Any]:
     _check_same(found, config.model, source)
     modules = config.model.num_nextn_predict_layers
     return {kind: _first_modules(tree, modules) for kind, tree in variables.items()}
-
-
-def keep_texts(config: Config) -> None:
-    """Keep what came with the weights of a Hugging Face directory in the run, so that exports have it too."""
-    source, kept = local_directory(str(config.init_from)), Path(config.run_dir) / COMPANIONS_FOLDER
-    origin = source if (source / CONFIG_JSON).is_file() else source / COMPANIONS_FOLDER
-    if (origin / CONFIG_JSON).is_file() and not kept.exists():
-        keep_companions(origin, kept)
-        if config.data.chat_template is not None:
-            keep_template(config, kept)
 
 
 def _named(overrides: Sequence[str]) -> Path:

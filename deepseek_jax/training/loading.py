@@ -2,7 +2,6 @@
 
 import sys
 from collections.abc import Sequence
-from contextlib import suppress
 from pathlib import Path
 from typing import Any, NamedTuple, Optional
 
@@ -15,13 +14,10 @@ from deepseek_jax.checkpoint.hf_source import HuggingFaceSource
 from deepseek_jax.checkpoint.hub import local_directory
 from deepseek_jax.checkpoint.on_mesh import load_on_mesh, serving_division, summary
 from deepseek_jax.checkpoint.pretrained import load_pretrained
-from deepseek_jax.checkpoint.run_writer import COMPANIONS_FOLDER
 from deepseek_jax.checkpoint.source import Source
-from deepseek_jax.checkpoint.tokenizer_files import GENERATION_CONFIG, TOKENIZER_JSON
-from deepseek_jax.checkpoint.untrusted import file_inside, is_count, read_object, shown
+from deepseek_jax.checkpoint.tokenizer_files import TOKENIZER_JSON, read_text_files
 from deepseek_jax.config import Config, ModelConfig, load_config
-from deepseek_jax.data.documents import DataError
-from deepseek_jax.data.tokenizer import end_of_document_id, load_tokenizer
+from deepseek_jax.data.tokenizer import load_tokenizer
 from deepseek_jax.errors import UserError
 from deepseek_jax.parallel.sharding import Division
 from deepseek_jax.precision.fp8 import require_fp8
@@ -31,14 +27,10 @@ CONFIG_YAML = "config.yaml"
 
 
 class LoadedModel(NamedTuple):
-    """What was read.
+    """What was read; see `TextFiles`, too.
 
     Attributes:
         variables: {"params": ..., "router_state": ...}; on a mesh as `load_on_mesh` gives them.
-        tokenizer: None where there is no tokenizer.json; token ids are then all that can be given.
-        ends: tokens that end a text.
-        begin: the token that texts are read after: the one that begins a text, or else ends one.
-        directory: of the tokenizer's other files, where there are any.
         division: the mesh; None is one device.
     """
 
@@ -62,22 +54,12 @@ def load_model(path: Path, step: Optional[int] = None, parallel: Sequence[str] =
         UserError: one line naming what is missing or cannot be read, or the field at fault.
     """
     path = local_directory(path)
-    if (path / CONFIG_JSON).is_file():
-        if step is not None:
-            raise UserError(f"--step {step}: {path} is a Hugging Face directory, which has no steps")
-        directory = texts = path
-    else:
-        directory = path / COMPANIONS_FOLDER if (path / COMPANIONS_FOLDER).is_dir() else path
-        texts = path
+    if step is not None and (path / CONFIG_JSON).is_file():
+        raise UserError(f"--step {step}: {path} is a Hugging Face directory, which has no steps")
     config, variables, division = _weights(path, step, parallel, stacked)
     if division is not None:
         print(summary(division, variables), file=sys.stderr, flush=True)
-    tokenizer = load_tokenizer(texts) if (texts / TOKENIZER_JSON).is_file() else None
-    ends, begins = (_named_tokens(directory, name) for name in ("eos_token_id", "bos_token_id"))
-    if not ends and tokenizer is not None:
-        with suppress(DataError):  # then a limit alone ends a text
-            ends = (end_of_document_id(tokenizer),)
-    return LoadedModel(config, variables, tokenizer, ends, next(iter(begins + ends), None), directory, division)
+    return LoadedModel(config, variables, *read_text_files(path), division)
 
 
 def _weights(
@@ -135,16 +117,3 @@ def _last(run_dir: Path, checkpoints: Checkpoints, step: Optional[int]) -> int:
     if step is not None and step not in there:
         raise UserError(f"--step {step}: {run_dir} has checkpoints of step {', '.join(map(str, reversed(there)))}")
     return there[0] if step is None else step
-
-
-def _named_tokens(directory: Path, field: str) -> tuple[int, ...]:
-    """All that generation_config.json and config.json name under `field`."""
-    found: list[int] = []
-    for name in (GENERATION_CONFIG, CONFIG_JSON):
-        if (directory / name).is_file():
-            value = read_object(file_inside(directory, name, str(directory))).get(field)
-            tokens = value if isinstance(value, list) else [] if value is None else [value]
-            if not all(is_count(token) for token in tokens):
-                raise UserError(f"{directory / name}: {field} is {shown(value)}; a token id or a list of them is expected")
-            found += tokens
-    return tuple(dict.fromkeys(found))
