@@ -19,7 +19,7 @@ ADAPTER_TENSORS = "adapter_model.safetensors"
 PREFIX, SUFFIX = "base_model.model.", ".weight"
 """What peft puts around a module's name."""
 FUSED = ("gate_proj", "up_proj", "down_proj")
-"""Modules of these names peft takes for parts of routed experts, wherever they are: they must be given as parameters."""
+"""Modules of these names peft takes for routed experts, wherever they are: others must be given as parameters."""
 
 
 def require_exportable(source: OrbaxSource, step: Path) -> None:
@@ -68,6 +68,8 @@ def write_adapter(directory: Path, source: OrbaxSource, base: str | None) -> tup
 
 
 def _config(source: OrbaxSource, modules: list[str], base: str | None) -> dict[str, Any]:
+    experts = {module.rpartition(".")[2] for module in modules if ".experts." in module}
+    others = [module for module in modules if ".experts." not in module]
     return {
         "peft_type": "LORA",
         "task_type": "CAUSAL_LM",
@@ -75,8 +77,8 @@ def _config(source: OrbaxSource, modules: list[str], base: str | None) -> dict[s
         "r": source.lora.rank,
         "lora_alpha": source.lora.alpha,
         "lora_dropout": 0.0,
-        "target_modules": [module for module in modules if not module.endswith(FUSED)],
-        "target_parameters": [f"{module}.weight" for module in modules if module.endswith(FUSED)],
+        "target_modules": [*(module for module in others if not module.endswith(FUSED)), *sorted(experts)],
+        "target_parameters": [f"{module}.weight" for module in others if module.endswith(FUSED)],
         "bias": "none",
         "fan_in_fan_out": False,
         "inference_mode": True,

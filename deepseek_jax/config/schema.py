@@ -308,7 +308,7 @@ class LoraConfig:
     alpha: float = 16.0
     modules: list[str] = field(default_factory=lambda: ["self_attn.*"])
     """Hugging Face's names of the Linears, or their ends: q_b_proj, mlp.shared_experts.*, self_attn.[ok]*_proj. They are
-    those of attention, dense layers and shared experts, in MTP modules too; routed experts have none."""
+    those of attention, dense layers, shared and routed experts (all of mlp.experts.* or none), in MTP modules too."""
 
 
 @dataclass(frozen=True)

@@ -6,7 +6,7 @@ from typing import Any, Optional
 
 from deepseek_jax.config.schema import Config, ConfigError
 
-ADAPTERS = "*/lora_[AB]"
+ADAPTERS = "*lora_[AB]"
 
 
 def trainable(config: Config) -> Optional[list[str]]:

@@ -7,6 +7,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
+from deepseek_jax.checkpoint.adapters import halves_of
 from deepseek_jax.config import ModelConfig
 from deepseek_jax.model.dispatch import combine, dispatch, sort_slots
 from deepseek_jax.model.expert_rounds import serve_in_rounds
@@ -18,7 +19,11 @@ from deepseek_jax.parallel.sharding import Division
 
 
 class Experts(nn.Module):
-    """Experts whose weights are stacked, [E, in, out]; on a mesh each device has its share of them."""
+    """Experts whose weights are stacked, [E, in, out]; on a mesh each device has its share of them.
+
+    Where the parameters have `gate_proj_lora_A` and `gate_proj_lora_B` beside one, [E, in, rank] and [E, rank, out], their
+    product is added to it: rows of an expert are many, and one product with a whole weight is one way for all forms.
+    """
 
     config: ModelConfig
     division: Optional[Division] = None
@@ -44,10 +49,16 @@ class Experts(nn.Module):
         if self.has_variable(PANELS, "down_proj"):
             return serve_from_all(c, tokens, [self.get_variable(PANELS, name) for name in shapes])
         init = nn.initializers.normal(c.initializer_range)
-        projections = [self.param(name, init, shape, param_dtype(c)) for name, shape in shapes.items()]
+        projections = [
+            self._with_adapter(name, self.param(name, init, shape, param_dtype(c))) for name, shape in shapes.items()
+        ]
         return keep(
             serve_in_rounds(c, parallel, tokens, projections) if parallel.expert > 1 else serve(c, tokens, projections)
         )
+
+    def _with_adapter(self, name: str, weight: jax.Array) -> jax.Array:
+        a, b = (self.get_variable("params", half) for half in halves_of(name))
+        return weight if a is None else weight + jnp.matmul(a, b)
 
 
 def serve(config: ModelConfig, tokens: Sequence[jax.Array], projections: Sequence[jax.Array]) -> jax.Array:
