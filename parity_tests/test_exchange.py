@@ -2,6 +2,7 @@
 
 import dataclasses
 import math
+import re
 from collections import Counter
 from functools import partial
 from itertools import combinations
@@ -19,7 +20,7 @@ from deepseek_jax.model.expert_rounds import serve_in_rounds
 from deepseek_jax.model.experts import serve
 from deepseek_jax.model.parcels import next_journey, pack
 from deepseek_jax.model.products import policy
-from deepseek_jax.parallel.exchange import Hop, Journey, Room, devices_of_a_token, hops_of, send
+from deepseek_jax.parallel.exchange import Hop, Journey, Room, devices_of_a_token, hops_of, send, send_back
 from deepseek_jax.parallel.mesh import make_mesh
 from deepseek_jax.planning.collectives import collectives
 from parity_tests.comparison import assert_close
@@ -75,6 +76,28 @@ def test_rows_arrive_and_come_back(implementation, x64):
         np.testing.assert_allclose(of_gone, np.where(gone, 2 * rows * cotangent, 0), rtol=1e-14)
 
 
+def test_rows_that_stay_have_the_gradients_of_rows_that_travel(x64):
+    hop = Hop(DEVICES, 1, 4, 4, 4, ROWS, Room(ROOM, ROOM))
+
+    def gradient(of):
+        def pulled(rows, there, sizes, starts):
+            journey = Journey(sizes, starts, jnp.cumsum(sizes, axis=0) - sizes)
+            arrived, pull = jax.vjp(lambda rows: of(rows, journey, hop, ROOM, "rounds"), rows)
+            return arrived, *pull(there)
+
+        return across_devices(pulled, CUT, CUT, WHOLE, WHOLE)
+
+    rng = np.random.default_rng(0)
+    rows, there = rng.standard_normal((DEVICES * ROWS, WIDTH)), rng.standard_normal((DEVICES * ROOM, WIDTH))
+    sizes = SIZES["random"]
+    starts = np.cumsum(sizes, axis=1) - sizes
+    _, expected = gradient(send)(rows, there, sizes, starts)
+    arrived, found = gradient(send_back)(rows, there, sizes, starts)
+    np.testing.assert_array_equal(arrived, np.zeros_like(there))
+    sent = np.arange(ROWS) < sizes.sum(axis=1)[:, None]
+    np.testing.assert_array_equal(*(np.asarray(each).reshape(DEVICES, ROWS, WIDTH)[sent] for each in (found, expected)))
+
+
 TOKENS = 8
 """Of each device."""
 MODEL = dataclasses.replace(
@@ -96,6 +119,19 @@ def one_and_three():
     return np.stack([0 * other, other, other + 1, other + 2], axis=1).astype(np.int32)
 
 
+def one_too_many():
+    """Even but for a parcel of one choice, which alone has to wait."""
+    indices = in_groups((0, 1), (2, 3))
+    indices[-1], indices[-3] = (0, 12, 13, 14), (11, 12, 9, 8)
+    return indices
+
+
+def uneven_in_one_group():
+    """The first and the third device send all to one, in as many rounds as it takes; the others evenly, in one."""
+    even, uneven = in_groups((0, 1), (2, 3)), in_groups((2, 2))
+    return np.where(np.arange(DEVICES * TOKENS)[:, None] // TOKENS % 2, even, uneven)
+
+
 def random_routing():
     rng = np.random.default_rng(1)
     groups = np.argsort(rng.random((DEVICES * TOKENS, 4)))[:, :2]
@@ -109,6 +145,8 @@ ROUTINGS = {
     "every second choice on one device": (in_groups((0, 1), (0, 2), (0, 3), (3, 0)), 2),
     "all on one device": (in_groups((2, 2)), 4),
     "one choice on the first device, three on another": (one_and_three(), 2),
+    "one too many": (one_too_many(), 2),
+    "uneven in one group": (uneven_in_one_group(), 3),
     "random": (random_routing(), 2),
 }
 """And how many rounds they take in room for an even share."""
@@ -125,8 +163,12 @@ ROUTINGS = {
     ],
 )
 def test_every_token_is_served(remat, hops, parts, x64, monkeypatch):
-    """As on one device, gradients too, however many rounds it takes; what lies where no row arrived is not read."""
-    monkeypatch.setattr(jax.lax, "empty", lambda shape, dtype: jnp.full(shape, jnp.nan, dtype))
+    """As on one device, gradients too, however many rounds it takes; what lies where no row arrived is not read.
+
+    Neither as numbers, for some are NaN, nor as labels of experts, for some are 1.
+    """
+    rest = jnp.nan if remat == "none" else 1
+    monkeypatch.setattr(jax.lax, "empty", lambda shape, dtype: jnp.full(shape, rest, dtype))
     parallel = ParallelConfig(data=1, expert=DEVICES, exchange_room=1, exchange_groups=hops, exchange_parts=parts)
 
     def served(indices, *inputs):
@@ -170,6 +212,20 @@ def test_every_token_is_served(remat, hops, parts, x64, monkeypatch):
             2: {(0, 2): 2 * TOKENS * hidden * 8 // 2, (0, 1): 2 * TOKENS * hidden * 8 // 2},  # to two groups, to two devices
         }[hops]
     )
+
+
+def test_experts_are_narrowed_once_and_not_in_every_round():
+    model = dataclasses.replace(MODEL, precision="bfloat16")
+    parallel = ParallelConfig(data=1, expert=DEVICES, exchange_room=1)
+    hidden, width, experts = MODEL.hidden_size, MODEL.moe_intermediate_size, MODEL.n_routed_experts
+    shapes = [(DEVICES * TOKENS, 4), (experts, hidden, width), (experts, hidden, width), (experts, width, hidden)]
+    x, *inputs = (jnp.zeros((DEVICES * TOKENS, hidden), jnp.bfloat16), *map(jnp.zeros, shapes))
+
+    def served(indices, x, weights, *projections):
+        return serve_in_rounds(model, parallel, (x, indices, weights), projections)
+
+    program = str(jax.make_jaxpr(across_devices(served, *[CUT] * 6))(ROUTINGS["even"][0], x, *inputs))
+    assert len(re.findall(rf"bf16\[{experts // DEVICES},\d+,\d+\] = convert_element_type", program)) == 3
 
 
 @pytest.mark.parametrize("hops, gradients", [

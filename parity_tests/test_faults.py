@@ -1,5 +1,6 @@
 """What may go wrong around a run: each costs one line, and never what was saved before."""
 
+import atexit
 import errno
 import json
 import resource
@@ -10,8 +11,11 @@ from types import SimpleNamespace
 import jax
 import numpy as np
 import pytest
+from jax.experimental.compilation_cache import compilation_cache
 
+from deepseek_jax import compilation
 from deepseek_jax.checkpoint.tensors import CheckpointError
+from deepseek_jax.compilation import keep_programs
 from deepseek_jax.config import ConfigError, load_config
 from deepseek_jax.errors import UserError, run_command
 from deepseek_jax.training import checkpoint as jax_checkpoint
@@ -110,23 +114,42 @@ def test_a_clock_that_is_set_back_changes_nothing(tmp_path, monkeypatch):
     assert 0 <= seconds["trained"] <= seconds["all"] < 60
 
 
-def test_a_damaged_program_is_compiled_again(tmp_path):
+def test_a_damaged_program_is_compiled_again(tmp_path, capsys, monkeypatch):
+    """One that JAX cannot read, and one of which a bit has turned, which it might take."""
     names = ("jax_compilation_cache_dir", "jax_persistent_cache_min_compile_time_secs", "jax_compilation_cache_max_size")
     before = {name: jax.config.values[name] for name in names}
-    from jax.experimental.compilation_cache import compilation_cache
+    exits = []
+    monkeypatch.setattr(atexit, "register", lambda *call: exits.append(call))
+    monkeypatch.setattr(compilation, "CACHE_SECONDS", 0)
 
     def result():
+        """In a process that begins now."""
+        jax.config.update(names[0], None)
+        keep_programs(str(tmp_path))
         jax.clear_caches()
-        return jax.jit(lambda x: x * 3 + 1)(np.arange(5.0)).tolist()
+        found = jax.jit(lambda x: x * 3 + 1)(np.arange(5.0)).tolist()
+        ends, *words = exits.pop()
+        ends(*words)
+        return found
+
+    def programs():
+        return list(tmp_path.rglob("*-cache"))
 
     try:
-        compilation_cache.reset_cache()
-        for name, value in zip(names, (str(tmp_path), 0, 2**30)):
-            jax.config.update(name, value)
         expected = result()
-        programs = list(tmp_path.glob("*-cache"))
-        assert programs
-        for program in programs:
+        (sums,) = tmp_path.rglob("sums.json")
+        assert programs() and json.loads(sums.read_text()).keys() == {program.name for program in programs()}
+        for program in programs():
+            content = bytearray(program.read_bytes())
+            content[len(content) // 2] ^= 4
+            program.write_bytes(content)
+        damaged = {str(program) for program in programs()}
+        assert result() == expected
+        told = capsys.readouterr().err.splitlines()
+        assert {line.partition(": not as it was written; ")[0] for line in told} == damaged
+        assert result() == expected and capsys.readouterr().err == "", "it was written anew"
+        sums.unlink()
+        for program in programs():
             program.write_bytes(program.read_bytes()[: len(program.read_bytes()) // 2])
         with pytest.warns(UserWarning, match="Error reading persistent compilation cache entry"):
             assert result() == expected

@@ -120,13 +120,16 @@ MODULES = {
     "parcels": ("model/parcels.py", "test_exchange.py::test_every_token_is_served"),
     "expert_rounds": (
         "model/expert_rounds.py",
-        """test_exchange.py::test_every_token_is_served[none-1-1] test_exchange.py::test_every_token_is_served
+        """test_exchange.py::test_experts_are_narrowed_once_and_not_in_every_round
+        test_exchange.py::test_every_token_is_served[none-1-1] test_exchange.py::test_every_token_is_served
         test_exchange.py::test_in_float8_rows_travel_as_codes_and_scales""",
     ),
     "exchange": (
         "parallel/exchange.py",
         """test_exchange.py::test_devices_of_a_token test_exchange.py::test_groups_of_one_are_one_hop
-        test_exchange.py::test_rows_arrive_and_come_back test_exchange.py::test_every_token_is_served
+        test_exchange.py::test_rows_arrive_and_come_back
+        test_exchange.py::test_rows_that_stay_have_the_gradients_of_rows_that_travel
+        test_exchange.py::test_every_token_is_served
         test_exchange.py::test_in_float8_rows_travel_as_codes_and_scales""",
     ),
     "fp8": (

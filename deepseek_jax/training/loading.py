@@ -16,6 +16,7 @@ from deepseek_jax.checkpoint.on_mesh import load_on_mesh, serving_division, summ
 from deepseek_jax.checkpoint.pretrained import load_pretrained
 from deepseek_jax.checkpoint.source import Source
 from deepseek_jax.checkpoint.tokenizer_files import TOKENIZER_JSON, read_text_files
+from deepseek_jax.compilation import keep_programs
 from deepseek_jax.config import Config, ModelConfig, load_config
 from deepseek_jax.data.tokenizer import load_tokenizer
 from deepseek_jax.errors import UserError
@@ -46,6 +47,8 @@ class LoadedModel(NamedTuple):
 def load_model(path: Path, step: Optional[int] = None, parallel: Sequence[str] = (), stacked: bool = False) -> LoadedModel:
     """Read a Hugging Face directory or a name on its hub, or a run's checkpoint, by default the last.
 
+    From now on what is compiled is kept, as in training.
+
     Args:
         parallel: fields such as "parallel.expert=8", by which the weights go straight to the devices of a mesh.
         stacked: as for `load_on_mesh`.
@@ -56,6 +59,7 @@ def load_model(path: Path, step: Optional[int] = None, parallel: Sequence[str] =
     path = local_directory(path)
     if step is not None and (path / CONFIG_JSON).is_file():
         raise UserError(f"--step {step}: {path} is a Hugging Face directory, which has no steps")
+    keep_programs("auto" if (path / CONFIG_JSON).is_file() else run_config(path).compilation_cache)
     config, variables, division = _weights(path, step, parallel, stacked)
     if division is not None:
         print(summary(division, variables), file=sys.stderr, flush=True)
