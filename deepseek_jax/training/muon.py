@@ -15,6 +15,7 @@ import optax
 
 from deepseek_jax.config import ModelConfig, TrainConfig
 from deepseek_jax.parallel.sharding import Division, Place, names
+from deepseek_jax.training.adam import kept_if
 
 ROOT_MEAN_SQUARE = 0.2
 """Of an update's entries, as AdamW's are in practice."""
@@ -29,7 +30,7 @@ def is_orthogonalised(path: Sequence[str]) -> bool:
 
 def scale_by_muon(
     train: TrainConfig, model: Optional[ModelConfig], division: Optional[Division]
-) -> optax.GradientTransformation:
+) -> optax.GradientTransformationExtraArgs:
     """Nesterov momentum of the gradients, orthogonalised matrix by matrix.
 
     Args:
@@ -38,15 +39,18 @@ def scale_by_muon(
     narrow = None if train.adam_moment_dtype == "float32" else train.adam_moment_dtype
     momentum = optax.trace(train.muon_momentum, nesterov=True, accumulator_dtype=narrow)
 
-    def update(gradients: Any, state: optax.TraceState, params: Any = None) -> tuple[Any, optax.TraceState]:
+    def update(
+        gradients: Any, state: optax.TraceState, params: Any = None, *, skipped: jax.Array | bool = False, **_: Any
+    ) -> tuple[Any, optax.TraceState]:
         assert model is not None
-        updates, state = momentum.update(gradients, state)
+        updates, moved = momentum.update(gradients, state)
+        state = kept_if(skipped, state, moved)
         if division is None:
             alone = jax.tree_util.tree_map_with_path(lambda path, leaf: _orthogonalised(model, names(path), leaf), updates)
             return alone, state
         return division.map(partial(_on_mesh, model, division), updates), state
 
-    return optax.GradientTransformation(momentum.init, update)
+    return optax.GradientTransformationExtraArgs(momentum.init, update)
 
 
 def _orthogonalised(model: ModelConfig, path: tuple[str, ...], update: jax.Array) -> jax.Array:

@@ -7,20 +7,22 @@ import optax
 
 from deepseek_jax.config import ModelConfig, TrainConfig
 from deepseek_jax.parallel.sharding import Division, names
+from deepseek_jax.training.adam import scale_by_adam
 from deepseek_jax.training.muon import is_orthogonalised, scale_by_muon
 
 
 def make_optimizer(
     train: TrainConfig, model: Optional[ModelConfig] = None, division: Optional[Division] = None
-) -> optax.GradientTransformation:
+) -> optax.GradientTransformationExtraArgs:
     """Everything but the learning rate, which the step applies: it changes with the schedule.
 
-    It is of the parameters that learn, as `learning_part` gives them, and knows of no others.
+    It is of the parameters that learn, as `learning_part` gives them, and knows of no others. Its update takes `skipped`,
+    whether the state is to stay as it was.
 
     Args:
         model, division: for Muon's updates; what only makes or describes the state does without.
     """
-    adam = _moments_kept_in(train, optax.scale_by_adam(b1=train.beta1, b2=train.beta2, eps=train.adam_eps))
+    adam = scale_by_adam(train)
     rules = {"adamw": adam, "muon": scale_by_muon(train, model, division)}
     return optax.chain(
         optax.clip_by_global_norm(train.gradient_clip),
@@ -32,26 +34,6 @@ def make_optimizer(
 def _rules_of(params: Any) -> Any:
     """By which rule each parameter moves where train.optimizer is muon."""
     return jax.tree_util.tree_map_with_path(lambda path, _: "muon" if is_orthogonalised(names(path)) else "adamw", params)
-
-
-def _moments_kept_in(train: TrainConfig, adam: optax.GradientTransformation) -> optax.GradientTransformation:
-    """`adam` with both moments in train.adam_moment_dtype between steps (report 3.3.3).
-
-    Within a step they are in the gradients' type.
-    """
-    if train.adam_moment_dtype == "float32":
-        return adam
-
-    def narrowed(state: optax.ScaleByAdamState) -> optax.ScaleByAdamState:
-        mu, nu = (optax.tree.cast(moment, train.adam_moment_dtype) for moment in (state.mu, state.nu))
-        return state._replace(mu=mu, nu=nu)
-
-    def update(gradients: Any, state: optax.ScaleByAdamState, params: Any = None) -> tuple[Any, optax.ScaleByAdamState]:
-        mu, nu = (optax.tree.cast_like(moment, gradients) for moment in (state.mu, state.nu))
-        updates, state = adam.update(gradients, state._replace(mu=mu, nu=nu), params)
-        return updates, narrowed(state)
-
-    return optax.GradientTransformation(lambda params: narrowed(adam.init(params)), update)
 
 
 def decays(params: Any) -> Any:

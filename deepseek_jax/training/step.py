@@ -17,6 +17,7 @@ from deepseek_jax.model.router import updated_bias
 from deepseek_jax.model.transformer import DeepseekV3
 from deepseek_jax.parallel.sharding import PIPELINED, Division
 from deepseek_jax.parallel.weights import collect, deliver, largest_of_layers, sum_of_layers
+from deepseek_jax.training.adam import kept_if
 from deepseek_jax.training.adapters import with_adapters
 from deepseek_jax.training.loss import LossParts, counted_targets, targets_of_part, training_loss
 from deepseek_jax.training.optimizer import make_optimizer
@@ -96,7 +97,7 @@ def train_step(
         skipped = ~(jnp.isfinite(metrics.loss) & jnp.isfinite(norm))
         metrics = metrics._replace(grad_norm=norm, skipped=skipped, squares=squares)
         optimizer = make_optimizer(config.train, config.model, division)
-        updates, moments = optimizer.update(gradients, state.optimizer, learning)
+        updates, moments = optimizer.update(gradients, state.optimizer, learning, skipped=skipped)
         learnt = jax.tree.map(lambda p, u: p - scalars.learning_rate.astype(p.dtype) * u, learning, updates)
         params = with_part(state.params, learnt)
         if config.train.qk_clip is not None and metrics.parts.largest_scores is not None:
@@ -106,8 +107,8 @@ def train_step(
         name: jax.tree.map(lambda bias, c=metrics.parts.counts[name]: updated_bias(bias, c, speed), biases)
         for name, biases in state.router_state.items()
     }
-    advanced = TrainState(params, router_state, moments)
-    state = jax.tree.map(lambda new, old: jnp.where(skipped, old, new), advanced, state)
+    params, router_state = kept_if(skipped, (state.params, state.router_state), (params, router_state))
+    state = TrainState(params, router_state, moments)
     if division is not None:
         state = jax.lax.with_sharding_constraint(state, division.shardings(state, optimizer, trainable(config)))
     return state, metrics
