@@ -126,6 +126,8 @@ def train(
     times = Times()
     if config.model.precision == "fp8":
         require_fp8()
+    if config.model.precision == "float64" and jax.dtypes.canonicalize_dtype("float64") != "float64":
+        raise ConfigError("model.precision=float64: JAX computes in float32 unless JAX_ENABLE_X64=1 is in the environment")
     # The default would cut float32 products down to bfloat16 or TF32 on a TPU or GPU.
     jax.config.update("jax_default_matmul_precision", "highest")
     keep_programs(config.compilation_cache)

@@ -90,6 +90,20 @@ def test_only_what_is_named_learns(directory):
     assert {paths[name] for name, parameter in model.named_parameters() if parameter.requires_grad} == moved
 
 
+def test_float64_is_all_of_it_or_one_line(x64):
+    """From weights in float32, too; where JAX has it."""
+    config = load_config("tiny", ["model.precision=float64"])
+    narrow = jax.tree.map(lambda leaf: np.zeros(leaf.shape, np.float32), jax.eval_shape(lambda: init_state(config)))
+    given = {"params": narrow.params, "router_state": narrow.router_state}
+    types = {str(leaf.dtype) for leaf in jax.tree.leaves(jax.eval_shape(lambda: init_state(config, given)))}
+    assert types == {"float64", "int32"}
+    with (
+        jax.enable_x64(False),
+        pytest.raises(ConfigError, match=r"^model.precision=float64: .* JAX_ENABLE_X64=1 is in the env"),
+    ):
+        train(config)
+
+
 def test_what_does_not_fit_is_one_line(directory, tmp_path):
     asked = read_config(None, False, [f"init_from={directory}", "model.kv_lora_rank=24"])
     with pytest.raises(ConfigError, match=r"model.kv_lora_rank is 16, and here it is 24; leave --config out"):

@@ -65,8 +65,14 @@ def init_variables(config: ModelConfig, seed: int) -> dict[str, Any]:
 
 
 def init_state(config: Config, variables: Optional[dict[str, Any]] = None) -> TrainState:
-    """Zero moments, and adapters if there are to be some, beside fresh parameters from train.seed or a copy of `variables`."""
-    variables = init_variables(config.model, config.train.seed) if variables is None else jax.tree.map(jnp.copy, variables)
+    """Zero moments, and adapters if there are to be some, beside fresh parameters from train.seed or a copy of `variables`.
+
+    Those are of the config's type then, whatever they were.
+    """
+    if variables is None:
+        variables = init_variables(config.model, config.train.seed)
+    else:
+        variables = jax.tree.map(lambda leaf: jnp.array(leaf, param_dtype(config.model)), variables)
     params = with_adapters(config, variables["params"])
     moments = make_optimizer(config.train).init(learning_part(trainable(config), params))
     return TrainState(params, variables["router_state"], moments)
