@@ -137,6 +137,20 @@ def test_a_large_score_is_told_where_a_token_sees_it_and_nowhere_else(implementa
     np.testing.assert_array_equal(largest, np.where(seen, np.float32(4 * SCALE), 0))
 
 
+@pytest.mark.parametrize("queries, keys", [(40, 20), (20, 40)])
+def test_a_large_score_is_told_of_queries_and_keys_at_any_places(queries, keys, monkeypatch):
+    """As devices have them that share a sequence; each head has one, of any two tokens."""
+    monkeypatch.setattr(attention_scores, "CHUNK", 16)
+    rng, heads = np.random.default_rng(0), np.arange(queries * keys)
+    places = [np.sort(rng.permutation(60)[:count]) for count in (queries, keys)]
+    ids = [rng.integers(0, 2, (1, count)) for count in (queries, keys)]
+    q, k = (np.zeros((1, count, heads.size, 1), np.float32) for count in (queries, keys))
+    q[0, heads // keys, heads] = k[0, heads % keys, heads] = 2
+    largest = attention_scores.largest_scores(q, k, SCALE, ids, places)
+    seen = (places[1] <= places[0][:, None]) & (ids[1] == ids[0].T)
+    np.testing.assert_array_equal(largest, np.where(seen.reshape(-1), np.float32(4 * SCALE), 0))
+
+
 @pytest.mark.parametrize("documents", [DOCUMENTS, None])
 def test_keys_in_two_parts_are_as_keys_together(documents):
     """As devices have them that share a sequence: of its second half, to its own keys and to those before, and gradients."""
