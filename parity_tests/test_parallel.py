@@ -367,7 +367,7 @@ def test_layers_of_stages():
      "parallel.exchange_groups=3: must divide parallel.expert=4; nearest 2 or 4"),
     (["parallel.exchange_room=0.5"], "parallel.exchange_room=0.5: must be at least 1"),
     (["parallel.exchange=letters"], "parallel.exchange=letters: choose one of auto, rounds, ragged"),
-    (["parallel.experts=2"], "unknown field parallel.experts; did you mean expert?"),
+    (["parallel.experts=2"], "^command line: unknown field parallel.experts; did you mean expert?"),
 ])  # fmt: skip
 def test_a_mesh_that_cannot_work_is_one_line(fields, complaint):
     with pytest.raises(ConfigError, match=complaint) as caught:

@@ -110,6 +110,13 @@ def test_a_step_that_hangs_is_told_with_its_stack_and_compiling_is_not(tmp_path,
     assert " in hangs\n" in told and " in compiles\n" not in told
 
 
+@pytest.mark.parametrize("steps", ["13-10", "10:13", "0-3", "5"])
+def test_steps_to_trace_are_two_in_order(steps):
+    with pytest.raises(ConfigError, match=r"^train.profile=.*: write it as first-last, two numbers of steps$"):
+        load_config("tiny", [f"train.profile={steps}"])
+    assert load_config("tiny", ["train.profile=10-10"]).train.profile == "10-10"
+
+
 class Clock:
     now = 1000.0
 

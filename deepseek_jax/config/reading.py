@@ -50,6 +50,9 @@ def load_config(source: str | Path, overrides: Sequence[str] = ()) -> Config:
 def from_mapping(content: Mapping[str, Any], overrides: Sequence[str] = (), where: str = "config") -> Config:
     """Build a checked `Config` from nested mappings; see `load_config`."""
     fields: Any = OmegaConf.to_container(OmegaConf.create(dict(content)))
+    if overrides:
+        _canonical(Config, fields, "", where)  # what is wrong in it is not the command line's
+        where = "command line"
     for override in overrides:
         _apply_override(fields, override)
     fields = _canonical(Config, fields, "", where)

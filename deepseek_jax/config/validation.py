@@ -159,8 +159,10 @@ def _validate_train(t: TrainConfig, m: ModelConfig) -> None:
               "checkpoint_every", "local_checkpoint_every", "keep_checkpoints", "keep_every", "max_skips")  # fmt: skip
     _at_least("train", t, 0, "warmup_steps", "weight_decay", "sequence_balance_weight", "batch_size_ramp_tokens", "seed",
               "hang_after", "checkpoint_minutes")  # fmt: skip
-    _require(t.profile is None or re.fullmatch(r"[1-9]\d*-[1-9]\d*", t.profile) is not None, "train.profile", t.profile,
-             "write it as first-last, two numbers of steps")  # fmt: skip
+    if t.profile is not None:
+        steps = re.fullmatch(r"([1-9]\d*)-([1-9]\d*)", t.profile)
+        _require(steps is not None and int(steps[1]) <= int(steps[2]), "train.profile", t.profile,
+                 "write it as first-last, two numbers of steps")  # fmt: skip
     _above_zero("train", t, "learning_rate", "adam_eps", "gradient_clip")
     if t.qk_clip is not None:
         _above_zero("train", t, "qk_clip")
