@@ -61,7 +61,6 @@ class DeepSeekLM(TemplateLM):
         given = str(batch_size or "")  # may be "auto"
         self.batch_size = int(given) if given.isdigit() else max(BATCH_TOKENS // self.max_length, 1)
         self._scorer = Scorer(model.config, model.variables, self.max_length, self.max_length, self.batch_size)
-        self._generator: Optional[Generator] = None
 
     @property
     def eot_token_id(self) -> int:
@@ -97,20 +96,28 @@ class DeepSeekLM(TemplateLM):
 
     def generate_until(self, requests: list[Instance], disable_tqdm: bool = False) -> list[str]:
         """What is written after each context, up to the strings that end it."""
-        if self._generator is None:
-            self._generator = Generator(self._model.config, self._model.variables, self.batch_size, length_multiple=128)
-        texts = []
-        for request in tqdm(requests, "writing", disable=disable_tqdm):
+        size = min(self.batch_size, len(requests))
+        generator = Generator(self._model.config, self._model.variables, size, length_multiple=128)
+        rows: list[Continuation] = []
+        alike: dict[Sampling, list[int]] = {}
+        for number, request in enumerate(requests):
             context, wishes = request.args
             limit = min(int(wishes.get("max_gen_toks", MAX_NEW_TOKENS)), self.max_length - 1)
             stops = wishes.get("until") or []
             prompt = (self.tok_encode(context) or [self._begin])[-(self.max_length - limit) :]
             sampling = Sampling(float(wishes.get("temperature", 0)) if wishes.get("do_sample") else 0.0)
-            row = Continuation(prompt, limit, self._model.ends, self._tokenizer, [stops] if isinstance(stops, str) else stops)
-            for _ in self._generator.run([row], sampling):
-                pass
-            texts.append(row.text)
-        return texts
+            stops = [stops] if isinstance(stops, str) else stops
+            rows.append(Continuation(prompt, limit, self._model.ends, self._tokenizer, stops))
+            alike.setdefault(sampling, []).append(number)
+        with tqdm(total=len(requests), desc="writing", disable=disable_tqdm) as bar:
+            for sampling, numbers in alike.items():
+                numbers.sort(key=lambda number: len(rows[number].prompt))
+                for start in range(0, len(numbers), size):
+                    chosen = numbers[start : start + size]
+                    for _ in generator.run([rows[number] for number in chosen], sampling, numbers=chosen):
+                        pass
+                    bar.update(len(chosen))
+        return [row.text for row in rows]
 
 
 def main() -> None:

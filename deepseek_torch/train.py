@@ -18,6 +18,7 @@ from typing import Any, Optional
 import torch
 
 from deepseek_jax.checkpoint.hf_config import read_config_json
+from deepseek_jax.checkpoint.hub import local_directory
 from deepseek_jax.checkpoint.tokenizer_files import texts_directory
 from deepseek_jax.config import HOW_COMPUTED, Config, ConfigError, from_mapping, load_config, presets, to_yaml
 from deepseek_jax.config.sizes import to_go_on
@@ -78,7 +79,7 @@ def read_config(source: str | None, overrides: list[str], resume: bool = False) 
     named = next((word.partition("=")[2] for word in overrides if word.startswith("init_from=")), None)
     if named is None:
         raise ConfigError("give --config FILE, or init_from=DIR to train the model there on")
-    model = read_config_json(Path(named))
+    model = read_config_json(local_directory(named))
     return from_mapping({"model": asdict(model), "train": asdict(to_go_on(model))}, overrides, where=named)
 
 
@@ -115,7 +116,7 @@ def _train(config: Config, run_dir: Path, resume: bool, model: Optional[Deepseek
     if config.init_from is not None:
         if model is None and not (resume and saved_steps(run_dir / STATES)):
             model = initial_model(config)
-        tokenizer = config.data.tokenizer or config.init_from
+        tokenizer = config.data.tokenizer or str(local_directory(config.init_from))
         config = replace(config, data=replace(config.data, tokenizer=tokenizer))
         keep_texts(config)
     check_sets(config)
@@ -141,7 +142,7 @@ def initial_model(config: Config) -> DeepseekV3:
     Raises:
         UserError: one line naming the field that does not fit.
     """
-    found = load_pretrained(str(config.init_from))
+    found = load_pretrained(local_directory(str(config.init_from)))
     for name, value in asdict(found.config).items():
         wanted = asdict(config.model)[name]
         if name not in HOW_COMPUTED and value != wanted and not (name == "num_nextn_predict_layers" and wanted < value):

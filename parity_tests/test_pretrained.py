@@ -12,7 +12,9 @@ import deepseek_torch.pretrained as in_torch
 from deepseek_jax.checkpoint.safetensors_reader import SafetensorsDirectory
 from deepseek_jax.data.tokenizer import train_tokenizer
 from deepseek_jax.errors import UserError
+from deepseek_jax.training.loading import load_model
 from parity_tests.checkpoints import CONFIGS, TINY, WIDE, contents, random_variables, write_huggingface_directory
+from parity_tests.texts import one_line
 from parity_tests.weights import from_torch, to_torch
 
 DTYPES = ("float32", "bfloat16", "fp8")
@@ -135,3 +137,17 @@ def test_truncated_files_and_foreign_copies(tmp_path):
     for sibling in (in_jax, in_torch):
         with pytest.raises(UserError, match=r"embed_tokens\.weight: is not equal to model\.embed_tokens\.weight"):
             sibling.load_pretrained(source)
+
+
+def test_a_directory_that_holds_no_model_is_named(tmp_path):
+    """By both siblings, and where a run's config cannot be, the file."""
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run/config.yaml").write_text("train: {batch_size: -1}")
+    for load in (load_model, in_torch.load_pretrained):
+        for name, complaint in (("absent", "there is no such directory"), ("empty", "config.json")):
+            with pytest.raises(UserError, match=f"^{tmp_path / name}: .*{complaint}") as caught:
+                load(tmp_path / name)
+            one_line(caught)
+    with pytest.raises(UserError, match=r"run/config\.yaml: train\.batch_size=-1: must be at least 1"):
+        load_model(tmp_path / "run")

@@ -155,3 +155,11 @@ def test_the_harness_gets_transformers_log_likelihoods(tokenizer, tmp_path):
         assert greedy == (known.argmax(-1) == tokens[0, 1:])[-len(after) :].all().item()
     (rolling,) = ours.loglikelihood_rolling([Instance("loglikelihood_rolling", {}, ("def f(x):",), 0)])
     assert abs(rolling - ours.loglikelihood([Instance("loglikelihood", {}, ("", "def f(x):"), 0)])[0][0]) < 1e-4
+    wishes = [("import", 9, []), (" a long text" * 9, 5, []), ("", 7, []), ("def f(", 9, ["\n"]), ("in", 6, [])]
+    asked = [Instance("generate_until", {}, (context, {"max_gen_toks": most, "until": stop}), n)
+             for n, (context, most, stop) in enumerate(wishes)]  # fmt: skip
+    alone = [ours.generate_until([one], disable_tqdm=True)[0] for one in asked]
+    assert ours.generate_until(asked, disable_tqdm=True) == alone and len(set(alone)) > 1
+    middle = alone[0][2:4]
+    (cut,) = ours.generate_until([Instance("generate_until", {}, ("import", {"max_gen_toks": 9, "until": middle}), 0)])
+    assert middle not in cut and alone[0].startswith(cut)

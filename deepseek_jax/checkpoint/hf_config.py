@@ -151,6 +151,10 @@ def read_hf_config(directory: Path) -> HuggingFaceConfig:
         UserError: one line naming the file and the key: another model type, a value out of range, or one
             that asks for mathematics that our model does not have.
     """
+    if not directory.is_dir():
+        raise CheckpointError(f"{directory}: there is no such directory")
+    if not (directory / CONFIG_JSON).exists():
+        raise CheckpointError(f"{directory}: has no {CONFIG_JSON}, so it is no Hugging Face directory")
     path = file_inside(directory, CONFIG_JSON, str(directory))
     outer = read_object(path)
     content, prefix = outer, ""

@@ -17,7 +17,7 @@ from deepseek_jax.checkpoint.pretrained import load_pretrained
 from deepseek_jax.checkpoint.source import Source
 from deepseek_jax.checkpoint.tokenizer_files import TOKENIZER_JSON, read_text_files
 from deepseek_jax.compilation import keep_programs
-from deepseek_jax.config import Config, ModelConfig, load_config
+from deepseek_jax.config import Config, ConfigError, ModelConfig, load_config
 from deepseek_jax.data.tokenizer import load_tokenizer
 from deepseek_jax.errors import UserError
 from deepseek_jax.parallel.sharding import Division
@@ -96,9 +96,14 @@ def load_run(run_dir: Path, step: int | None = None) -> tuple[ModelConfig, Token
 def run_config(run_dir: Path) -> Config:
     """Of a run; raises `UserError` if there is none, or this machine cannot compute as it says."""
     path = run_dir / CONFIG_YAML
+    if not run_dir.is_dir():
+        raise UserError(f"{run_dir}: there is no such directory")
     if not path.is_file():
         raise UserError(f"{run_dir}: no model here: neither a run's {CONFIG_YAML} nor Hugging Face's {CONFIG_JSON}")
-    config = load_config(path)
+    try:
+        config = load_config(path)
+    except ConfigError as error:
+        raise UserError(str(error) if str(path) in str(error) else f"{path}: {error}") from None
     if config.model.precision == "fp8":
         require_fp8()
     return config
