@@ -3,7 +3,10 @@
 import dataclasses
 import math
 import sys
+from functools import partial
 
+import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 import torch
@@ -14,8 +17,11 @@ from deepseek_jax.config import load_config
 from deepseek_jax.data.packing import PreparedData
 from deepseek_jax.data.tokenizer import load_tokenizer
 from deepseek_jax.generation.scoring import Scorer
+from deepseek_jax.parallel.mesh import resolve
+from deepseek_jax.parallel.sharding import Division
+from deepseek_jax.training import evaluation
 from deepseek_jax.training.evaluation import Evaluation
-from deepseek_jax.training.step import TrainState
+from deepseek_jax.training.step import TrainState, init_state
 from deepseek_torch.training.evaluation import Evaluation as TorchEvaluation
 from parity_tests.checkpoints import TINY, write_huggingface_directory
 from parity_tests.siblings import Siblings
@@ -80,6 +86,23 @@ def test_bits_per_byte_of_a_run_are_exactly_those_of_its_targets(pair, oracle, x
     for bits in (Evaluation(config, data).by_set(state), TorchEvaluation(config, data).by_set(pair.torch)):
         assert list(bits) == list(texts)
         assert all(abs(bits[name] / expected[name] - 1) < 1e-12 for name in texts)
+
+
+def test_every_device_of_a_mesh_evaluates_its_own_sequences(monkeypatch):
+    """Thirteen in batches of eight, of which the last is filled up; a sum of squares stands for the nats."""
+
+    def squares(params, router_state, tokens, weights, config, division):
+        return jnp.sum(jnp.sum(tokens**2, axis=1) * weights)
+
+    monkeypatch.setattr(evaluation, "evaluation_nats", squares)
+    config = load_config("tiny", ["train.eval_sequences=13", "train.batch_size=8", "train.sequence_length=12"])
+    tokens = np.random.default_rng(0).integers(0, 320, 13 * 12 + 40)
+    data = PreparedData(tokenizer=None, sets=(tokens,), held_out=(tokens,), end_of_document=0, token_bytes=np.ones(320, int))
+    division = Division(resolve(config, 8), jax.eval_shape(partial(init_state, config)).params)
+    expected = sum((tokens[start : start + 13] ** 2).sum() for start in range(0, 13 * 12, 12)) / math.log(2) / (13 * 12)
+    for each in (None, division):
+        (bits,) = Evaluation(config, data, each).by_set(TrainState({}, {}, None)).values()
+        assert bits == pytest.approx(expected, rel=1e-6)
 
 
 def from_pretrained(directory):

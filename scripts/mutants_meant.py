@@ -62,6 +62,7 @@ MODULES = {
         "training/evaluation.py",
         """test_document_masks.py::test_bytes_of_documents
         test_document_masks.py::test_losses_are_those_of_the_documents_one_by_one
+        test_scoring.py::test_every_device_of_a_mesh_evaluates_its_own_sequences
         test_scoring.py::test_bits_per_byte_of_a_run_are_exactly_those_of_its_targets""",
     ),
     "attention": (
