@@ -72,7 +72,7 @@ class OrbaxSource:
         stored = next((form for form, dtype in FORMS.items() if dtype in dtypes and form != "float32"), "float32")
         self.form = came_as or ("fp8" if self._scales else stored)
         nbytes = sum(store.size * store.dtype.numpy_dtype.itemsize for store in self._stores.values())
-        adapter = f", {len(self._adapters)} adapters of rank {self.lora.rank} merged" if self._adapters else ""
+        adapter = f", {len(self._adapters)} adapters of rank {self.lora.rank}" if self._adapters else ""
         came = ", from FP8 with its scales kept" if self._scales else ""
         self.summary = summarize(f"{step}: orbax{came}{adapter}", dtypes, nbytes)
         self._where = str(step)
