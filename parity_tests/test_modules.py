@@ -141,6 +141,7 @@ SCALINGS = [
     RopeScaling(mscale=0.5, mscale_all_dim=0.0),
     RopeScaling(factor=3.0, original_max_position_embeddings=64, beta_fast=2.0, beta_slow=2.0),
     RopeScaling(original_max_position_embeddings=131072),  # the slow cut lies beyond the last pair
+    RopeScaling(original_max_position_embeddings=6),  # both cuts are at the first
 ]
 
 

@@ -13,7 +13,7 @@ from deepseek_jax.config import Config
 from deepseek_jax.data import packing, shards
 from deepseek_jax.data import tokenizer as tokenizing
 from deepseek_jax.data.documents import DataError
-from deepseek_jax.data.packing import changed_files, is_prepared, prepare, write_tokens
+from deepseek_jax.data.packing import changed_files, is_prepared, open_prepared, prepare, write_tokens
 from deepseek_jax.data.tokenizer import END_OF_DOCUMENT, train_tokenizer
 from parity_tests.texts import TEXT, VOCAB_SIZE, one_line, tiny
 
@@ -167,6 +167,18 @@ def test_text_shorter_than_a_sequence(tmp_path):
     with pytest.raises(DataError) as error:
         prepare(tiny(path, held_out_fraction=0.01), tmp_path / "run")
     one_line(error, str(path), "tokens held out and one sequence needs 34", "data.held_out_fraction=0.01")
+
+
+def test_one_sequence_is_enough(tmp_path, text_file):
+    run = tmp_path / "run"
+    prepare(tiny(text_file), run)
+    for name in (packing.TRAIN, packing.HELD_OUT):
+        np.save(run / name, np.zeros(34, np.uint16))
+        open_prepared(tiny(text_file), run)
+        np.save(run / name, np.zeros(33, np.uint16))
+        with pytest.raises(DataError, match=r"33 tokens .* and one sequence needs 34"):
+            open_prepared(tiny(text_file), run)
+        np.save(run / name, np.zeros(34, np.uint16))
 
 
 def test_config_without_text_or_with_a_wrong_tokenizer(tmp_path, text_file, tokenizer):

@@ -232,6 +232,8 @@ def test_a_run_takes_prepared_sets(prepared, raw, tmp_path):
     assert is_prepared(config, tmp_path / "run") and not is_prepared(run_of(path=[prepared[0].out], seed=3), tmp_path / "run")
     assert data.train_tokens == prepared[1]["tokens"]["train"] and data.held_out_tokens == prepared[1]["tokens"]["held_out"]
     assert len(open_prepared(config, tmp_path / "run").train) == data.train_tokens
+    prepare_run(run_of(path=[prepared[0].out], seed=3), tmp_path / "run")
+    assert not is_prepared(config, tmp_path / "run")
     other = config_of(raw[0], tmp_path / "other", mix=MixConfig(0, 1, 0, 0))
     prepare(replace(other, input=[str(raw[0] / "code")]), map_shards=HERE)
     with pytest.raises(DataError) as error:

@@ -48,7 +48,8 @@ MODULES = {
         test_training.py::test_training_loss_by_its_parts
         test_document_masks.py::test_losses_are_those_of_the_documents_one_by_one
         test_document_masks.py::test_targets_count_the_same_on_a_mesh
-        test_training.py::test_twenty_steps_in_lockstep test_adapters.py::test_both_siblings_learn_the_same""",
+        test_training.py::test_twenty_steps_in_lockstep test_adapters.py::test_both_siblings_learn_the_same
+        test_training.py::test_growing_batches_by_one_program_are_whole_batches""",
     ),
     "optimizer": (
         "training/optimizer.py",
