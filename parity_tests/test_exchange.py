@@ -144,6 +144,7 @@ ROUTINGS = {
     "even": (in_groups((0, 1), (2, 3)), 1),
     "every second choice on one device": (in_groups((0, 1), (0, 2), (0, 3), (3, 0)), 2),
     "all on one device": (in_groups((2, 2)), 4),
+    "each on one device": (in_groups((0, 0), (1, 1), (2, 2), (3, 3)), 1),
     "one choice on the first device, three on another": (one_and_three(), 2),
     "one too many": (one_too_many(), 2),
     "uneven in one group": (uneven_in_one_group(), 3),
