@@ -3,24 +3,24 @@
 python scripts/stdlib_text.py runs/text/python.jsonl
 """
 
+import argparse
 import json
-import os
-import sys
 from pathlib import Path
 
 from deepseek_jax.data.sources import python_library
+from deepseek_jax.errors import write_atomically
 
 
 def write(target: Path) -> None:
     """All of it to `target`, which appears whole or not at all."""
     target.parent.mkdir(parents=True, exist_ok=True)
-    partial = target.with_name(f".{target.name}.{os.getpid()}.partial")
     documents = [document.text for document in python_library()]
-    partial.write_text("".join(json.dumps({"text": text}) + "\n" for text in documents), encoding="utf-8")
-    partial.replace(target)
+    write_atomically(target, "".join(json.dumps({"text": text}) + "\n" for text in documents))
     size = sum(len(text.encode()) for text in documents)
     print(f"{target}: {len(documents)} documents, {size / 1e6:.1f} MB of Python's own documentation and source")
 
 
 if __name__ == "__main__":
-    write(Path(sys.argv[1]))
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("target", type=Path, metavar="FILE.jsonl")
+    write(parser.parse_args().target)
