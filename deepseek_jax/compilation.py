@@ -25,13 +25,16 @@ OPTIONS = {
     "tpu": {
         # Tokens travel to their experts and back beside other work; without it the core waits for them.
         "xla_tpu_enable_async_ragged_all_to_all": "true",
-        # Weights and their gradients' sums do, by the SparseCores where a chip has them; v5e takes these and changes nothing.
-        "xla_tpu_enable_sparse_core_collective_offload_all_gather": "true",
-        "xla_tpu_enable_sparse_core_collective_offload_2d_all_gather": "true",
-        "xla_tpu_enable_sparse_core_collective_offload_reduce_scatter": "true",
-        "xla_tpu_enable_sparse_core_collective_offload_nd_reduce_scatter": "true",
     },
 }
+SPARSE_CORES = {
+    "tpu": {
+        f"xla_tpu_enable_sparse_core_collective_offload_{kind}": "true"
+        for kind in ("all_gather", "2d_all_gather", "reduce_scatter", "nd_reduce_scatter")
+    },
+}
+"""Weights and their gradients' sums travel beside other work, where a chip has SparseCores; v5e takes these and changes
+nothing. What is summed so must be whole in float32 first."""
 CACHE_BYTES = 2 * 2**30
 """Of programs that are kept; those that were used longest ago go first."""
 CACHE_SECONDS = 0.3
@@ -43,9 +46,15 @@ SUMS = "sums.json"
 
 
 @cache
-def compiler_options(device: jax.Device) -> dict[str, str]:
-    """What `jax.jit` takes for a device, which may be described only: of OPTIONS those that its compiler knows."""
-    return {name: value for name, value in OPTIONS.get(device.platform, {}).items() if _is_known(device, name, value)}
+def compiler_options(device: jax.Device, sparse_cores: bool = True) -> dict[str, str]:
+    """What `jax.jit` takes for a device, which may be described only: of OPTIONS those that its compiler knows.
+
+    Args:
+        sparse_cores: whether those of SPARSE_CORES, too.
+    """
+    platform = device.platform
+    options = OPTIONS.get(platform, {}) | (SPARSE_CORES.get(platform, {}) if sparse_cores else {})
+    return {name: value for name, value in options.items() if _is_known(device, name, value)}
 
 
 def _is_known(device: jax.Device, name: str, value: str) -> bool:

@@ -116,6 +116,19 @@ def test_parts_are_part_of_a_search():
 
 
 @pytest.mark.parametrize(
+    "said",
+    ["Ran out of memory in memory space hbm. Used 106.39G of 95.74G hbm. Exceeded hbm capacity by 10.65G.",
+     "Ran out of memory on HBM, the total memory required for HLO temporaries (106.39G) exceeds available HBM (95.74G)."],
+)  # fmt: skip
+def test_a_step_too_large_is_one_line(said):
+    """In both forms in which XLA for TPUs says so; an error that says something else is left as it is."""
+    told = str(estimate.too_large(RuntimeError(said), CPU))
+    assert told.startswith("does not fit cpu:8: a device needs 106.39GB of 95.74GB; take more devices")
+    other = RuntimeError("no such device")
+    assert estimate.too_large(other, CPU) is other
+
+
+@pytest.mark.parametrize(
     "words, told",
     [
         (["--config", "tiny", "--topology", "v9:8"], "known are v5e"),

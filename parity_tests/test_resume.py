@@ -12,7 +12,7 @@ import jax
 import pytest
 
 from deepseek_jax.checkpoint.tensors import CheckpointError
-from deepseek_jax.compilation import OPTIONS, cache_directory, compiler_options, keep_programs
+from deepseek_jax.compilation import OPTIONS, SPARSE_CORES, cache_directory, compiler_options, keep_programs
 from deepseek_jax.config import Config, ConfigError, Phase, TrainConfig, load_config
 from deepseek_jax.training.lock import LOCK_FILE, sole_use
 from deepseek_jax.training.resume import changed_fields, check_changes, saved_sections
@@ -138,9 +138,11 @@ def test_an_empty_directory_is_not_left_behind(tmp_path):
 
 def test_options_that_a_compiler_does_not_know_are_left_out(monkeypatch):
     """Another version's names must not stop a run."""
-    known = dict(OPTIONS["cpu"])
+    known, more = dict(OPTIONS["cpu"]), {"xla_cpu_enable_fast_math": "True"}
     monkeypatch.setitem(OPTIONS, "cpu", {**known, "xla_cpu_an_option_of_tomorrow": "true"})
-    assert compiler_options.__wrapped__(jax.local_devices()[0]) == known
+    monkeypatch.setitem(SPARSE_CORES, "cpu", more)
+    assert compiler_options.__wrapped__(jax.local_devices()[0]) == known | more
+    assert compiler_options.__wrapped__(jax.local_devices()[0], sparse_cores=False) == known
 
 
 def test_programs_that_cannot_be_kept_cost_a_line(tmp_path, capsys, monkeypatch):

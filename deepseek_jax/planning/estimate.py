@@ -119,11 +119,13 @@ def extrapolated(config: Config, topology: Topology, tell: Tell, layers: int) ->
 
 def too_large(error: Exception, topology: Topology) -> Exception:
     """What a compiler's failure means to the user; the error itself if that is not known."""
-    used = re.search(r"Used ([\d.]+\w) of ([\d.]+\w) hbm\. Exceeded hbm capacity by ([\d.]+\w)", str(error))
+    used = re.search(r"Used ([\d.]+\w) of ([\d.]+\w) hbm\.", str(error)) or re.search(
+        r"required for HLO temporaries \(([\d.]+\w)\) exceeds available HBM \(([\d.]+\w)\)", str(error)
+    )
     if used is None:
         return error
     return ConfigError(
-        f"does not fit {topology.name}: a device needs {used[1]}B of {used[2]}B, {used[3]}B too much; take more devices, "
+        f"does not fit {topology.name}: a device needs {used[1]}B of {used[2]}B; take more devices, "
         f"model.remat=full, a larger parallel.fsdp, fewer sequences at a time, or --search"
     )
 
