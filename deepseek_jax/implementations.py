@@ -18,7 +18,7 @@ BEST = {
 }
 """Operation -> platform, as JAX names it -> implementation."""
 
-WITHOUT_FLOAT64 = {"megablox": "blocked", "triton": "blocked", "splash": "chunked", "cudnn": "chunked"}
+WITHOUT_FLOAT64 = {"megablox": "blocked", "triton": "blocked", "mosaic": "blocked", "splash": "chunked", "cudnn": "chunked"}
 """Kernels that have no float64, and what takes their place."""
 
 

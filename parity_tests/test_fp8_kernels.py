@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 
 from deepseek_jax.errors import UserError
+from deepseek_jax.kernels import mosaic_fp8_matmul, triton_fp8_matmul
 from deepseek_jax.kernels.tiles import make_tiles
 from deepseek_jax.kernels.triton_quantize import quantize, quantize_along_rows
 from deepseek_jax.precision.fp8 import quantize_blocks, quantize_tiles
@@ -77,3 +78,29 @@ def test_stacks_that_cannot_be_addressed_are_refused():
     experts = jax.ShapeDtypeStruct((256, 7168, 2048), jnp.float32)
     with pytest.raises(UserError, match=r"fp8: 3758096384 numbers .* larger parallel.expert"):
         jax.eval_shape(partial(quantize, smallest_amax=1e-4, in_blocks=True), experts)
+
+
+@pytest.mark.skipif(jax.__version_info__ < (0, 11), reason="before, the emulation of Mosaic-GPU has no transposed operands")
+@pytest.mark.parametrize("sizes", [[130, 0, 50], [0, 0, 0]])
+def test_mosaic_is_triton_to_the_bit(sizes):
+    """Emulated, all three products: sides that no tile divides, groups of several blocks and of none, rows of no group."""
+    from jax._src.pallas.mosaic_gpu.interpret.params import force_gpu_interpret_mode
+
+    rng = np.random.default_rng(0)
+    shapes = (190, 270), (3, 270, 140), (190, 140)
+    x, w, dy = (jnp.asarray(rng.standard_normal(shape), jnp.float32) for shape in shapes)
+    group_sizes = jnp.array(sizes, jnp.int32)
+    tiles, tile_ends = make_tiles(group_sizes, 190, 128), jnp.cumsum(-(-group_sizes // 128))
+    rows = [tuple(each[0] for each in quantize(one[None], 1e-4)) for one in (x, dy)]
+    blocks = [quantize(one, 1e-4, in_blocks=True) for one in (jnp.swapaxes(w, 1, 2), w)]
+    x_tiles, dy_tiles = (quantize_along_rows((one,), tiles, 3, 1e-30) for one in (x, dy))
+
+    def results(kernels):
+        y = kernels.rows_by_weights(rows[:1], blocks[:1], group_sizes, jnp.bfloat16)
+        dx = kernels.rows_by_weights(rows[1:] * 2, blocks[1:] * 2, group_sizes, jnp.float32)
+        return y, dx, kernels.rows_by_rows(x_tiles, dy_tiles, tile_ends, jnp.float32)
+
+    with force_gpu_interpret_mode():
+        ours = results(mosaic_fp8_matmul)
+    for one, other in zip(ours, results(triton_fp8_matmul), strict=True):
+        np.testing.assert_array_equal(one, other)

@@ -240,7 +240,9 @@ def test_megablox_tiles_follow_from_the_shapes(rows, experts, widths, dtype, exp
 
 def test_unusable_choices_are_named():
     x, weight, group_sizes = jnp.ones((2, 3)), jnp.ones((1, 3, 4)), jnp.array([2], jnp.int32)
-    with pytest.raises(UserError, match="grouped_matmul=dense: choose one of auto, reference, blocked, megablox, triton"):
+    with pytest.raises(
+        UserError, match="grouped_matmul=dense: choose one of auto, reference, blocked, megablox, triton, mosaic"
+    ):
         grouped_matmul(x, [weight], group_sizes, "dense")
     for name in ("megablox", "triton"):
         with jax.enable_x64(True), pytest.raises(UserError, match=f"{name}: has no float64"):

@@ -38,6 +38,7 @@ def test_a_kernel_that_tells_of_itself():
     [
         ("jit(train_step)/moe_layers/mlp/experts/jit(tgmm)/pallas_call", "tgmm"),
         ("vmap(sparsity)/splash_mha_fwd_residuals/splash_mha_fwd_residuals/pallas_call", "splash_mha_fwd_residuals"),
+        ("jit(train_step)/experts/grouped_matmul_fp8/mpmd_map", "grouped_matmul_fp8"),
         ("", "closed_call"),
     ],
 )  # fmt: skip
@@ -61,3 +62,13 @@ def test_attention(name, in_parts, widths):
     results = (Array("bf16", (4, 2, 64, 192)),) * in_parts + (q, v)
     kernel = Instruction(name, "custom-call", results, (), "")
     assert kernel_work(name, kernel, (Array("s8", (1, 2, 2)), q, q, v), None).flops == 2 * 64 * 64 * widths
+
+
+@pytest.mark.parametrize(
+    "name, widths", [("__cudnn$fmhaSoftmax", 192 + 128), ("__cudnn$fmhaSoftmaxBackward", 3 * 192 + 2 * 128)]
+)
+def test_attention_of_cudnn(name, widths):
+    """Whose arrays have tokens before heads."""
+    q, v = Array("bf16", (2, 64, 3, 192)), Array("bf16", (2, 64, 3, 128))
+    kernel = Instruction(name, "custom-call", (v,), (), "")
+    assert kernel_work(name, kernel, (q, q, v), None).flops == 2 * 3 * 64 * 64 * widths

@@ -11,7 +11,7 @@ from deepseek_jax.errors import UserError
 
 PRECISIONS = ("float64", "float32", "bfloat16", "fp8")
 REMAT_CHOICES = ("none", "products", "hidden", "attention", "full")
-GROUPED_MATMULS = ("auto", "reference", "blocked", "megablox", "triton")
+GROUPED_MATMULS = ("auto", "reference", "blocked", "megablox", "triton", "mosaic")
 ATTENTIONS = ("auto", "reference", "blocked", "chunked", "splash", "cudnn")
 HOW_COMPUTED = ("precision", "remat", "grouped_matmul", "attention", "capacity_factor")
 """Fields of `ModelConfig` that a checkpoint says nothing of: how it is computed, and what training alone limits."""
@@ -123,8 +123,8 @@ class ModelConfig:
     to experts (`products`), all but attention, the latents before it and the sum after it (`attention`), these and the
     feed-forwards' hidden units (`hidden`), or every layer (`full`)."""
     grouped_matmul: str = "auto"
-    """Implementation of the routed experts' product, and in fp8, if it is `triton`, of all products; `auto` takes the
-    platform's best."""
+    """Implementation of the routed experts' product, and in fp8, if it is `triton` or `mosaic`, of all products; `auto` takes
+    the platform's best. `mosaic` (Hopper alone, not run yet) differs from `triton` in fp8 alone."""
     attention: str = "auto"
     """Implementation of the softmax attention; `auto` takes the platform's best: `splash` on TPU, `cudnn` on GPU (where it
     lacks something, such as float32 or documents, `chunked`), `blocked` on CPU."""

@@ -229,6 +229,7 @@ _IMPLEMENTATIONS = {
     "blocked": (_blocked, _blocked_gradients),
     "megablox": (_megablox, _megablox_gradients),
     "triton": (_triton, _triton_gradients),
+    "mosaic": (_triton, _triton_gradients),  # its own are those of float8
 }
 
 

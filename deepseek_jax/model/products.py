@@ -17,7 +17,7 @@ from deepseek_jax.model.matmul import matmul
 from deepseek_jax.model.panels import Panels, times
 from deepseek_jax.precision.fp8_grouped_matmul import fp8_grouped_matmul
 from deepseek_jax.precision.fp8_matmul import fp8_matmul
-from deepseek_jax.precision.fp8_operands import Operand, Prepared, prepare_rows, prepare_weight
+from deepseek_jax.precision.fp8_operands import KERNELS, Operand, Prepared, prepare_rows, prepare_weight
 from deepseek_jax.precision.narrow import narrow
 
 PRODUCT, HIDDEN, ATTENDED, WAYPOINT, AGAIN = "product", "hidden", "attended", "waypoint", "again"
@@ -89,4 +89,4 @@ def prepared(config: ModelConfig, x: Operand, weight: Operand) -> Operand:
 def _fp8_implementation(config: ModelConfig) -> str:
     """Kernels where `grouped_matmul` names those for GPUs."""
     grouped = best("grouped_matmul") if config.grouped_matmul == "auto" else config.grouped_matmul
-    return "triton" if grouped == "triton" else "dot_general"
+    return grouped if grouped in KERNELS else "dot_general"

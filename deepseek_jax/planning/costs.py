@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from typing import NamedTuple
 
 from deepseek_jax.planning.kernels import kernel_name, kernel_work
-from deepseek_jax.planning.machines import KERNEL_SHARE, Machine
+from deepseek_jax.planning.machines import FP8_KERNEL_SHARE, KERNEL_SHARE, Machine
 from deepseek_jax.planning.products import product_flops
 from deepseek_jax.planning.program import TRANSPARENT, Array, Instruction, Program
 
@@ -53,7 +53,7 @@ class Costs:
             cycles = re.search(r'"estimated_cycles":"(\d+)"', instruction.rest)
             if cycles and int(cycles[1]) >= NO_ESTIMATE:
                 moved = sum(array.bytes for array in (*operands, *instruction.results))
-                return Cost(self._by_work(flops, moved, self._machine.bf16_flops), flops)
+                return Cost(self._by_work(flops, moved, KERNEL_SHARE * self._machine.bf16_flops), flops)
             return Cost(int(cycles[1]) / self._machine.clock if cycles else 0.0, flops)
         return Cost(self._by_models(instruction, flops), flops)
 
@@ -61,12 +61,13 @@ class Costs:
         work = kernel_work(name, instruction, operands, self._even_rows)
         if work is None:
             return Cost(0.0, kernel=name, is_known=False)
-        peak = self._machine.fp8_flops if "fp8" in name else self._machine.bf16_flops
-        return Cost(self._by_work(work.flops, work.bytes, peak), work.flops, name)
+        is_fp8 = "fp8" in name
+        rate = FP8_KERNEL_SHARE * self._machine.fp8_flops if is_fp8 else KERNEL_SHARE * self._machine.bf16_flops
+        return Cost(self._by_work(work.flops, work.bytes, rate), work.flops, name)
 
-    def _by_work(self, flops: float, moved: int, peak: float) -> float:
-        """Seconds for products and the bytes that they move, whichever takes longer."""
-        return max(flops / (KERNEL_SHARE * peak), moved / self._machine.memory_bandwidth)
+    def _by_work(self, flops: float, moved: int, rate: float) -> float:
+        """Seconds for products at that rate and the bytes that they move, whichever takes longer."""
+        return max(flops / rate, moved / self._machine.memory_bandwidth)
 
     def _by_models(self, instruction: Instruction, flops: int) -> float:
         """By XLA's cost models for GPUs, the least of theirs, `sol` aside, which is not comparable with the rest."""

@@ -31,7 +31,9 @@ def kernel_name(instruction: Instruction) -> str | None:
         return None
     if "fmha" in target[1] or "cublas" in target[1]:
         return target[1]
-    within = re.search(r'op_name="[^"]*?([^"/()]+)\)?(?:/pallas_call)+"', instruction.rest)  # the last name around the call
+    within = re.search(
+        r'op_name="[^"]*?([^"/()]+)\)?(?:/(?:pallas_call|mpmd_map))+"', instruction.rest
+    )  # the last name around the call
     return within[1] if within else re.sub(r"[.\d]+$", "", instruction.name)
 
 
@@ -79,17 +81,18 @@ def _codes(operands: Operands) -> list[Array]:
     return [array for array in operands if array.dtype.startswith("f8")]
 
 
-def _attention(widths: Callable[[int, int, bool], int]) -> Callable[[Operands, Operands], int]:
+def _attention(widths: Callable[[int, int, bool], int], keys: int = -2) -> Callable[[Operands, Operands], int]:
     """Causal: half of the pairs of a query and a key meet.
 
     Args:
+        keys: which of a key's axes counts them: in cuDNN's layout here, [B, T, H, D], not the last but one.
         widths: of all products that a pair is part of, by the widths of a key and a value, and whether the kernel returns
             the queries' gradient in parts, one for each block of keys.
     """
 
     def count(operands: Operands, results: Operands) -> int:
         q, k, v = [array for array in operands if len(array.shape) >= 3 and array.dtype in ("bf16", "f16", "f32")][:3]
-        pairs = math.prod(q.shape[:-1]) * k.shape[-2]
+        pairs = math.prod(q.shape[:-1]) * k.shape[keys]
         in_parts = any(len(array.shape) > len(q.shape) for array in results)
         return pairs * widths(q.shape[-1], v.shape[-1], in_parts)
 
@@ -123,7 +126,7 @@ FORMULAS = {
     "splash_mha_fwd": _attention(lambda d, v, _: d + v),
     "splash_mha_dkv": _attention(lambda d, v, is_fused: 3 * d + 2 * v if is_fused else 2 * d + 2 * v),
     "splash_mha_dq": _attention(lambda d, v, _: 2 * d + v),  # MaxText's default: makes scores again, as dkv does
-    "fmhaSoftmaxBackward": _attention(lambda d, v, _: 3 * d + 2 * v),
-    "fmhaSoftmax": _attention(lambda d, v, _: d + v),
+    "fmhaSoftmaxBackward": _attention(lambda d, v, _: 3 * d + 2 * v, keys=1),
+    "fmhaSoftmax": _attention(lambda d, v, _: d + v, keys=1),
 }
 """Part of a kernel's name -> its operations."""

@@ -66,5 +66,7 @@ def machine_of(device_kind: str) -> Machine | None:
 LINK_SHARE = 0.8
 """Of a link's rate that collectives reach: large messages in NCCL's and Google's own tests come to 75 to 90%."""
 KERNEL_SHARE = 0.6
-"""Of the peak that kernels reach, ours and others' alike, and products on GPUs. DeepGEMM reaches 55 to 70% of an H800's
-float8 peak at V3's shapes, tokamax and MaxText 55 to 70% of a TPU's: 60% on both sides of every comparison."""
+"""Of the peak that kernels reach, ours and others' alike, and products on GPUs: tokamax and MaxText 55 to 70% of a TPU's; on
+an H100 XLA's bfloat16 products 64 to 72%, our grouped ones 53 to 60%. 60% on both sides of every comparison."""
+FP8_KERNEL_SHARE = 0.3
+"""Of float8's peak that our products of it reach: 25 to 33% on an H100 (`scripts/benchmark_kernels`)."""

@@ -5,7 +5,7 @@ from collections.abc import Iterable
 
 from deepseek_jax.config import MESH_AXES, Config
 from deepseek_jax.parallel.summary import readable_bytes
-from deepseek_jax.planning.machines import KERNEL_SHARE, LINK_SHARE
+from deepseek_jax.planning.machines import FP8_KERNEL_SHARE, KERNEL_SHARE, LINK_SHARE
 from deepseek_jax.planning.parts import PASSES, is_overflow, part_of
 from deepseek_jax.planning.run import RunFigures
 from deepseek_jax.planning.step import Line, PartTime, StepFigures, Transfer
@@ -114,7 +114,7 @@ def _largest(step: StepFigures) -> str:
     lines = ["the longest operations, ms, all their runs"]
     lines += [_line(line) for line in step.slowest]
     if step.kernels:
-        lines.append(f"kernels, ms, at {KERNEL_SHARE:.0%} of the peak")
+        lines.append(f"kernels, ms, at {KERNEL_SHARE:.0%} of the peak, of float8's {FP8_KERNEL_SHARE:.0%}")
         lines += [_line(line) for line in step.kernels]
     return "\n".join(lines)
 

@@ -16,6 +16,7 @@ from deepseek_jax.precision import fp8_kernels
 from deepseek_jax.precision.fp8 import TILE
 from deepseek_jax.precision.fp8_matmul import IMPLEMENTATIONS, Kept, quantize_gradient, retile
 from deepseek_jax.precision.fp8_operands import (
+    KERNELS,
     Operand,
     Operands,
     Prepared,
@@ -38,14 +39,14 @@ def fp8_grouped_matmul(x: Operand, w: Operands, group_sizes: jax.Array, implemen
         x: [N, K] rows sorted by group, or what `prepare_rows` made of them.
         w: [E, K, M] master weights, or what `prepare_weight` made of them, or a tuple of such that all read x.
         group_sizes: [E] int32, together at most N.
-        implementation: a key of `fp8_matmul.IMPLEMENTATIONS`, or `triton` for the kernels for GPUs.
+        implementation: a key of `fp8_matmul.IMPLEMENTATIONS`, or one of KERNELS.
 
     Returns:
         [N, M] in x's type, or a tuple of such; rows past the last group are zero.
     """
     rows, weights = prepare_rows(x, implementation), prepare_weights(w, implementation)
-    if implementation == "triton":
-        outputs = fp8_kernels.grouped_matmul(rows, weights, group_sizes)
+    if implementation in KERNELS:
+        outputs = fp8_kernels.grouped_matmul(rows, weights, group_sizes, implementation)
     else:
         outputs = _grouped_matmul(rows, weights, group_sizes, implementation)
     return as_given(w, outputs)

@@ -4,6 +4,10 @@ The kernels read codes along the contracted axis. So weights are turned for y, a
 in tiles of 128 rows of one expert, a tile's rows side by side.
 """
 
+from functools import partial
+from importlib import import_module
+from types import ModuleType
+
 import jax
 import jax.numpy as jnp
 
@@ -14,35 +18,39 @@ Kept = tuple[Quantized, list[Quantized], list[jax.Array], jax.Array]
 """x, the weights, arrays of the types of their gradients, and the groups' sizes."""
 
 
-@jax.custom_vjp
-def grouped_matmul(x: Prepared, weights: list[Prepared], group_sizes: jax.Array) -> list[jax.Array]:
+@partial(jax.custom_vjp, nondiff_argnums=(3,))
+def grouped_matmul(x: Prepared, weights: list[Prepared], group_sizes: jax.Array, kernels: str) -> list[jax.Array]:
     """Rows x [N, K] sorted by group times each of the weights [E, K, M]: [N, M]; see `fp8_grouped_matmul`."""
-    return _forward(x, weights, group_sizes)[0]
+    return _forward(x, weights, group_sizes, kernels)[0]
 
 
-def _forward(x: Prepared, weights: list[Prepared], group_sizes: jax.Array) -> tuple[list[jax.Array], Kept]:
-    from deepseek_jax.kernels.triton_fp8_matmul import rows_by_weights
+def _products(kernels: str) -> ModuleType:
+    """Imported late: only GPUs should load Pallas."""
+    return import_module(f"deepseek_jax.kernels.{kernels}_fp8_matmul")
 
+
+def _forward(x: Prepared, weights: list[Prepared], group_sizes: jax.Array, kernels: str) -> tuple[list[jax.Array], Kept]:
+    multiply = _products(kernels).rows_by_weights
     blocks = [weight.quantized for weight in weights]
     turned = ((jnp.swapaxes(codes, 1, 2), jnp.swapaxes(scales, 1, 2)) for codes, scales in blocks)
-    outputs = [rows_by_weights([x.quantized], [weight], group_sizes, x.dtype) for weight in turned]
+    outputs = [multiply([x.quantized], [weight], group_sizes, x.dtype) for weight in turned]
     return outputs, (x.quantized, blocks, like(weights), group_sizes)
 
 
-def _backward(kept: Kept, gradients: list[jax.Array]) -> tuple[Prepared, list[Prepared], None]:
+def _backward(kernels: str, kept: Kept, gradients: list[jax.Array]) -> tuple[Prepared, list[Prepared], None]:
     from deepseek_jax.kernels.tiles import make_tiles
-    from deepseek_jax.kernels.triton_fp8_matmul import rows_by_rows, rows_by_weights
     from deepseek_jax.kernels.triton_quantize import quantize, quantize_along_rows
 
+    products = _products(kernels)
     x_tiles, blocks, types, group_sizes = kept
     rows = [_of_one(quantize(dy[None], SMALLEST_GRADIENT_AMAX)) for dy in gradients]
-    dx = rows_by_weights(rows, blocks, group_sizes, gradients[0].dtype)
+    dx = products.rows_by_weights(rows, blocks, group_sizes, gradients[0].dtype)
 
     tiles, groups = make_tiles(group_sizes, x_tiles.codes.shape[0], TILE), group_sizes.size
     tile_ends = jnp.cumsum(-(-group_sizes // TILE))
     x = quantize_along_rows(x_tiles, tiles, groups, SMALLEST_AMAX)
     along_rows = (quantize_along_rows((dy,), tiles, groups, SMALLEST_GRADIENT_AMAX) for dy in gradients)
-    dw = [gradient_of(rows_by_rows(x, dy, tile_ends, own.dtype)) for dy, own in zip(along_rows, types)]
+    dw = [gradient_of(products.rows_by_rows(x, dy, tile_ends, own.dtype)) for dy, own in zip(along_rows, types)]
     return gradient_of(dx), dw, None
 
 

@@ -21,6 +21,7 @@ from deepseek_jax.precision.fp8 import (
     quantize_tiles,
 )
 from deepseek_jax.precision.fp8_operands import (
+    KERNELS,
     Operands,
     Prepared,
     Quantized,
@@ -43,16 +44,16 @@ def fp8_matmul(x: jax.Array, w: Operands, implementation: str = "dot_general") -
         x: [..., K] in any float type.
         w: [K, M], the master weight itself, quantised here, or what `prepare_weight` made of it. Its gradient is float32
             before it takes w's type. Or a tuple of such that all read x, which is then quantised and kept once.
-        implementation: a key of `IMPLEMENTATIONS`, or `triton` for the kernels for GPUs.
+        implementation: a key of `IMPLEMENTATIONS`, or one of KERNELS.
 
     Returns:
         [..., M] in x's type, or a tuple of such. The gradient of x has x's type too.
     """
     weights = prepare_weights(w, implementation)
     rows = prepare_rows(x.reshape(-1, x.shape[-1]), implementation)
-    if implementation == "triton":
+    if implementation in KERNELS:
         of_one = [jax.tree.map(lambda each: each[None], weight) for weight in weights]
-        outputs = fp8_kernels.grouped_matmul(rows, of_one, jnp.array([rows.place.shape[0]], jnp.int32))
+        outputs = fp8_kernels.grouped_matmul(rows, of_one, jnp.array([rows.place.shape[0]], jnp.int32), implementation)
     else:
         outputs = _matmul(rows, weights, implementation)
     return as_given(w, [y.reshape(*x.shape[:-1], y.shape[-1]) for y in outputs])

@@ -34,6 +34,8 @@ class Prepared(NamedTuple):
 
 Operand = jax.Array | Prepared
 Operands = Operand | tuple[Operand, ...]
+KERNELS = ("triton", "mosaic")
+"""Implementations of the products by kernels for GPUs, which take operands that kernels quantise."""
 
 
 def prepare_rows(x: Operand, implementation: str = "dot_general") -> Prepared:
@@ -41,7 +43,7 @@ def prepare_rows(x: Operand, implementation: str = "dot_general") -> Prepared:
     if isinstance(x, Prepared):
         return x
     rows = jax.lax.stop_gradient(x)
-    if implementation == "triton":
+    if implementation in KERNELS:
         from deepseek_jax.kernels.triton_quantize import quantize
 
         codes, scales = quantize(rows[None], SMALLEST_AMAX)
@@ -52,7 +54,7 @@ def prepare_rows(x: Operand, implementation: str = "dot_general") -> Prepared:
 def prepare_weight(weight: jax.Array, dtype: jnp.dtype, implementation: str = "dot_general") -> Prepared:
     """A master weight [K, M] or [E, K, M] in blocks of 128 x 128; `dtype` is its gradient's."""
     wide = jax.lax.stop_gradient(weight).astype(jnp.float32)
-    if implementation == "triton":
+    if implementation in KERNELS:
         from deepseek_jax.kernels.triton_quantize import quantize
 
         stack = quantize(wide.reshape(-1, *wide.shape[-2:]), SMALLEST_AMAX, in_blocks=True)
