@@ -22,6 +22,8 @@ from deepseek_jax.errors import write_atomically
 OPTIONS = {
     # The order of work that needs the least memory: other orders save no time.
     "cpu": {"xla_cpu_scheduler_type": "CPU_SCHEDULER_TYPE_MEMORY_OPTIMIZED"},
+    # What travels starts before work that does not wait for it.
+    "gpu": {"xla_gpu_enable_latency_hiding_scheduler": "True"},
     "tpu": {
         # Tokens travel to their experts and back beside other work; without it the core waits for them.
         "xla_tpu_enable_async_ragged_all_to_all": "true",

@@ -35,8 +35,9 @@ TABLE = {
                                                      "communication"),
     "sequence": Row(("context",), "one that a device does not hold is divided; its ids are whole on all of them, and the "
                                   "model takes its own"),
-    "experts": Row(("expert",), "an expert's weights stay where they are and tokens travel to it: of many experts' weights "
-                                "and their tokens, these are the smaller load"),
+    "experts": Row(("expert", "fsdp", "context"), "an expert's weights stay where they are and tokens travel to it: of many "
+                                                  "experts' weights and their tokens, these are the smaller load; what is "
+                                                  "gathered layer by layer lies in one piece if it is whole experts"),
     "features": Row(("fsdp", "context", "pipe", "data", "expert"), "inputs and outputs are the only axes that all weights "
                                                                    "have; what a step gathers last, layer by layer, is cut "
                                                                    "first"),
@@ -84,8 +85,8 @@ class Division:
         rest, cuts = list(shape), []
         logical_of = logical_axes(path, len(shape))
         axes = [TABLE[self._features if logical == "features" else logical].mesh_axes for logical in logical_of]
-        last = self.layer_axes(path)
-        for mesh_axis in (*last, *(axis for axis in TABLE["features"].mesh_axes if axis not in last)):
+        first = (*(("expert",) if "experts" in path else ()), *self.layer_axes(path))
+        for mesh_axis in (*first, *(axis for axis in TABLE["features"].mesh_axes if axis not in first)):
             size = self.mesh.shape[mesh_axis]
             dim = next((d for d, allowed in enumerate(axes) if mesh_axis in allowed and rest[d] % size == 0), None)
             if size > 1 and dim is not None:
