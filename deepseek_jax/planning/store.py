@@ -6,6 +6,7 @@ import hashlib
 import itertools
 import json
 import os
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -57,7 +58,9 @@ def _key(config: Config, topology_name: str, versions: dict[str, str]) -> str:
     return hashlib.sha256(content.encode()).hexdigest()[:32]
 
 
+@cache
 def _code() -> str:
+    """A digest of the sources that steps are made of, read once: edits made while a step compiles are not in it."""
     package = Path(__file__).resolve().parent.parent
     folders = [sorted((package / name).rglob("*.py")) for name in ("model", "precision", "parallel", "training", "kernels")]
     digest = hashlib.sha256()
