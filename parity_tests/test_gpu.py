@@ -4,6 +4,7 @@ import os
 import re
 import tempfile
 from concurrent.futures import ProcessPoolExecutor
+from importlib import metadata
 from multiprocessing import get_context
 from pathlib import Path
 
@@ -84,8 +85,8 @@ def test_float8_products_run_on_the_tensor_cores():
     products = ["grouped_matmul_fp8", "grouped_matmul_fp8", "grouped_matmul_of_rows_fp8"]
     assert kernels(text) == products + ["quantize"] * 3 + ["quantize_along_rows"] * 2
     assert " while(" not in text
-    if not assembly:
-        pytest.skip("this compiler does not tell what it gives to the assembler")
+    if not assembly and metadata.version("jax").split(".") >= ["0", "11"]:
+        pytest.skip("newer compilers do not tell what they give to the assembler")
     assert set(re.findall(r"\bw?g?mma\S*\.f32\.\w+\.\w+", assembly)) == {
         "wgmma.mma_async.sync.aligned.m64n128k32.f32.e4m3.e4m3"
     }

@@ -17,6 +17,8 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
+from deepseek_jax.kernels.triton_fp8_matmul import Scaled, matmul_name
+
 TILE = 128
 HALF = TILE // 2
 """Rows of each multiplying group of warps."""
@@ -28,22 +30,12 @@ COPYING = 2
 """Index of the group of warps that copies."""
 WHOLE = 64
 """Of what a matrix' sides are multiples that the copy engine takes, in numbers of two bytes; in codes it is a tile."""
-Scaled = tuple[jax.Array, jax.Array]
 Operands = Callable[[jax.Array], Sequence[Any]]
 """From a step to where in memory its part of each of `Buffers` lies."""
 
 
 def rows_by_weights(rows: Sequence[Scaled], weights: Sequence[Scaled], group_sizes: jax.Array, dtype: jnp.dtype) -> jax.Array:
-    """Sum of products of rows and their groups' weights.
-
-    Args:
-        rows: each codes [N, K], sorted by group, and float32 scales [N, ceil(K/128)]; K may differ.
-        weights: for each of them codes [E, M, K] and float32 scales [E, ceil(M/128), ceil(K/128)].
-        group_sizes: [E], together at most N.
-
-    Returns:
-        [N, M]; zero for rows of no group.
-    """
+    """What `triton_fp8_matmul.rows_by_weights` says."""
     count, groups, width = rows[0][0].shape[0], *weights[0][0].shape[:2]
     blocks = make_blocks(group_sizes, count)
 
@@ -59,14 +51,12 @@ def rows_by_weights(rows: Sequence[Scaled], weights: Sequence[Scaled], group_siz
                 x[0].at[here, _tile(step)], x[1].at[step, here], w[0].at[own, there, _tile(step)], w[1].at[own, step, there]
             )  # fmt: skip
 
-        parts = [
-            (jnp.where(is_needed, pl.cdiv(x[0].shape[1], TILE), 0), operands(x, w)) for x, w in zip(rows, weights)
-        ]  # fmt: skip
+        parts = [(jnp.where(is_needed, pl.cdiv(x[0].shape[1], TILE), 0), operands(x, w)) for x, w in zip(rows, weights)]
         _multiply(parts, y, block * TILE, first, end, there)
 
     y = _call(
         body,
-        f"{_matmul(groups)}_fp8",
+        f"{matmul_name(groups)}_fp8",
         {"row": blocks.group.size},
         jax.ShapeDtypeStruct((count + -count % WHOLE, width + -width % WHOLE), dtype),
         *blocks,
@@ -77,16 +67,7 @@ def rows_by_weights(rows: Sequence[Scaled], weights: Sequence[Scaled], group_siz
 
 
 def rows_by_rows(x: Scaled, dy: Scaled, tile_ends: jax.Array, dtype: jnp.dtype) -> jax.Array:
-    """For every group the product xᵀ dy of its rows, both in tiles of 128 rows, the last of a group filled with zeros.
-
-    Args:
-        x: codes [T, K, 128] of tiles sorted by group, and float32 scales [T, K].
-        dy: codes [T, M, 128] and scales [T, M].
-        tile_ends: [E] the tile after each group's last.
-
-    Returns:
-        [E, K, M]; zero for a group without tiles.
-    """
+    """What `triton_fp8_matmul.rows_by_rows` says."""
     height, width, groups = x[0].shape[1], dy[0].shape[1], tile_ends.size
 
     def body(starts: Any, ends: Any, x: Any, dy: Any, dw: Any) -> None:
@@ -103,7 +84,7 @@ def rows_by_rows(x: Scaled, dy: Scaled, tile_ends: jax.Array, dtype: jnp.dtype) 
 
     dw = _call(
         body,
-        f"{_matmul(groups)}_of_rows_fp8",
+        f"{matmul_name(groups)}_of_rows_fp8",
         {"group": groups, "row": pl.cdiv(height, TILE)},
         jax.ShapeDtypeStruct((groups, height, width + -width % WHOLE), dtype),
         jnp.append(0, tile_ends[:-1]).astype(jnp.int32),
@@ -285,8 +266,3 @@ def _call(body: Callable[..., None], name: str, rows: dict[str, int], result: An
         thread_name="warps",
         compiler_params=plgpu.CompilerParams(lowering_semantics=plgpu.LoweringSemantics.Warpgroup),
     )(*arrays)
-
-
-def _matmul(groups: int) -> str:
-    """In a kernel's name, by which a plan knows what even routing means for it."""
-    return "grouped_matmul" if groups > 1 else "matmul"

@@ -44,7 +44,7 @@ def rows_by_weights(rows: Sequence[Scaled], weights: Sequence[Scaled], group_siz
     tiles = make_tiles(group_sizes, count, shape.rows)
     return call(
         partial(_rows_by_weights_kernel, shape, groups),
-        f"{_matmul(groups)}_fp8",
+        f"{matmul_name(groups)}_fp8",
         (pl.cdiv(width, shape.columns), tiles.group.size),
         jax.ShapeDtypeStruct((count, width), dtype),
         PARAMETERS,
@@ -97,7 +97,7 @@ def rows_by_rows(x: Scaled, dy: Scaled, tile_ends: jax.Array, dtype: jnp.dtype) 
     shape = LARGEST_OF_ROWS.cut(height, width, TILE)
     return call(
         partial(_rows_by_rows_kernel, shape),
-        f"{_matmul(groups)}_of_rows_fp8",
+        f"{matmul_name(groups)}_of_rows_fp8",
         (pl.cdiv(width, shape.columns), pl.cdiv(height, shape.rows), groups),
         jax.ShapeDtypeStruct((groups, height, width), dtype),
         PARAMETERS_OF_ROWS,
@@ -126,6 +126,6 @@ def _rows_by_rows_kernel(shape: Shape, counts: Any, ends: Any, x: Any, dy: Any, 
     store(dw, total, these, those, group)
 
 
-def _matmul(groups: int) -> str:
+def matmul_name(groups: int) -> str:
     """In a kernel's name, by which a plan knows what even routing means for it."""
     return "grouped_matmul" if groups > 1 else "matmul"

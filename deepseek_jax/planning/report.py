@@ -82,6 +82,9 @@ def _time(step: StepFigures) -> str:
     lines.append(f"  {'waits for links':18}{'':36}{waited * 1e3:11.2f}{'':10}{_share(waited, step.seconds):>8}")
     ideal = sum(row.ideal_seconds for row in step.parts)
     lines.append(f"  {'all':18}{'':36}{step.seconds * 1e3:11.2f}{ideal * 1e3:10.2f}")
+    lines.append(
+        f"  each loop once, no waits{'':30}{step.once_seconds * 1e3:11.2f}   of it {step.loop_seconds * 1e3:.2f} in loops"
+    )
     return "\n".join(lines)
 
 

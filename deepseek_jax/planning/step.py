@@ -80,6 +80,10 @@ class StepFigures:
     compile_seconds: float
     seconds: float
     """Estimated, of the whole step."""
+    once_seconds: float
+    """Of the whole step if every loop turned once, waits for links apart: a measure that layers alike do not lengthen."""
+    loop_seconds: float
+    """Of that what is in loops: one layer of each kind that is in a stack of several."""
     flops: float
     """Of its products, those made again included."""
     parts: list[PartTime]
@@ -137,6 +141,7 @@ def read_step(compiled: CompiledText, mesh: Any, topology: Topology, even_rows: 
     program, machine = Program(compiled.text), topology.machine
     timeline = timeline_of(program, mesh, topology, even_rows)
     fullest = fullest_moment(program)
+    work = [entry for entry in timeline.entries if entry.collective is None]
     slowest = sorted((e for e in timeline.entries if not e.kernel), key=lambda e: -e.seconds)[:LARGEST]
     return StepFigures(
         compiled.argument_bytes,
@@ -145,6 +150,8 @@ def read_step(compiled: CompiledText, mesh: Any, topology: Topology, even_rows: 
         machine.memory,
         compiled.compile_seconds,
         timeline.seconds,
+        sum(entry.seconds / entry.times for entry in work),
+        sum(entry.seconds / entry.times for entry in work if entry.times > 1),
         float(sum(entry.flops for entry in timeline.entries)),
         _parts(timeline, machine.bf16_flops),
         _transfers(timeline),

@@ -24,13 +24,13 @@ def grouped_matmul(x: Prepared, weights: list[Prepared], group_sizes: jax.Array,
     return _forward(x, weights, group_sizes, kernels)[0]
 
 
-def _products(kernels: str) -> ModuleType:
-    """Imported late: only GPUs should load Pallas."""
-    return import_module(f"deepseek_jax.kernels.{kernels}_fp8_matmul")
+def kernels_of(name: str) -> ModuleType:
+    """The products by an implementation of KERNELS, imported late: only GPUs should load Pallas."""
+    return import_module(f"deepseek_jax.kernels.{name}_fp8_matmul")
 
 
 def _forward(x: Prepared, weights: list[Prepared], group_sizes: jax.Array, kernels: str) -> tuple[list[jax.Array], Kept]:
-    multiply = _products(kernels).rows_by_weights
+    multiply = kernels_of(kernels).rows_by_weights
     blocks = [weight.quantized for weight in weights]
     turned = ((jnp.swapaxes(codes, 1, 2), jnp.swapaxes(scales, 1, 2)) for codes, scales in blocks)
     outputs = [multiply([x.quantized], [weight], group_sizes, x.dtype) for weight in turned]
@@ -41,7 +41,7 @@ def _backward(kernels: str, kept: Kept, gradients: list[jax.Array]) -> tuple[Pre
     from deepseek_jax.kernels.tiles import make_tiles
     from deepseek_jax.kernels.triton_quantize import quantize, quantize_along_rows
 
-    products = _products(kernels)
+    products = kernels_of(kernels)
     x_tiles, blocks, types, group_sizes = kept
     rows = [_of_one(quantize(dy[None], SMALLEST_GRADIENT_AMAX)) for dy in gradients]
     dx = products.rows_by_weights(rows, blocks, group_sizes, gradients[0].dtype)
