@@ -2,9 +2,12 @@
 
 The first round is straight-line code that rematerialisation sees. Those after it are a loop, which turns as often as
 there is something left to serve; the backward pass keeps nothing of it, and makes each of its rounds again.
+
+Parts of a batch (`parallel.exchange_parts`) are there so that one's rows travel beside another's products. Backwards that
+takes an order that XLA for TPUs does not find: it lets all gradients arrive, and rows that are sent again, before any product.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any, NamedTuple, Optional
 
@@ -13,9 +16,9 @@ import jax.numpy as jnp
 
 from deepseek_jax.config import ModelConfig, ParallelConfig
 from deepseek_jax.model.dispatch import Order, combine, dispatch, sort_slots
-from deepseek_jax.model.layers import grouped_feed_forward
+from deepseek_jax.model.layers import enter_experts, leave_experts
 from deepseek_jax.model.parcels import Parcels, next_journey, order_in, pack
-from deepseek_jax.model.products import keep, prepared, prepared_rows
+from deepseek_jax.model.products import keep, policy, prepared, prepared_rows
 from deepseek_jax.parallel.exchange import AXIS, OVERFLOW, Hop, Journey, hops_of, send, send_back
 from deepseek_jax.precision.fp8_operands import Operand, Prepared, Quantized, from_bytes, join, part, to_bytes
 
@@ -40,9 +43,28 @@ class Known(NamedTuple):
     """This device's experts in float8, the down projection last."""
 
 
-Inputs = tuple[jax.Array, jax.Array, Sequence[jax.Array]]
-"""Tokens [N, hidden_size], the factors of their experts by slot [N * D, W], and this device's experts, the down projection
-last. Under float8 tokens and experts are here to take their gradients alone."""
+Tokens = tuple[Operand, jax.Array, jax.Array]
+"""x [N, hidden_size], the indices of their experts [N, K], and the weights or factors of these, likewise."""
+Turn = Optional[jax.Array]
+"""A zero that passes from part to part, and by which the parts wait for each other backwards; none of a batch in one part."""
+Inputs = tuple[jax.Array, jax.Array, Sequence[jax.Array], Turn]
+"""Tokens [N, hidden_size], the factors of their experts by slot [N * D, W], this device's experts, the down projection
+last, and the turn. Under float8 tokens and experts are here to take their gradients alone."""
+Served = tuple[jax.Array, Turn]
+"""What experts add to each token, [N, hidden_size], and the turn."""
+
+
+def in_turn(x: jax.Array, turn: Turn) -> Served:
+    """Both as they are; backwards, x's gradient goes on when the turn has come, and the turn when that is made."""
+    return (x, None) if turn is None else _in_turn(x, turn)
+
+
+@jax.custom_vjp
+def _in_turn(x: jax.Array, turn: jax.Array) -> tuple[jax.Array, jax.Array]:
+    return x, turn
+
+
+_in_turn.defvjp(lambda x, turn: ((x, turn), None), lambda _, gradients: jax.lax.optimization_barrier(gradients))
 
 
 def serve_in_rounds(
@@ -55,39 +77,40 @@ def serve_in_rounds(
     ready = [prepared(config, tokens[0], projection) for projection in projections]  # once, and not in every round
     parts = zip(*(jnp.split(each, parallel.exchange_parts) for each in tokens))
 
-    def served(x: jax.Array, indices: jax.Array, weights: jax.Array) -> jax.Array:
+    turn, results = jnp.zeros(()) if parallel.exchange_parts > 1 else None, []
+    for x, indices, weights in parts:
         setting = Setting(config, hops_of(config, parallel, x.shape[0]), parallel.exchange)
-        return _hop(setting, (prepared_rows(config, x), indices, weights), ready)
+        served, turn = _hop(setting, (prepared_rows(config, x), indices, weights), ready, turn)
+        results.append(served)
+    return jnp.concatenate(results)
 
-    return jnp.concatenate([served(*part) for part in parts])
 
-
-def _hop(setting: Setting, tokens: tuple[Operand, jax.Array, jax.Array], projections: Sequence[Operand]) -> jax.Array:
-    """What the experts beyond a hop make of tokens (x, indices, weights)."""
+def _hop(setting: Setting, tokens: Tokens, projections: Sequence[Operand], turn: Turn) -> Served:
+    """What the experts beyond a hop make of tokens."""
     x, indices, weights = tokens
     parcels = pack(setting.hops[0], indices)
     factors = jnp.sum(jnp.where(parcels.holds, weights[:, None, None], 0), axis=3).reshape(parcels.experts.shape)
     rows, place = part(x)
     quantized, own = zip(*map(part, projections))
-    return _serve_all(setting, (place, factors, own), Known(parcels, rows, quantized))
+    return _serve_all(setting, (place, factors, own, turn), Known(parcels, rows, quantized))
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _serve_all(setting: Setting, inputs: Inputs, known: Known) -> jax.Array:
+def _serve_all(setting: Setting, inputs: Inputs, known: Known) -> Served:
     return _forward(setting, inputs, known)[0]
 
 
-def _forward(setting: Setting, inputs: Inputs, known: Known) -> tuple[jax.Array, Any]:
+def _forward(setting: Setting, inputs: Inputs, known: Known) -> tuple[Served, Any]:
     journey, waiting = next_journey(setting.hops[0], known.parcels, known.parcels.loads)
     served, pull = jax.vjp(partial(_serve, setting, known, journey), inputs)
 
-    def one_more(served: jax.Array, journey: Journey) -> jax.Array:
-        return served + _serve(setting, known, journey, inputs)
+    def one_more(served: Served, journey: Journey) -> Served:
+        return jax.tree.map(jnp.add, served, _serve(setting, known, journey, inputs))
 
     return _while_some_wait(setting, known.parcels, waiting, served, one_more), (pull, waiting, inputs, known)
 
 
-def _backward(setting: Setting, kept: Any, gradient: jax.Array) -> tuple[Inputs, None]:
+def _backward(setting: Setting, kept: Any, gradient: Served) -> tuple[Inputs, None]:
     pull, waiting, inputs, known = kept
 
     def one_more(totals: Inputs, journey: Journey) -> Inputs:
@@ -119,25 +142,28 @@ def _while_some_wait(setting: Setting, parcels: Parcels, waiting: jax.Array, sta
         return jax.lax.while_loop(lambda state: state[0], one_round, (some_wait(waiting), waiting, start))[2]
 
 
-def _serve(setting: Setting, known: Known, journey: Journey, inputs: Inputs) -> jax.Array:
-    """What one round adds to each token, [N, hidden_size]."""
-    (config, (hop, *further), exchange), (parcels, *_), (x, factors, own) = setting, known, inputs
+def _serve(setting: Setting, known: Known, journey: Journey, inputs: Inputs) -> Served:
+    """What one round adds to each token."""
+    (config, (hop, *further), exchange), (parcels, *_), (x, factors, own, turn) = setting, known, inputs
     projections = [join(*each) for each in zip(known.weights, own)]
     labels = jnp.concatenate([parcels.experts.astype(factors.dtype), factors], axis=1)
     outward = order_in(hop, parcels, journey)
     # Labels first: where rows go from here is found out while they travel.
     labels = keep(send(dispatch(labels, outward), journey, hop, hop.room.parcels, exchange))
-    rows = _send_rows(join(known.rows, x), outward, journey, hop, exchange)
-
     arrived = jnp.arange(hop.room.parcels) < jnp.sum(journey.sizes[:, hop.mine()])
     experts, factors = jnp.split(jnp.where(arrived[:, None], labels, 0), 2, axis=1)
-    tokens = rows, experts.astype(jnp.int32) - 1, factors
+    indices, tokens = experts.astype(jnp.int32) - 1, join(known.rows, x)
+
+    def arrive(tokens: Operand) -> Operand:
+        return _send_rows(tokens, outward, journey, hop, exchange)
+
     if further:
-        outputs = _hop(setting._replace(hops=tuple(further)), tokens, projections)
+        onward = arrive(tokens), indices, factors
+        outputs, turn = _hop(setting._replace(hops=tuple(further)), onward, projections, turn)
     else:
-        outputs = _serve_here(config, hop, tokens, projections)
+        outputs, turn = _serve_here(config, hop, arrive, (tokens, indices, factors), projections, turn)
     returned = send(outputs, journey.back(), hop, outward.slots.size, exchange)
-    return combine(returned, outward, x.shape[0])
+    return combine(returned, outward, x.shape[0]), turn
 
 
 def _send_rows(x: Operand, outward: Order, journey: Journey, hop: Hop, exchange: str) -> Operand:
@@ -151,12 +177,27 @@ def _send_rows(x: Operand, outward: Order, journey: Journey, hop: Hop, exchange:
 
 
 def _serve_here(
-    config: ModelConfig, hop: Hop, tokens: tuple[Operand, jax.Array, jax.Array], projections: Sequence[Operand]
-) -> jax.Array:
-    """What this device's experts make of the tokens that arrived."""
-    (rows, indices, factors), number = tokens, hop.experts
+    config: ModelConfig,
+    hop: Hop,
+    arrive: Callable[[Operand], Operand],
+    tokens: Tokens,
+    projections: Sequence[Operand],
+    turn: Turn,
+) -> Served:
+    """What this device's experts make of the tokens of others, whose rows `arrive` brings; the rest of them is here."""
+    (x, indices, factors), (*entering, down_proj), number = tokens, projections, hop.experts
     experts = indices.reshape(-1)
     order = jax.tree.map(keep, sort_slots(jnp.where(experts < 0, number, experts), number, hop.room.choices))
     group_sizes = jnp.sum(experts[:, None] == jnp.arange(number), axis=0, dtype=jnp.int32)
-    chosen, factors = jax.tree.map(lambda each: dispatch(each, order), (rows, factors.reshape(-1, 1)))
-    return combine(grouped_feed_forward(config, chosen, factors, group_sizes, projections), order, hop.room.parcels)
+
+    def enter(x: Operand, turn: Turn, entering: Sequence[Operand]) -> tuple[list[jax.Array], Turn]:
+        codes, place = part(arrive(x))
+        place, turn = in_turn(place, turn)
+        chosen = jax.tree.map(lambda each: dispatch(each, order), join(codes, place))
+        return enter_experts(config, chosen, group_sizes, entering), turn
+
+    if config.remat == "hidden":  # rows are sent again when there is the gradient that multiplies them, and no sooner
+        enter = jax.checkpoint(enter, policy=policy(config.remat))
+    entered, turn = enter(x, turn, entering)
+    left = leave_experts(config, entered, dispatch(factors.reshape(-1, 1), order), group_sizes, down_proj)
+    return in_turn(combine(left, order, hop.room.parcels), turn)

@@ -11,7 +11,7 @@ from deepseek_jax.checkpoint.adapters import halves_of
 from deepseek_jax.config import ModelConfig
 from deepseek_jax.model.dispatch import combine, dispatch, sort_slots
 from deepseek_jax.model.expert_rounds import serve_in_rounds
-from deepseek_jax.model.layers import FEED_FORWARD_FORMS, grouped_feed_forward, param_dtype
+from deepseek_jax.model.layers import FEED_FORWARD_FORMS, enter_experts, leave_experts, param_dtype
 from deepseek_jax.model.panels import PANELS, Panels
 from deepseek_jax.model.products import keep, products
 from deepseek_jax.parallel.mesh import ALONE
@@ -63,11 +63,12 @@ class Experts(nn.Module):
 
 def serve(config: ModelConfig, tokens: Sequence[jax.Array], projections: Sequence[jax.Array]) -> jax.Array:
     """What `Experts` returns for tokens (x, indices, weights), with all experts at hand, the down projection last."""
-    x, indices, weights = tokens
+    (x, indices, weights), (*entering, down_proj) = tokens, projections
     order = jax.tree.map(keep, sort_slots(indices.reshape(-1), config.n_routed_experts, indices.size))
     group_sizes = jnp.bincount(indices.reshape(-1), length=config.n_routed_experts).astype(jnp.int32)
     rows, factors = dispatch(x, order), dispatch(weights.reshape(-1, 1), order)
-    return combine(grouped_feed_forward(config, rows, factors, group_sizes, projections), order, x.shape[0])
+    entered = enter_experts(config, rows, group_sizes, entering)
+    return combine(leave_experts(config, entered, factors, group_sizes, down_proj), order, x.shape[0])
 
 
 def serve_from_all(config: ModelConfig, tokens: Sequence[jax.Array], projections: Sequence[Panels]) -> jax.Array:

@@ -144,19 +144,22 @@ FEED_FORWARD_FORMS = {
 """By `ModelConfig.feed_forward`."""
 
 
-def grouped_feed_forward(
-    config: ModelConfig, x: Operand, factors: jax.Array, group_sizes: jax.Array, projections: Sequence[Operand]
-) -> jax.Array:
-    """Rows x [N, hidden_size], sorted by group, through their group's feed-forward, times factors [N, 1].
+def enter_experts(config: ModelConfig, x: Operand, group_sizes: jax.Array, projections: Sequence[Operand]) -> list[jax.Array]:
+    """The first half of a feed-forward for each group of rows [N, hidden_size], sorted by group: up to the activation.
 
     Args:
-        projections: of all groups, [E, in, out] each; the down projection is the last.
+        projections: of all groups, [E, in, out] each.
     """
-    *entering, down_proj = projections
-    entered = grouped_products(config, x, group_sizes, *entering, name=HIDDEN)
+    return grouped_products(config, x, group_sizes, *projections, name=HIDDEN)
+
+
+def leave_experts(
+    config: ModelConfig, entered: Sequence[jax.Array], factors: jax.Array, group_sizes: jax.Array, down_proj: Operand
+) -> jax.Array:
+    """The second half, times factors [N, 1]: [N, hidden_size]."""
     # The factor is applied before the down projection, which is linear: its rows are the narrower ones.
-    activated = FEED_FORWARD_FORMS[config.feed_forward].activation(*entered) * factors.astype(x.dtype)
-    return grouped_products(config, activated, group_sizes, down_proj)[0]
+    activated = FEED_FORWARD_FORMS[config.feed_forward].activation(*entered)
+    return grouped_products(config, activated * factors.astype(activated.dtype), group_sizes, down_proj)[0]
 
 
 class FeedForward(nn.Module):
