@@ -15,6 +15,7 @@ from deepseek_jax.planning.costs import Costs
 from deepseek_jax.planning.depth import fewer_layers, fullest_at_depth
 from deepseek_jax.planning.in_flight import InFlight, Transfer
 from deepseek_jax.planning.kernels import kernel_name, kernel_work
+from deepseek_jax.planning.layout import temporary_bytes
 from deepseek_jax.planning.links import Links
 from deepseek_jax.planning.machines import KERNEL_SHARE, MACHINES
 from deepseek_jax.planning.parts import is_overflow, part_of
@@ -23,6 +24,19 @@ from deepseek_jax.planning.program import Array, Instruction, Program, visits
 from deepseek_jax.planning.schedule import play
 from deepseek_jax.planning.topologies import read_topology
 from parity_tests.programs import ALL, CALLED, CYCLES, FUSED, PROGRAM, STACKS
+
+
+def test_temporaries_as_a_compiler_for_tpus_lays_them_out(tmp_path):
+    """Of the memory that all share; without a report there is nothing to tell."""
+    assert temporary_bytes(str(tmp_path)) is None
+    (tmp_path / "module_0006.jit_train_step.after_optimizations-buffer-assignment.txt").write_text(
+        "BufferAssignment:\n"
+        "allocation 9: size 3758096384, parameter 50, shape |f32[2,32,7168,2048]| at ShapeIndex {}, maybe-live-out:\n"
+        " value: <1 fusion @0> (size=8,offset=0): f32[2]\n"
+        "allocation 991: size 43494375744, preallocated-temp:\n"
+        "allocation 992: size 50196992, color 1, preallocated-temp:\n"
+    )
+    assert temporary_bytes(str(tmp_path)) == 43494375744
 
 
 def test_collectives_within_fusions():

@@ -7,7 +7,10 @@ from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 from deepseek_jax.config import load_config
 from deepseek_jax.parallel.exchange import AXIS, Hop, Journey, Room, send
+from deepseek_jax.planning.buffers import fullest_moment
 from deepseek_jax.planning.collectives import collectives
+from deepseek_jax.planning.layout import reporting, temporary_bytes
+from deepseek_jax.planning.program import Program
 from deepseek_jax.training.ahead import compile_step
 
 pytest.importorskip("libtpu", reason="libtpu, the TPU's compiler, is not installed")
@@ -59,12 +62,13 @@ def test_ragged_exchange_compiles(topology):
         ("v5e:2x4", dict(fsdp=2, expert=4), 0, 2 * 6),
     ],
 )
-def test_step_compiles(topology, axes, mtp, exchanges):
+def test_step_compiles(topology, axes, mtp, exchanges, tmp_path):
     fields = {"model": SIZES | {"num_nextn_predict_layers": mtp}, "train": TRAINED,
               "parallel": {"data": 1, "exchange": "ragged"} | axes}  # fmt: skip
     overrides = [f"{section}.{key}={value}" for section, values in fields.items() for key, value in values.items()]
-    step = compile_step(load_config("tiny", overrides), chips(topology))
-    text = step.compiled.as_text()
+    step = compile_step(load_config("tiny", overrides), chips(topology), reporting("tpu", str(tmp_path)))
+    text, laid_out = step.compiled.as_text(), temporary_bytes(str(tmp_path))
+    assert fullest_moment(Program(text)).bytes <= laid_out <= step.compiled.memory_analysis().temp_size_in_bytes
     assert "tpu_custom_call" in text  # megablox
     found = collectives(text, step.division.mesh)
     assert sum(one.times for one in found if one.kind == "ragged-all-to-all" and not one.overflow) == exchanges

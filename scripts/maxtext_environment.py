@@ -119,7 +119,7 @@ def _key(topology: Topology, fields: Sequence[str]) -> str:
     (packages,) = FOLDER.glob("lib/python3.*/site-packages")
     names = {"maxtext", "jax", "jaxlib", "libtpu", "jax-cuda12-pjrt", "flax", "optax", "tokamax"}
     versions = {one.name: one.version for one in importlib.metadata.distributions(path=[str(packages)]) if one.name in names}
-    content = json.dumps([topology.name, sorted(fields), versions], sort_keys=True)
+    content = json.dumps([topology.name, sorted(fields), versions, "temporaries as laid out"], sort_keys=True)
     return hashlib.sha256(content.encode()).hexdigest()[:32]
 
 

@@ -13,13 +13,16 @@ import gzip
 import importlib
 import json
 import os
+import shutil
 import sys
+import tempfile
 import time
 from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, Optional
 
+from deepseek_jax.planning.layout import reporting, temporary_bytes
 from deepseek_jax.planning.topologies import make_devices, prepare_environment, read_topology
 
 os.environ["DECOUPLE_GCLOUD"] = "TRUE"
@@ -42,11 +45,14 @@ def main() -> None:
     name_modules()
     compile_step = train_compile.jit_and_compile
 
+    folder = tempfile.mkdtemp()
+
     def compile_and_write(*args: Any, **kwargs: Any) -> Any:
         start = time.monotonic()
         compiled = compile_step(*args, **kwargs)
         mesh = kwargs.get("mesh") or args[3]
-        write(file, compiled, mesh, time.monotonic() - start)
+        write(file, compiled, temporary_bytes(folder), mesh, time.monotonic() - start)
+        shutil.rmtree(folder)
         return compiled
 
     train_compile.jit_and_compile = compile_and_write
@@ -55,6 +61,7 @@ def main() -> None:
         "train_compile", str(Path(maxtext.__file__).parent / "configs" / "base.yml"), *fields,
         "internal_compile=true", f"internal_compile_num_devices={topology.devices}",
         f"compile_topology={topology.name}", "compile_topology_num_slices=1",
+        *(f"compile_xla_flags=--{name}={value}" for name, value in reporting(topology.machine.platform, folder).items()),
     ])  # fmt: skip
 
 
@@ -89,14 +96,14 @@ def named(name: str, function: Callable) -> Callable:
     return within
 
 
-def write(file: Path, compiled: Any, mesh: Any, seconds: float) -> None:
+def write(file: Path, compiled: Any, laid_out: Optional[int], mesh: Any, seconds: float) -> None:
     """The fields of `planning.step.CompiledText`, and axes, sizes and device numbers of the mesh; whole or not at all."""
     memory = compiled.memory_analysis()
     content = {
         "compiled": {
             "text": compiled.as_text(),
             "argument_bytes": memory.argument_size_in_bytes,
-            "temporary_bytes": memory.temp_size_in_bytes,
+            "temporary_bytes": memory.temp_size_in_bytes if laid_out is None else laid_out,
             "output_bytes": memory.output_size_in_bytes - memory.alias_size_in_bytes,
             "compile_seconds": seconds,
         },

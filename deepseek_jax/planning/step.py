@@ -1,6 +1,7 @@
 """One training step as a compiler made it: what it holds, sends and takes, read from its text."""
 
 import dataclasses
+import tempfile
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
@@ -10,6 +11,7 @@ from deepseek_jax.config import Config
 from deepseek_jax.planning.buffers import Fullest, fullest_moment
 from deepseek_jax.planning.collectives import describe
 from deepseek_jax.planning.costs import Costs
+from deepseek_jax.planning.layout import reporting, temporary_bytes
 from deepseek_jax.planning.links import Links
 from deepseek_jax.planning.program import Program
 from deepseek_jax.planning.schedule import Entry, Timeline, play
@@ -118,14 +120,16 @@ def compile_text(config: Config, devices: Sequence[Any]) -> CompiledText:
     from deepseek_jax.training.ahead import compile_step
 
     start = time.monotonic()
-    compiled = compile_step(config, devices).compiled
+    with tempfile.TemporaryDirectory() as folder:
+        compiled = compile_step(config, devices, reporting(devices[0].platform, folder)).compiled
+        laid_out = temporary_bytes(folder)
     text, memory = compiled.as_text(), compiled.memory_analysis()
     if text is None or memory is None:
         raise RuntimeError(f"the compiler for {devices[0].device_kind} tells nothing of its programs")
     return CompiledText(
         text,
         memory.argument_size_in_bytes,
-        memory.temp_size_in_bytes,
+        memory.temp_size_in_bytes if laid_out is None else laid_out,
         memory.output_size_in_bytes - memory.alias_size_in_bytes,
         time.monotonic() - start,
     )

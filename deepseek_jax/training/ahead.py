@@ -3,7 +3,7 @@
 import dataclasses
 from collections.abc import Sequence
 from functools import partial
-from typing import NamedTuple
+from typing import NamedTuple, Optional
 
 import jax
 import jax.numpy as jnp
@@ -28,12 +28,15 @@ class CompiledStep(NamedTuple):
     """Its arrays' shapes and shardings."""
 
 
-def compile_step(config: Config, devices: Sequence[jax.Device]) -> CompiledStep:
+def compile_step(
+    config: Config, devices: Sequence[jax.Device], options: Optional[dict[str, str | bool]] = None
+) -> CompiledStep:
     """Compile `train_step` as a run has it, over a mesh of these devices.
 
     Args:
         devices: of this machine, or of `jax.experimental.topologies.get_topology_desc(...)`; every `auto` is chosen
             for their platform.
+        options: of the compiler, beside those that a run gives it.
     """
     config = choose(dataclasses.replace(config, parallel=resolve(config, len(devices))), devices[0].platform)
     shapes = jax.eval_shape(partial(init_state, config))
@@ -48,4 +51,4 @@ def compile_step(config: Config, devices: Sequence[jax.Device]) -> CompiledStep:
     tokens = jax.ShapeDtypeStruct(batch, jnp.int32, sharding=NamedSharding(division.mesh, division.batch_spec(axis=1)))
     scalar = jax.ShapeDtypeStruct((), param_dtype(config.model), sharding=NamedSharding(division.mesh, PartitionSpec()))
     step = make_step(config, division)
-    return CompiledStep(step.lower(state, tokens, Scalars(scalar, scalar, scalar)).compile(), division, state)
+    return CompiledStep(step.lower(state, tokens, Scalars(scalar, scalar, scalar)).compile(options), division, state)
