@@ -8,7 +8,7 @@ import re
 from pathlib import Path
 from typing import Optional
 
-TEMPORARIES = re.compile(r"^allocation \d+: size (\d+), preallocated-temp:", re.MULTILINE)
+TEMPORARIES = re.compile(r"^allocation \d+: size (\d+),(?: page \d+,)? preallocated-temp:", re.MULTILINE)
 
 
 def reporting(platform: str, folder: str) -> dict[str, str | bool]:
