@@ -37,6 +37,8 @@ def test_temporaries_as_a_compiler_for_tpus_lays_them_out(tmp_path):
         "allocation 992: size 50196992, color 1, preallocated-temp:\n"
     )
     assert temporary_bytes(str(tmp_path)) == 43494375744
+    (tmp_path / "newer-buffer-assignment.txt").write_text("allocation 7: size 50000000000, page 0, preallocated-temp:\n")
+    assert temporary_bytes(str(tmp_path)) == 50000000000
 
 
 def test_collectives_within_fusions():

@@ -13,7 +13,6 @@ import gzip
 import importlib
 import json
 import os
-import shutil
 import sys
 import tempfile
 import time
@@ -45,14 +44,13 @@ def main() -> None:
     name_modules()
     compile_step = train_compile.jit_and_compile
 
-    folder = tempfile.mkdtemp()
+    folder = tempfile.TemporaryDirectory()
 
     def compile_and_write(*args: Any, **kwargs: Any) -> Any:
         start = time.monotonic()
         compiled = compile_step(*args, **kwargs)
         mesh = kwargs.get("mesh") or args[3]
-        write(file, compiled, temporary_bytes(folder), mesh, time.monotonic() - start)
-        shutil.rmtree(folder)
+        write(file, compiled, temporary_bytes(folder.name), mesh, time.monotonic() - start)
         return compiled
 
     train_compile.jit_and_compile = compile_and_write
@@ -61,7 +59,7 @@ def main() -> None:
         "train_compile", str(Path(maxtext.__file__).parent / "configs" / "base.yml"), *fields,
         "internal_compile=true", f"internal_compile_num_devices={topology.devices}",
         f"compile_topology={topology.name}", "compile_topology_num_slices=1",
-        *(f"compile_xla_flags=--{name}={value}" for name, value in reporting(topology.machine.platform, folder).items()),
+        *(f"compile_xla_flags=--{name}={value}" for name, value in reporting(topology.machine.platform, folder.name).items()),
     ])  # fmt: skip
 
 

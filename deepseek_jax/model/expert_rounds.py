@@ -153,10 +153,7 @@ def _serve(setting: Setting, known: Known, journey: Journey, inputs: Inputs) -> 
     arrived = jnp.arange(hop.room.parcels) < jnp.sum(journey.sizes[:, hop.mine()])
     experts, factors = jnp.split(jnp.where(arrived[:, None], labels, 0), 2, axis=1)
     indices, tokens = experts.astype(jnp.int32) - 1, join(known.rows, x)
-
-    def arrive(tokens: Operand) -> Operand:
-        return _send_rows(tokens, outward, journey, hop, exchange)
-
+    arrive = partial(_send_rows, outward=outward, journey=journey, hop=hop, exchange=exchange)
     if further:
         onward = arrive(tokens), indices, factors
         outputs, turn = _hop(setting._replace(hops=tuple(further)), onward, projections, turn)
