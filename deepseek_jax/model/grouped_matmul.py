@@ -4,6 +4,7 @@ XLA's `ragged_dot` multiplies every row by every weight on CPU and on CUDA. The 
 only the work that is there, with loops whose length depends on the groups; megablox does so on TPU, Triton kernels on GPU.
 """
 
+import math
 from collections.abc import Callable
 from functools import partial, reduce
 from typing import Any, NamedTuple
@@ -17,6 +18,7 @@ from deepseek_jax.config import GROUPED_MATMULS
 from deepseek_jax.errors import UserError
 from deepseek_jax.implementations import WITHOUT_FLOAT64, best
 from deepseek_jax.model.matmul import Arrays, columns
+from deepseek_jax.parallel import slabs
 
 LEAST_ROWS = {512: 385, 128: 65, 32: 9, 4: 1}
 """Rows multiplied at once by the blocked form, and for how many that is worth it: a block that is partly another
@@ -205,7 +207,7 @@ def _megablox_gradients(x: jax.Array, weights: Arrays, group_sizes: jax.Array, g
 
     if sum(weight.size for weight in weights) > x.size:
         parts = (rows_by_weight(dy, weight, group_sizes, transpose=True) for dy, weight in zip(gradients, weights))
-        return reduce(jnp.add, parts), [rows_by_rows(x, dy, group_sizes) for dy in gradients]
+        return reduce(jnp.add, parts), [_by_slabs(rows_by_rows, x, dy, group_sizes) for dy in gradients]
     dy, ends = jnp.concatenate(gradients, axis=1), np.cumsum([weight.shape[2] for weight in weights])
     dx = rows_by_weight(dy, jnp.concatenate(weights, axis=2), group_sizes, transpose=True)
     return dx, jnp.split(rows_by_rows(x, dy, group_sizes), ends[:-1], axis=2)
@@ -222,7 +224,17 @@ def _triton_gradients(x: jax.Array, weights: Arrays, group_sizes: jax.Array, gra
     from deepseek_jax.kernels.triton_grouped_matmul import rows_by_rows, rows_by_weights
 
     dx = rows_by_weights(gradients, weights, group_sizes, transpose=True)
-    return dx, [rows_by_rows(x, dy, group_sizes) for dy in gradients]
+    return dx, [_by_slabs(rows_by_rows, x, dy, group_sizes) for dy in gradients]
+
+
+def _by_slabs(rows_by_rows: Callable, x: jax.Array, dy: jax.Array, group_sizes: jax.Array) -> jax.Array:
+    """Every group's product xᵀ dy, [E, K, M]."""
+    shape = group_sizes.size, x.shape[1], dy.shape[1]
+    if math.prod(shape) < slabs.MANY:
+        return rows_by_rows(x, dy, group_sizes)
+    if slabs.side(shape) == 1:
+        return slabs.join([rows_by_rows(columns, dy, group_sizes) for columns in slabs.cut(x, 1)])
+    return slabs.join([rows_by_rows(x, columns, group_sizes) for columns in slabs.cut(dy, 1)])
 
 
 _IMPLEMENTATIONS = {

@@ -7,6 +7,8 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from deepseek_jax.parallel import slabs
+
 
 def run_layers(
     layer: Callable[..., tuple[jax.Array, Any]], params: Any, types: Any, x: jax.Array, *each: Any
@@ -68,7 +70,7 @@ def run_chunk(
 
     @again
     def picked(known: Any, sums: Any, place: tuple, x: jax.Array, *each: Any) -> tuple[tuple[jax.Array, Any], Any]:
-        own, sums = _with_gradients_in(_add, sums, jax.tree.map(partial(_pick, place), known), place)
+        own, sums = _with_gradients_in(partial(_write, adds=True), sums, jax.tree.map(partial(_pick, place), known), place)
         x, output = layer(own, x, *each)
         return (x, sums), output
 
@@ -110,13 +112,17 @@ def _put_all(put: Callable[..., jax.Array], place: tuple, gradients: tuple[Any, 
 _with_gradients_in.defvjp(lambda put, stack, params, place: ((params, stack), place), _put_all)
 
 
-def _write(place: tuple, stack: jax.Array, own: jax.Array) -> jax.Array:
-    start = (*place, *[jnp.zeros_like(place[0])] * own.ndim)
-    return jax.lax.dynamic_update_slice(stack, own.astype(stack.dtype).reshape(*[1] * len(place), *own.shape), start)
-
-
-def _add(place: tuple, stack: jax.Array, own: jax.Array) -> jax.Array:
-    return _write(place, stack, _pick(place, stack) + own.astype(stack.dtype))
+def _write(place: tuple, stack: jax.Array, own: jax.Array, adds: bool = False) -> jax.Array:
+    """A layer's own gradient in the stack, or added to what is there; of experts by the slabs in which it may be made."""
+    axis = slabs.side(own.shape) if own.ndim == 3 else 0
+    for number, piece in enumerate(slabs.cut(own, axis) if axis else [own]):
+        start = [*place, *[jnp.zeros_like(place[0])] * own.ndim]
+        start[len(place) + axis] += number * slabs.WIDTH
+        piece = piece.astype(stack.dtype).reshape(*[1] * len(place), *piece.shape)
+        if adds:
+            piece += jax.lax.dynamic_slice(stack, start, piece.shape)
+        stack = jax.lax.dynamic_update_slice(stack, piece, start)
+    return stack
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(0,))

@@ -16,6 +16,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from deepseek_jax.config import ModelConfig, expert_layers
+from deepseek_jax.parallel import slabs
 from deepseek_jax.parallel.pipeline import ABSENT, assign_layers
 from deepseek_jax.parallel.sharding import PIPELINED, Division, Place
 from deepseek_jax.precision.narrow import narrow
@@ -163,10 +164,15 @@ def _gather(x: jax.Array, cuts: Cuts, dtype: jnp.dtype) -> jax.Array:
 
 
 def _gather_backward(cuts: Cuts, dtype: jnp.dtype, kept: jax.Array, gradient: jax.Array) -> tuple[jax.Array]:
-    gradient = gradient.astype(kept.dtype)
-    for axis, dim in cuts:
-        gradient = _scatter(gradient, axis, dim)
-    return (gradient,)
+    def one(gradient: jax.Array) -> jax.Array:
+        gradient = gradient.astype(kept.dtype)
+        for axis, dim in cuts:
+            gradient = _scatter(gradient, axis, dim)
+        return gradient
+
+    if gradient.ndim == 3 and gradient.size >= slabs.MANY and (side := slabs.side(gradient.shape)) not in dict(cuts).values():
+        return (slabs.join([one(slab) for slab in slabs.cut(gradient, side)]),)
+    return (one(gradient),)
 
 
 _gather.defvjp(lambda x, cuts, dtype: (_gather(x, cuts, dtype), jnp.zeros((), x.dtype)), _gather_backward)
