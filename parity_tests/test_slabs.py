@@ -1,0 +1,65 @@
+"""Gradients of many experts' weights that are made, summed and put where they belong slab by slab."""
+
+import re
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import PartitionSpec
+
+from deepseek_jax.config import load_config
+from deepseek_jax.model.grouped_matmul import grouped_matmul
+from deepseek_jax.model.layer_loop import run_layers
+from deepseek_jax.parallel import slabs
+from deepseek_jax.parallel.mesh import resolve
+from deepseek_jax.parallel.sharding import Division
+from deepseek_jax.parallel.weights import gather_layer
+
+DEVICES, LAYERS, EXPERTS, HIDDEN, WIDTH = 8, 2, 16, 12, 8
+SHAPES = {"gate_proj": (HIDDEN, WIDTH), "down_proj": (WIDTH, HIDDEN)}
+
+
+def gradients(params, x):
+    """Of two layers whose experts eight devices share by `fsdp`, and the compiled program."""
+    config = load_config("tiny", ["parallel.data=1", f"parallel.fsdp={DEVICES}", f"train.batch_size={DEVICES}"])
+    division = Division(resolve(config, DEVICES), {"moe_layers": {"mlp": {"experts": params}}})
+    sizes = jnp.full(EXPERTS, x.shape[1] // EXPERTS, jnp.int32)
+
+    def layer(params, x):
+        whole = gather_layer(division, config.model, ("moe_layers", "mlp", "experts"), params, stacked=True)
+        (entered,) = grouped_matmul(x, [whole["gate_proj"]], sizes, "triton")
+        (left,) = grouped_matmul(jnp.maximum(entered, 0), [whole["down_proj"]], sizes, "triton")
+        return left, None
+
+    def loss(params, x):
+        types = jax.tree.map(lambda leaf: leaf.dtype, params)
+        return jnp.sum(run_layers(layer, params, types, x[0])[0])
+
+    cut = jax.tree.map(lambda _: PartitionSpec(None, "fsdp"), params)
+    sharded = jax.shard_map(jax.grad(loss), mesh=division.mesh, in_specs=(cut, PartitionSpec("fsdp")), out_specs=cut,
+                            check_vma=False)  # fmt: skip
+    compiled = jax.jit(sharded).lower(params, x).compile()
+    return compiled(params, x), compiled.as_text()
+
+
+def test_no_gradient_is_ever_whole(monkeypatch):
+    """The same numbers, here whole ones of which no sum rounds; made and summed in slabs, and never put together."""
+    rng = np.random.default_rng(0)
+    params = {name: rng.integers(-2, 3, (LAYERS, EXPERTS, *shape)).astype(np.float32) for name, shape in SHAPES.items()}
+    x = rng.integers(-2, 3, (DEVICES, 2 * EXPERTS, HIDDEN)).astype(np.float32)
+    expected, whole = gradients(params, x)
+    monkeypatch.setattr(slabs, "MANY", 1)
+    monkeypatch.setattr(slabs, "WIDTH", 3)
+    found, program = gradients(params, x)
+    jax.tree.map(np.testing.assert_array_equal, found, expected)
+    assert all(np.abs(leaf).max() > 1000 for leaf in jax.tree.leaves(found))
+    own, narrowest = EXPERTS // DEVICES, WIDTH % 3
+    assert summed_shapes(whole) == {(own, *shape) for shape in SHAPES.values()}
+    assert summed_shapes(program) == {(own, *shape) for n in (3, narrowest) for shape in ((HIDDEN, n), (n, HIDDEN))}
+    assert " concatenate(" not in program
+
+
+def summed_shapes(program):
+    """Of what each device has of the sums over all of them."""
+    found = re.findall(r"f32\[([\d,]+)\]\S* reduce-scatter\(", program)
+    return {tuple(map(int, shape.split(","))) for shape in found}
