@@ -5,6 +5,7 @@ import re
 import jax
 import jax.numpy as jnp
 import numpy as np
+import pytest
 from jax.sharding import PartitionSpec
 
 from deepseek_jax.config import load_config
@@ -14,12 +15,19 @@ from deepseek_jax.parallel import slabs
 from deepseek_jax.parallel.mesh import resolve
 from deepseek_jax.parallel.sharding import Division
 from deepseek_jax.parallel.weights import gather_layer
+from deepseek_jax.precision.fp8_grouped_matmul import fp8_grouped_matmul
 
 DEVICES, LAYERS, EXPERTS, HIDDEN, WIDTH = 8, 2, 16, 12, 8
 SHAPES = {"gate_proj": (HIDDEN, WIDTH), "down_proj": (WIDTH, HIDDEN)}
 
 
-def gradients(params, x):
+def product(precision, x, weight, sizes):
+    if precision == "fp8":
+        return fp8_grouped_matmul(x, weight, sizes, "triton")
+    return grouped_matmul(x, [weight], sizes, "triton")[0]
+
+
+def gradients(params, x, precision):
     """Of two layers whose experts eight devices share by `fsdp`, and the compiled program."""
     config = load_config("tiny", ["parallel.data=1", f"parallel.fsdp={DEVICES}", f"train.batch_size={DEVICES}"])
     division = Division(resolve(config, DEVICES), {"moe_layers": {"mlp": {"experts": params}}})
@@ -27,9 +35,8 @@ def gradients(params, x):
 
     def layer(params, x):
         whole = gather_layer(division, config.model, ("moe_layers", "mlp", "experts"), params, stacked=True)
-        (entered,) = grouped_matmul(x, [whole["gate_proj"]], sizes, "triton")
-        (left,) = grouped_matmul(jnp.maximum(entered, 0), [whole["down_proj"]], sizes, "triton")
-        return left, None
+        entered = jnp.maximum(product(precision, x, whole["gate_proj"], sizes), 0)
+        return product(precision, entered, whole["down_proj"], sizes), None
 
     def loss(params, x):
         types = jax.tree.map(lambda leaf: leaf.dtype, params)
@@ -42,15 +49,16 @@ def gradients(params, x):
     return compiled(params, x), compiled.as_text()
 
 
-def test_no_gradient_is_ever_whole(monkeypatch):
-    """The same numbers, here whole ones of which no sum rounds; made and summed in slabs, and never put together."""
+@pytest.mark.parametrize("precision", ["float32", pytest.param("fp8", marks=pytest.mark.slow)])
+def test_no_gradient_is_ever_whole(precision, monkeypatch):
+    """The same numbers to the bit, made and summed in slabs, and never put together."""
     rng = np.random.default_rng(0)
     params = {name: rng.integers(-2, 3, (LAYERS, EXPERTS, *shape)).astype(np.float32) for name, shape in SHAPES.items()}
     x = rng.integers(-2, 3, (DEVICES, 2 * EXPERTS, HIDDEN)).astype(np.float32)
-    expected, whole = gradients(params, x)
+    expected, whole = gradients(params, x, precision)
     monkeypatch.setattr(slabs, "MANY", 1)
     monkeypatch.setattr(slabs, "WIDTH", 3)
-    found, program = gradients(params, x)
+    found, program = gradients(params, x, precision)
     jax.tree.map(np.testing.assert_array_equal, found, expected)
     assert all(np.abs(leaf).max() > 1000 for leaf in jax.tree.leaves(found))
     own, narrowest = EXPERTS // DEVICES, WIDTH % 3

@@ -4,7 +4,6 @@ XLA's `ragged_dot` multiplies every row by every weight on CPU and on CUDA. The 
 only the work that is there, with loops whose length depends on the groups; megablox does so on TPU, Triton kernels on GPU.
 """
 
-import math
 from collections.abc import Callable
 from functools import partial, reduce
 from typing import Any, NamedTuple
@@ -206,13 +205,14 @@ def _megablox_gradients(x: jax.Array, weights: Arrays, group_sizes: jax.Array, g
     """
     from deepseek_jax.kernels.megablox import rows_by_rows, rows_by_weight
 
+    of_rows = partial(rows_by_rows, group_sizes=group_sizes)
     if sum(weight.size for weight in weights) > x.size:
         parts = (rows_by_weight(dy, weight, group_sizes, transpose=True) for dy, weight in zip(gradients, weights))
         dx = reduce(jnp.add, (part.astype(_wide(x.dtype)) for part in parts)).astype(x.dtype)
-        return dx, [_by_slabs(rows_by_rows, x, dy, group_sizes) for dy in gradients]
+        return dx, [slabs.make(of_rows, x, dy, group_sizes.size) for dy in gradients]
     dy, ends = jnp.concatenate(gradients, axis=1), np.cumsum([weight.shape[2] for weight in weights])
     dx = rows_by_weight(dy, jnp.concatenate(weights, axis=2), group_sizes, transpose=True)
-    return dx, jnp.split(rows_by_rows(x, dy, group_sizes), ends[:-1], axis=2)
+    return dx, jnp.split(of_rows(x, dy), ends[:-1], axis=2)
 
 
 def _triton(x: jax.Array, weights: Arrays, group_sizes: jax.Array) -> Arrays:
@@ -226,17 +226,8 @@ def _triton_gradients(x: jax.Array, weights: Arrays, group_sizes: jax.Array, gra
     from deepseek_jax.kernels.triton_grouped_matmul import rows_by_rows, rows_by_weights
 
     dx = rows_by_weights(gradients, weights, group_sizes, transpose=True)
-    return dx, [_by_slabs(rows_by_rows, x, dy, group_sizes) for dy in gradients]
-
-
-def _by_slabs(rows_by_rows: Callable, x: jax.Array, dy: jax.Array, group_sizes: jax.Array) -> jax.Array:
-    """Every group's product xᵀ dy, [E, K, M]."""
-    shape = group_sizes.size, x.shape[1], dy.shape[1]
-    if math.prod(shape) < slabs.MANY:
-        return rows_by_rows(x, dy, group_sizes)
-    if slabs.side(shape) == 1:
-        return slabs.join([rows_by_rows(columns, dy, group_sizes) for columns in slabs.cut(x, 1)])
-    return slabs.join([rows_by_rows(x, columns, group_sizes) for columns in slabs.cut(dy, 1)])
+    of_rows = partial(rows_by_rows, group_sizes=group_sizes)
+    return dx, [slabs.make(of_rows, x, dy, group_sizes.size) for dy in gradients]
 
 
 _IMPLEMENTATIONS = {

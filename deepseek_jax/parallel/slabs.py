@@ -4,7 +4,8 @@ Whole, those of one matrix 7168 x 2048 of 256 experts are 7.5 GB in bfloat16 and
 they are whole in name only: where one puts slabs together and the next takes the same ones apart, XLA does neither.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -21,10 +22,30 @@ def side(shape: Sequence[int]) -> int:
 
 
 def cut(x: jax.Array, axis: int) -> list[jax.Array]:
-    """Slabs of [E, K, M], or the columns of rows that make them; the last may be the narrowest."""
+    """x in slabs along an axis, the last of which may be the narrowest."""
     return jnp.split(x, list(range(WIDTH, x.shape[axis], WIDTH)), axis)
 
 
 def join(slabs: Sequence[jax.Array]) -> jax.Array:
     """[E, K, M] of its slabs."""
     return jnp.concatenate(slabs, side(slabs[0].shape))
+
+
+def make(rows_by_rows: Callable[[Any, Any], jax.Array], x: Any, dy: Any, groups: int) -> jax.Array:
+    """`rows_by_rows(x, dy)`, [groups, K, M]; in slabs if that is many numbers.
+
+    Args:
+        x: tree of arrays with K columns in their second axis.
+        dy: likewise, M columns.
+    """
+    shape = (groups, *(jax.tree.leaves(each)[0].shape[1] for each in (x, dy)))
+    if groups * shape[1] * shape[2] < MANY:
+        return rows_by_rows(x, dy)
+    if side(shape) == 1:
+        return join([rows_by_rows(columns, dy) for columns in _columns(x)])
+    return join([rows_by_rows(x, columns) for columns in _columns(dy)])
+
+
+def _columns(tree: Any) -> list[Any]:
+    leaves, structure = jax.tree.flatten(tree)
+    return [jax.tree.unflatten(structure, each) for each in zip(*(cut(leaf, 1) for leaf in leaves))]

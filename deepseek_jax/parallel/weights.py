@@ -170,9 +170,10 @@ def _gather_backward(cuts: Cuts, dtype: jnp.dtype, kept: jax.Array, gradient: ja
             gradient = _scatter(gradient, axis, dim)
         return gradient
 
-    if gradient.ndim == 3 and gradient.size >= slabs.MANY and (side := slabs.side(gradient.shape)) not in dict(cuts).values():
-        return (slabs.join([one(slab) for slab in slabs.cut(gradient, side)]),)
-    return (one(gradient),)
+    in_slabs = gradient.ndim == 3 and gradient.size >= slabs.MANY
+    if not in_slabs or (side := slabs.side(gradient.shape)) in dict(cuts).values():
+        return (one(gradient),)
+    return (slabs.join([one(slab) for slab in slabs.cut(gradient, side)]),)
 
 
 _gather.defvjp(lambda x, cuts, dtype: (_gather(x, cuts, dtype), jnp.zeros((), x.dtype)), _gather_backward)

@@ -11,6 +11,7 @@ from types import ModuleType
 import jax
 import jax.numpy as jnp
 
+from deepseek_jax.parallel import slabs
 from deepseek_jax.precision.fp8 import SMALLEST_AMAX, SMALLEST_GRADIENT_AMAX, TILE
 from deepseek_jax.precision.fp8_operands import Prepared, Quantized, gradient_of, like
 
@@ -50,8 +51,11 @@ def _backward(kernels: str, kept: Kept, gradients: list[jax.Array]) -> tuple[Pre
     tile_ends = jnp.cumsum(-(-group_sizes // TILE))
     x = quantize_along_rows(x_tiles, tiles, groups, SMALLEST_AMAX)
     along_rows = (quantize_along_rows((dy,), tiles, groups, SMALLEST_GRADIENT_AMAX) for dy in gradients)
-    dw = [gradient_of(products.rows_by_rows(x, dy, tile_ends, own.dtype)) for dy, own in zip(along_rows, types)]
-    return gradient_of(dx), dw, None
+    dw = (
+        slabs.make(partial(products.rows_by_rows, tile_ends=tile_ends, dtype=own.dtype), x, dy, groups)
+        for dy, own in zip(along_rows, types)
+    )
+    return gradient_of(dx), [gradient_of(each) for each in dw], None
 
 
 grouped_matmul.defvjp(_forward, _backward)
