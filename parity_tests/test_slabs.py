@@ -21,6 +21,11 @@ DEVICES, LAYERS, EXPERTS, HIDDEN, WIDTH = 8, 2, 16, 12, 8
 SHAPES = {"gate_proj": (HIDDEN, WIDTH), "down_proj": (WIDTH, HIDDEN)}
 
 
+def divided(params):
+    config = load_config("tiny", ["parallel.data=1", f"parallel.fsdp={DEVICES}", f"train.batch_size={DEVICES}"])
+    return config, Division(resolve(config, DEVICES), {"moe_layers": {"mlp": {"experts": params}}})
+
+
 def product(precision, x, weight, sizes):
     if precision == "fp8":
         return fp8_grouped_matmul(x, weight, sizes, "triton")
@@ -29,8 +34,7 @@ def product(precision, x, weight, sizes):
 
 def gradients(params, x, precision):
     """Of two layers whose experts eight devices share by `fsdp`, and the compiled program."""
-    config = load_config("tiny", ["parallel.data=1", f"parallel.fsdp={DEVICES}", f"train.batch_size={DEVICES}"])
-    division = Division(resolve(config, DEVICES), {"moe_layers": {"mlp": {"experts": params}}})
+    config, division = divided(params)
     sizes = jnp.full(EXPERTS, x.shape[1] // EXPERTS, jnp.int32)
 
     def layer(params, x):
@@ -65,6 +69,24 @@ def test_no_gradient_is_ever_whole(precision, monkeypatch):
     assert summed_shapes(whole) == {(own, *shape) for shape in SHAPES.values()}
     assert summed_shapes(program) == {(own, *shape) for n in (3, narrowest) for shape in ((HIDDEN, n), (n, HIDDEN))}
     assert " concatenate(" not in program
+
+
+def test_slabs_of_experts_that_are_themselves_cut(monkeypatch):
+    """Three of them cannot be dealt to eight devices: each has rows of all, fewer than a slab is wide."""
+    monkeypatch.setattr(slabs, "MANY", 1)
+    monkeypatch.setattr(slabs, "WIDTH", 3)
+    params = {"gate_proj": np.zeros((3, 16, WIDTH), np.float32)}
+    config, division = divided({"gate_proj": np.zeros((LAYERS, 3, 16, WIDTH), np.float32)})
+    factors = np.random.default_rng(0).integers(-9, 10, (DEVICES, *params["gate_proj"].shape)).astype(np.float32)
+
+    def loss(params, factors):
+        whole = gather_layer(division, config.model, ("moe_layers", "mlp", "experts"), params, stacked=True)
+        return jnp.sum(whole["gate_proj"] * factors[0])
+
+    cut = {"gate_proj": PartitionSpec(None, "fsdp")}
+    found = jax.shard_map(jax.grad(loss), mesh=division.mesh, in_specs=(cut, PartitionSpec("fsdp")), out_specs=cut,
+                          check_vma=False)(params, factors)  # fmt: skip
+    np.testing.assert_array_equal(found["gate_proj"], factors.sum(axis=0))
 
 
 def summed_shapes(program):

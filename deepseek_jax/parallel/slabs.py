@@ -4,6 +4,7 @@ Whole, those of one matrix 7168 x 2048 of 256 experts are 7.5 GB in bfloat16 and
 they are whole in name only: where one puts slabs together and the next takes the same ones apart, XLA does neither.
 """
 
+import math
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -17,18 +18,13 @@ MANY = 2**30
 
 
 def side(shape: Sequence[int]) -> int:
-    """The axis of [E, K, M] along which slabs lie: the matrices' narrower side, which is that of their slabs as well."""
+    """The axis of [E, K, M] along which slabs lie: the matrices' narrower side."""
     return 1 if shape[1] < shape[2] else 2
 
 
 def cut(x: jax.Array, axis: int) -> list[jax.Array]:
     """x in slabs along an axis, the last of which may be the narrowest."""
     return jnp.split(x, list(range(WIDTH, x.shape[axis], WIDTH)), axis)
-
-
-def join(slabs: Sequence[jax.Array]) -> jax.Array:
-    """[E, K, M] of its slabs."""
-    return jnp.concatenate(slabs, side(slabs[0].shape))
 
 
 def make(rows_by_rows: Callable[[Any, Any], jax.Array], x: Any, dy: Any, groups: int) -> jax.Array:
@@ -39,11 +35,11 @@ def make(rows_by_rows: Callable[[Any, Any], jax.Array], x: Any, dy: Any, groups:
         dy: likewise, M columns.
     """
     shape = (groups, *(jax.tree.leaves(each)[0].shape[1] for each in (x, dy)))
-    if groups * shape[1] * shape[2] < MANY:
+    if math.prod(shape) < MANY:
         return rows_by_rows(x, dy)
     if side(shape) == 1:
-        return join([rows_by_rows(columns, dy) for columns in _columns(x)])
-    return join([rows_by_rows(x, columns) for columns in _columns(dy)])
+        return jnp.concatenate([rows_by_rows(columns, dy) for columns in _columns(x)], 1)
+    return jnp.concatenate([rows_by_rows(x, columns) for columns in _columns(dy)], 2)
 
 
 def _columns(tree: Any) -> list[Any]:

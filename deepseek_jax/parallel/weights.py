@@ -173,7 +173,7 @@ def _gather_backward(cuts: Cuts, dtype: jnp.dtype, kept: jax.Array, gradient: ja
     in_slabs = gradient.ndim == 3 and gradient.size >= slabs.MANY
     if not in_slabs or (side := slabs.side(gradient.shape)) in dict(cuts).values():
         return (one(gradient),)
-    return (slabs.join([one(slab) for slab in slabs.cut(gradient, side)]),)
+    return (jnp.concatenate([one(slab) for slab in slabs.cut(gradient, side)], side),)
 
 
 _gather.defvjp(lambda x, cuts, dtype: (_gather(x, cuts, dtype), jnp.zeros((), x.dtype)), _gather_backward)
