@@ -27,6 +27,8 @@ TOKENS = SEQUENCES * LENGTH // DEVICES
 """On each device."""
 MESHES = {"data": dict(data=8), "fsdp": dict(fsdp=8), "expert": dict(expert=8), "mixed": dict(pipe=2, data=2, expert=2),
           "context": dict(data=2, context=4)}  # fmt: skip
+EACH = [pytest.param(name, marks=[pytest.mark.slow] if name == "data" else []) for name in MESHES]
+"""`mixed` has that axis, too."""
 FLOAT = 4
 
 
@@ -66,7 +68,7 @@ def whole_bytes(tree):
     return sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(tree))
 
 
-@pytest.mark.parametrize("name", MESHES)
+@pytest.mark.parametrize("name", EACH)
 def test_a_device_holds_its_part_of_parameters_and_moments(name):
     """1/N to the byte, by the program's own arguments; only the routers' biases and the step counter are on all."""
     this = step(name)
@@ -82,7 +84,7 @@ def test_a_device_holds_its_part_of_parameters_and_moments(name):
     assert sum(array.bytes for array in arguments) == this.argument_bytes == held_bytes
 
 
-@pytest.mark.parametrize("name", MESHES)
+@pytest.mark.parametrize("name", EACH)
 def test_gradients_are_summed_into_parts(name):
     """What is summed over an axis is all that the axes before it have left, and a device keeps only its part: with the
     last of them 1/N. The experts' gradients need no sum over `expert`: the tokens were there. Nothing but statistics
@@ -209,7 +211,7 @@ def test_pipeline_passes_on_activations_alone():
     assert journeys(this, "") == journeys(this, "_pipelined")
 
 
-@pytest.mark.parametrize("name", MESHES)
+@pytest.mark.parametrize("name", EACH)
 def test_full_logits_are_nowhere(name):
     """Neither sent nor on a device: the logits of a chunk are, 16 tokens at a time."""
     this = step(name)
