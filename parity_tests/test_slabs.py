@@ -89,6 +89,20 @@ def test_slabs_of_experts_that_are_themselves_cut(monkeypatch):
     np.testing.assert_array_equal(found["gate_proj"], factors.sum(axis=0))
 
 
+@pytest.mark.parametrize("many, calls", [(28, [(3, 7), (1, 7)]), (29, [(4, 7)])])
+def test_made_in_slabs_if_they_are_many(many, calls, monkeypatch):
+    monkeypatch.setattr(slabs, "MANY", many)
+    monkeypatch.setattr(slabs, "WIDTH", 3)
+    x, dy, called = jnp.arange(20.0).reshape(5, 4), jnp.arange(35.0).reshape(5, 7), []
+
+    def rows_by_rows(x, dy):
+        called.append((x.shape[1], dy.shape[1]))
+        return (x.T @ dy)[None]
+
+    np.testing.assert_array_equal(slabs.make(rows_by_rows, x, dy, groups=1), (x.T @ dy)[None])
+    assert called == calls
+
+
 def summed_shapes(program):
     """Of what each device has of the sums over all of them."""
     found = re.findall(r"f32\[([\d,]+)\]\S* reduce-scatter\(", program)
