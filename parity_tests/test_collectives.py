@@ -28,7 +28,7 @@ TOKENS = SEQUENCES * LENGTH // DEVICES
 MESHES = {"data": dict(data=8), "fsdp": dict(fsdp=8), "expert": dict(expert=8), "mixed": dict(pipe=2, data=2, expert=2),
           "context": dict(data=2, context=4)}  # fmt: skip
 EACH = [pytest.param(name, marks=[pytest.mark.slow] if name == "data" else []) for name in MESHES]
-"""`mixed` has that axis, too."""
+"""`data` alone is slow: `mixed` has that axis, too."""
 FLOAT = 4
 
 

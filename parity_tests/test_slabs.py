@@ -72,21 +72,25 @@ def test_no_gradient_is_ever_whole(precision, monkeypatch):
 
 
 def test_slabs_of_experts_that_are_themselves_cut(monkeypatch):
-    """Three of them cannot be dealt to eight devices: each has rows of all, fewer than a slab is wide."""
+    """Three of them cannot be dealt to eight devices: each has rows of all, fewer than a slab is wide. `down_proj` is cut
+    along the side of its slabs, and so has none."""
     monkeypatch.setattr(slabs, "MANY", 1)
     monkeypatch.setattr(slabs, "WIDTH", 3)
-    params = {"gate_proj": np.zeros((3, 16, WIDTH), np.float32)}
-    config, division = divided({"gate_proj": np.zeros((LAYERS, 3, 16, WIDTH), np.float32)})
-    factors = np.random.default_rng(0).integers(-9, 10, (DEVICES, *params["gate_proj"].shape)).astype(np.float32)
+    shapes = {"gate_proj": (3, 16, WIDTH), "down_proj": (3, 16, 24)}
+    params = {name: np.zeros(shape, np.float32) for name, shape in shapes.items()}
+    config, division = divided({name: leaf[None] for name, leaf in params.items()})
+    rng = np.random.default_rng(0)
+    factors = {name: rng.integers(-9, 10, (DEVICES, *shape)).astype(np.float32) for name, shape in shapes.items()}
 
     def loss(params, factors):
         whole = gather_layer(division, config.model, ("moe_layers", "mlp", "experts"), params, stacked=True)
-        return jnp.sum(whole["gate_proj"] * factors[0])
+        return sum(jnp.sum(whole[name] * factors[name][0]) for name in shapes)
 
-    cut = {"gate_proj": PartitionSpec(None, "fsdp")}
+    cut = {name: PartitionSpec(None, "fsdp") for name in shapes}
     found = jax.shard_map(jax.grad(loss), mesh=division.mesh, in_specs=(cut, PartitionSpec("fsdp")), out_specs=cut,
                           check_vma=False)(params, factors)  # fmt: skip
-    np.testing.assert_array_equal(found["gate_proj"], factors.sum(axis=0))
+    for name in shapes:
+        np.testing.assert_array_equal(found[name], factors[name].sum(axis=0))
 
 
 @pytest.mark.parametrize("many, calls", [(28, [(3, 7), (1, 7)]), (29, [(4, 7)])])

@@ -113,9 +113,12 @@ _with_gradients_in.defvjp(lambda put, stack, params, place: ((params, stack), pl
 
 
 def _write(place: tuple, stack: jax.Array, own: jax.Array, adds: bool = False) -> jax.Array:
-    """A layer's own gradient in the stack, or added to what is there; of experts by the slabs in which it may be made."""
+    """A layer's own gradient in the stack, or added to what is there.
+
+    Of experts by slabs: `own` is a device's part, whose size does not tell whether the whole was made so.
+    """
     axis = slabs.side(own.shape) if own.ndim == 3 else 0
-    for number, piece in enumerate(slabs.cut(own, axis) if axis else [own]):
+    for number, piece in enumerate(slabs.cut(own, axis) if own.ndim == 3 else [own]):
         start = [*place, *[jnp.zeros_like(place[0])] * own.ndim]
         start[len(place) + axis] += number * slabs.WIDTH
         piece = piece.astype(stack.dtype).reshape(*[1] * len(place), *piece.shape)

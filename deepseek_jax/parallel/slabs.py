@@ -1,7 +1,8 @@
-"""Gradients of many experts' weights, a slab of columns of all of them at a time: made, summed, and put where it belongs.
+"""Gradients of many experts' weights, some rows or columns of all of them at a time: made, summed, and put where they belong.
 
 Whole, those of one matrix 7168 x 2048 of 256 experts are 7.5 GB in bfloat16 and 15 GB as a sum in float32. Between functions
-they are whole in name only: where one puts slabs together and the next takes the same ones apart, XLA does neither.
+they are whole in name only: where one puts slabs together and the next takes the same ones apart, XLA does neither, if
+nothing but a change of type stands between. An adapter's product or a sum over rounds wants them whole, and has them copied.
 """
 
 import math
@@ -12,14 +13,19 @@ import jax
 import jax.numpy as jnp
 
 WIDTH = 512
-"""Of a slab: two tiles of the kernels for GPUs and half of the widest for TPUs, which still is 341 operations a byte read (v5p
-wants 166). XLA for GPUs has the next weights gathered beside: slabs of 1024 took 9 GB more on eight H100s."""
-MANY = 2**30
-"""Numbers from which on an array is made in slabs: 2 GiB of bfloat16."""
+"""Of a slab: two tiles or more of the kernels for GPUs, and half of the widest for TPUs, which is 341 operations a byte read
+(v5p wants 166, v6e 560). With slabs of 1024 a step on eight H100s took 9 GB more, for XLA gathers weights meanwhile."""
+MANY = 2**31
+"""Numbers from which on an array is made in slabs: 4 GiB of bfloat16."""
+
+
+def are_many(shape: Sequence[int]) -> bool:
+    """Whether a gradient of this shape is made in slabs."""
+    return len(shape) == 3 and math.prod(shape) >= MANY
 
 
 def side(shape: Sequence[int]) -> int:
-    """The axis of [E, K, M] along which slabs lie: the matrices' narrower side."""
+    """The axis of [E, K, M] along which slabs lie: the narrower, for each slab reads all of the other; of equals, 2."""
     return 1 if shape[1] < shape[2] else 2
 
 
@@ -36,7 +42,7 @@ def make(rows_by_rows: Callable[[Any, Any], jax.Array], x: Any, dy: Any, groups:
         dy: likewise, M columns.
     """
     shape = (groups, *(jax.tree.leaves(each)[0].shape[1] for each in (x, dy)))
-    if math.prod(shape) < MANY:
+    if not are_many(shape):
         return rows_by_rows(x, dy)
     if side(shape) == 1:
         return jnp.concatenate([rows_by_rows(columns, dy) for columns in _columns(x)], 1)

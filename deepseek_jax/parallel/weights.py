@@ -4,7 +4,8 @@ Once a step, `collect` gathers what `data` (ZeRO-1) and `expert` cut, and deals 
 stages. What `fsdp` and `context` (ZeRO-3) cut, `gather_layer` puts together layer by layer, and the backward pass again;
 where `expert` is larger than `fsdp`, the two change places. Outside the pipelined stack the axis `pipe` is one more of that
 kind, so that no stage alone carries embedding and head.
-Weights are gathered in the type that products take them in, gradients are summed in the parameters' own.
+Weights are gathered in the type that products take them in, gradients are summed in the parameters' own, those of many
+experts slab by slab (`parallel.slabs`).
 """
 
 import math
@@ -170,8 +171,9 @@ def _gather_backward(cuts: Cuts, dtype: jnp.dtype, kept: jax.Array, gradient: ja
             gradient = _scatter(gradient, axis, dim)
         return gradient
 
-    in_slabs = gradient.ndim == 3 and gradient.size >= slabs.MANY
-    if not in_slabs or (side := slabs.side(gradient.shape)) in dict(cuts).values():
+    # Of what is cut along the slabs' side itself, a slab is no whole number of devices' parts.
+    side = slabs.side(gradient.shape) if slabs.are_many(gradient.shape) else None
+    if side is None or side in dict(cuts).values():
         return (one(gradient),)
     return (jnp.concatenate([one(slab) for slab in slabs.cut(gradient, side)], side),)
 
